@@ -1,0 +1,1 @@
+"""The configs of the runs; installed as `xsmae.configs`."""

@@ -1,0 +1,1 @@
+"""From a person's images to batches of multi-scale views."""

@@ -1,0 +1,56 @@
+"""The sources that a config can name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xsmae.data.fmow import FmowCsvSource, FmowSource
+from xsmae.data.sources import CsvSource, FolderSource, Source, TfdsSource
+from xsmae.data.synthetic import SyntheticSource
+from xsmae.errors import UserError
+
+SOURCES = {
+    "csv": CsvSource,
+    "fmow": FmowSource,
+    "fmow_csv": FmowCsvSource,
+    "folder": FolderSource,
+    "synthetic": SyntheticSource,
+    "tfds": TfdsSource,
+}
+
+# The arguments that must be given: there is no default for where the images are.
+REQUIRED = {
+    "csv": ("csv_path",),
+    "fmow": ("root",),
+    "fmow_csv": ("csv_path",),
+    "folder": ("root",),
+    "synthetic": (),
+    "tfds": ("name", "data_dir"),
+}
+
+
+def missing_arguments(data: Mapping[str, Any]) -> list[str]:
+    """The required arguments of `config.data` that are not set yet."""
+    return [n for n in REQUIRED.get(data["source"], ()) if data.get(n) is None]
+
+
+def build_source(data: Mapping[str, Any]) -> Source:
+    """The source of `config.data`: its class by the name `source`, its arguments.
+
+    Arguments that are None are left to the class's default. Raises UserError where the
+    name is not known or where the data lie is not given.
+    """
+    arguments = {k: v for k, v in data.items() if v is not None}
+    name = arguments.pop("source")
+    if name not in SOURCES:
+        raise UserError(
+            f"data.source={name!r}, expected one of {', '.join(sorted(SOURCES))}"
+        )
+    missing = missing_arguments(data)
+    if missing:
+        raise UserError(
+            f"{', '.join(f'data.{n}' for n in missing)} not set: say where the images "
+            f"are with {' '.join(f'--config.data.{n}=...' for n in missing)}"
+        )
+    return SOURCES[name](**arguments)

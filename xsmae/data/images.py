@@ -1,0 +1,183 @@
+"""Image files to pixels, strictly: what is converted, what is refused, and why.
+
+Converted, since nothing is lost:
+
+| what is found                                            | what is made of it     |
+|----------------------------------------------------------|------------------------|
+| RGB                                                      | kept                   |
+| L (grey, 1 to 8 bits), 1 (black and white)               | grey repeated 3 times  |
+| P (palette), opaque                                      | its colours            |
+| LA, RGBA, or a transparent colour, alpha 255 everywhere  | alpha left out         |
+| EXIF orientation                                         | applied                |
+| several pictures in one JPEG (MPO; drones, phones)       | the first, the primary |
+
+Refused with `BadImageError`, since something would be lost or guessed:
+
+| what is found                                            | why                    |
+|----------------------------------------------------------|------------------------|
+| any alpha below 255                                      | pixels without a value |
+| CMYK and every other mode                                | needs a colour profile |
+| 16 bits a channel (PIL would drop the low byte)          | needs a scaling        |
+| animated PNG or WebP                                     | which frame?           |
+| not a JPEG, PNG or WebP, whatever its name; empty        | not an image           |
+| truncated, broken, unreadable, missing                   | no or invented pixels  |
+| more pixels declared than `max_pixels`                   | a decompression bomb   |
+| shorter side below `min_side`                            | too small to crop from |
+
+Embedded colour profiles are neither applied nor an error. PIL's own bomb limit (twice
+`PIL.Image.MAX_IMAGE_PIXELS`) stays the upper bound of `max_pixels`.
+"""
+
+import io
+import math
+import pathlib
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from xsmae.errors import BadImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MIN_SIDE = 32
+MAX_PIXELS = 89_478_485  # PIL.Image.MAX_IMAGE_PIXELS: 256 MiB of RGB
+
+_MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA")
+
+
+def decode(
+    source: bytes | pathlib.Path,
+    *,
+    min_side: int = MIN_SIDE,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decodes one JPEG, PNG or WebP file to RGB; the module says what is refused.
+
+    Args:
+      source: the encoded bytes, or the path of the file.
+      min_side: pixels; a shorter side below this is refused.
+      max_pixels: the header's width x height above this is refused, undecoded.
+
+    Returns:
+      uint8 [height, width, 3], writable.
+
+    Raises:
+      BadImageError: the reason, in one line that names no path.
+    """
+    try:
+        if isinstance(source, bytes):
+            return _decode(io.BytesIO(source), min_side, max_pixels)
+        # Opening a named pipe would wait for ever.
+        if not source.is_file():
+            reason = "is not a regular file" if source.exists() else "does not exist"
+            raise BadImageError(f"the file {reason}")
+        with source.open("rb") as file:
+            return _decode(file, min_side, max_pixels)
+    except (BadImageError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError("not a readable JPEG, PNG or WebP file") from error
+    # PIL's parsers let OSError, SyntaxError, ValueError, struct.error, EOFError,
+    # IndexError, ZeroDivisionError and more escape from a broken file.
+    except Exception as error:
+        raise BadImageError(f"cannot be decoded: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    # strerror leaves out the path that str(OSError) ends with.
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _decode(file: BinaryIO, min_side: int, max_pixels: int) -> np.ndarray:
+    header = file.read(26)
+    if not header:
+        raise BadImageError("the file is empty (0 bytes)")
+    # PIL opens 16-bit colour PNGs as 8-bit RGB; byte 24 of the header is the depth.
+    if header.startswith(b"\x89PNG\r\n\x1a\n") and header[24:25] == b"\x10":
+        raise BadImageError("16 bits a channel; convert it to 8 bits with your scaling")
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImageError(
+            f"declares more pixels than PIL's limit of {Image.MAX_IMAGE_PIXELS}"
+        ) from error
+    with image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadImageError(
+                f"declares {width} x {height} pixels, more than max_pixels={max_pixels}"
+            )
+        if min(width, height) < min_side:
+            raise BadImageError(
+                f"{width} x {height} pixels: the shorter side is below "
+                f"min_side={min_side}"
+            )
+        # MPO: the first picture is the photograph, the others are previews of it.
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise BadImageError(f"animated ({image.n_frames} frames); save one frame")
+        if image.mode not in _MODES:
+            raise BadImageError(
+                f"mode {image.mode}; expected RGB, grey or an opaque palette"
+            )
+        return np.array(_opaque_rgb(ImageOps.exif_transpose(image)))
+
+
+def _opaque_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        lowest = image.getchannel("A").getextrema()[0]
+        if lowest < 255:
+            raise BadImageError(f"partly transparent (alpha down to {lowest})")
+    return image.convert("RGB")
+
+
+def crop_with_context(
+    image: np.ndarray,
+    box: tuple[float, float, float, float],
+    *,
+    context: float,
+    min_side: int,
+) -> np.ndarray:
+    """Cuts a box and its surroundings out of an image; the scale stays the same.
+
+    Args:
+      image: [height, width, channels].
+      box: x, y, width, height in pixels.
+      context: the fraction of the box's side that is added on EACH side, clipped to
+        the image.
+      min_side: pixels; a smaller window grows around its centre, within the image.
+
+    Returns:
+      [h, w, channels], a copy, both sides at least min(min_side, the image's).
+
+    Raises:
+      BadImageError: the box has no area, or none of it lies in the image.
+    """
+    x, y, width, height = box
+    rows, columns = image.shape[:2]
+    if (
+        not all(map(math.isfinite, box))
+        or min(width, height) <= 0
+        or not (-width < x < columns and -height < y < rows)
+    ):
+        raise BadImageError(
+            f"bounding box {list(box)} does not lie in the {columns} x {rows} image"
+        )
+    left, right = _window(x, width, columns, context, min_side)
+    top, bottom = _window(y, height, rows, context, min_side)
+    return image[top:bottom, left:right].copy()
+
+
+def _window(
+    start: float, length: float, size: int, context: float, min_side: int
+) -> tuple[int, int]:
+    low = max(0, math.floor(start - context * length))
+    high = min(size, math.ceil(start + length + context * length))
+    side = min(min_side, size)
+    if high - low < side:
+        low = min(max(0, low - (side - (high - low)) // 2), size - side)
+        high = low + side
+    return low, high

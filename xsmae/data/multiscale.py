@@ -1,0 +1,225 @@
+"""Boxes, crops and the GSD they have: two scales of the same ground.
+
+The ground sample distance of a view is that of the source times how many source pixels
+one pixel of the view spans, per axis. With an area fraction drawn log-uniformly from
+[a, b] the view's GSD (the geometric mean of its axes) is log-uniform between
+`gsd * sqrt(a * pixels) / size` and the same with b, where `pixels` is the number of
+pixels of the image that the box is cut from: every octave of scale is as likely as
+every other.
+A run draws the GSDs that it sees in `figures/gsd.png`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+
+import numpy as np
+from PIL import Image
+
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+AREA_DISTRIBUTIONS = ("uniform", "log_uniform")
+VIEW2_SOURCES = ("source", "view1")
+VIEW2_BOXES = ("sample", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels; edges may lie between pixels."""
+
+    top: float
+    left: float
+    bottom: float
+    right: float
+
+    @property
+    def height(self) -> float:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> float:
+        return self.right - self.left
+
+    def within(self, frame: Box, unit: Box) -> Box:
+        """This box, given in `unit`'s frame, as it lies with `unit` put on `frame`."""
+        scale_y, scale_x = frame.height / unit.height, frame.width / unit.width
+        return Box(
+            frame.top + (self.top - unit.top) * scale_y,
+            frame.left + (self.left - unit.left) * scale_x,
+            frame.top + (self.bottom - unit.top) * scale_y,
+            frame.left + (self.right - unit.left) * scale_x,
+        )
+
+    def mirrored(self, frame: Box, *, vertical: bool, horizontal: bool) -> Box:
+        """This box after `frame`, which holds it, was mirrored."""
+        top, bottom, left, right = self.top, self.bottom, self.left, self.right
+        if vertical:
+            total = frame.top + frame.bottom
+            top, bottom = total - bottom, total - top
+        if horizontal:
+            total = frame.left + frame.right
+            left, right = total - right, total - left
+        return Box(top, left, bottom, right)
+
+    def to_array(self) -> np.ndarray:
+        """[4] float32: top, left, bottom, right."""
+        return np.array(dataclasses.astuple(self), np.float32)
+
+
+def draw_box(
+    rng: np.random.Generator,
+    frame: Box,
+    *,
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+    distribution: str,
+) -> Box:
+    """A random box in `frame`: a fraction of its area, and a ratio of width to height.
+
+    The ratio is log-uniform. A box that does not fit is drawn again, ten times at most,
+    then it is the largest central one of an allowed ratio: torchvision's
+    RandomResizedCrop, but for its rounding to whole pixels.
+    """
+    for _ in range(10):
+        if distribution == "uniform":
+            fraction = rng.uniform(*area)
+        else:
+            fraction = math.exp(rng.uniform(*np.log(area)))
+        aspect = math.exp(rng.uniform(*np.log(ratio)))
+        pixels = fraction * frame.height * frame.width
+        height, width = math.sqrt(pixels / aspect), math.sqrt(pixels * aspect)
+        if height <= frame.height and width <= frame.width:
+            top = frame.top + rng.uniform() * (frame.height - height)
+            left = frame.left + rng.uniform() * (frame.width - width)
+            return Box(top, left, top + height, left + width)
+    aspect = min(max(frame.width / frame.height, ratio[0]), ratio[1])
+    width = min(frame.width, frame.height * aspect)
+    height = width / aspect
+    top = frame.top + (frame.height - height) / 2
+    left = frame.left + (frame.width - width) / 2
+    return Box(top, left, top + height, left + width)
+
+
+def cut(image: np.ndarray, box: Box, size: int, interpolation: str) -> np.ndarray:
+    """The ground of `box` in [size, size] pixels, resampled once with antialiasing."""
+    resized = Image.fromarray(image).resize(
+        (size, size),
+        INTERPOLATIONS[interpolation],
+        # Rounding may put an edge a hair outside, which Pillow refuses.
+        box=(
+            max(box.left, 0.0),
+            max(box.top, 0.0),
+            min(box.right, float(image.shape[1])),
+            min(box.bottom, float(image.shape[0])),
+        ),
+    )
+    return np.asarray(resized)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewSampler:
+    """How the views of a sample are drawn; the fields are those of `config.views`."""
+
+    num_views: int
+    size: int
+    area: tuple[float, float]
+    area2: tuple[float, float]
+    ratio: tuple[float, float]
+    area_distribution: str
+    view2_from: str
+    view2_box: str
+    interpolation: str
+    interpolation2: str
+    horizontal_flip: float
+    vertical_flip: float
+
+    def __post_init__(self):
+        for name, known in (
+            ("area_distribution", AREA_DISTRIBUTIONS),
+            ("view2_from", VIEW2_SOURCES),
+            ("view2_box", VIEW2_BOXES),
+            ("interpolation", tuple(INTERPOLATIONS)),
+            ("interpolation2", tuple(INTERPOLATIONS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"views.{name}={getattr(self, name)!r}, expected one of "
+                    f"{', '.join(known)}"
+                )
+        if self.size < 1:
+            raise ValueError(f"views.size={self.size}, expected pixels above 0")
+        largest = sys.float_info.max
+        for name, upper in (("area", 1.0), ("area2", 1.0), ("ratio", largest)):
+            value = getattr(self, name)
+            if len(value) != 2 or not 0 < value[0] <= value[1] <= upper:
+                raise ValueError(
+                    f"views.{name}={value}, expected (low, high) with "
+                    f"0 < low <= high <= {upper:g}"
+                )
+        for name in ("horizontal_flip", "vertical_flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"views.{name}={getattr(self, name)}, expected a probability"
+                )
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        gsd: float,
+        *,
+        rng: np.random.Generator,
+        batch_rng: np.random.Generator,
+    ) -> dict[str, np.ndarray]:
+        """The views of one uint8 image [height, width, 3] of `gsd` metres per pixel.
+
+        Returns `image` [views, size, size, 3] uint8; `box` [views, 4], (top, left,
+        bottom, right) in source pixels; `gsd` [views, 2], metres per pixel (y, x) of
+        each view; `flip` [2], whether the views are mirrored (vertically,
+        horizontally). `rng` is the sample's, `batch_rng` the same for a whole batch.
+        """
+        draw = {"ratio": self.ratio, "distribution": self.area_distribution}
+        whole = Box(0.0, 0.0, float(image.shape[0]), float(image.shape[1]))
+        box = draw_box(rng, whole, area=self.area, **draw)
+        vertical = rng.uniform() < self.vertical_flip
+        horizontal = rng.uniform() < self.horizontal_flip
+        boxes = [box]
+        views = [
+            _flip(cut(image, box, self.size, self.interpolation), vertical, horizontal)
+        ]
+        if self.num_views == 2:
+            box_rng = batch_rng if self.view2_box == "batch" else rng
+            shown = Box(0.0, 0.0, float(self.size), float(self.size))
+            if self.view2_box == "batch" or self.view2_from == "view1":
+                # Drawn in view 1 as it is displayed, where one box can serve all.
+                box2 = draw_box(box_rng, shown, area=self.area2, **draw)
+                mirrored = box2.mirrored(
+                    shown, vertical=vertical, horizontal=horizontal
+                )
+                boxes.append(mirrored.within(box, shown))
+            else:
+                boxes.append(draw_box(box_rng, box, area=self.area2, **draw))
+            if self.view2_from == "view1":
+                views.append(cut(views[0], box2, self.size, self.interpolation2))
+            else:
+                view2 = cut(image, boxes[1], self.size, self.interpolation2)
+                views.append(_flip(view2, vertical, horizontal))
+        return {
+            "image": np.stack(views),
+            "box": np.stack([b.to_array() for b in boxes]),
+            "gsd": np.array(
+                [
+                    (gsd * b.height / self.size, gsd * b.width / self.size)
+                    for b in boxes
+                ],
+                np.float32,
+            ),
+            "flip": np.array([vertical, horizontal]),
+        }
+
+
+def _flip(image: np.ndarray, vertical: bool, horizontal: bool) -> np.ndarray:
+    return image[:: -1 if vertical else 1, :: -1 if horizontal else 1]

@@ -1,0 +1,198 @@
+"""From a source to batches: the grain graph, and the account of the bad images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from xsmae.data.multiscale import ViewSampler
+from xsmae.data.sources import Source
+from xsmae.errors import BadImageError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadViews:
+    """Reads the image of a position in the run and draws its views.
+
+    The draws depend on (seed, position) alone. An image that cannot be used is replaced
+    by the next good one of the source; after `max_tries` bad ones in a row the sample
+    is blank and its `index` is -1, which `RejectedImages.check` turns into an error.
+    """
+
+    source: Source
+    sampler: ViewSampler
+    seed: int
+    batch_size: int
+    max_tries: int
+
+    def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
+        sample = None
+        used = -1
+        for candidate in range(index, index + self.max_tries):
+            try:
+                record = self.source[candidate % len(self.source)]
+            except BadImageError:
+                continue
+            used = candidate % len(self.source)
+            # The stream numbers 0 and 1 keep the two kinds of draws apart.
+            sample = self.sampler(
+                record.image,
+                record.gsd,
+                rng=np.random.default_rng((self.seed, 0, position)),
+                batch_rng=np.random.default_rng(
+                    (self.seed, 1, position // self.batch_size)
+                ),
+            )
+            break
+        if sample is None:
+            views, size = self.sampler.num_views, self.sampler.size
+            sample = {
+                "image": np.zeros((views, size, size, 3), np.uint8),
+                "box": np.zeros((views, 4), np.float32),
+                "gsd": np.ones((views, 2), np.float32),
+                "flip": np.zeros(2, bool),
+            }
+        sample["index"] = np.int64(used)
+        sample["requested"] = np.int64(index)
+        return sample
+
+
+def make_batches(
+    source: Source,
+    sampler: ViewSampler,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int,
+    num_steps: int,
+    max_rejected_fraction: float,
+    num_workers: int = 0,
+    num_threads: int = 4,
+    prefetch: int = 4,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of the steps `start_step` to `num_steps` of a run.
+
+    The images come in an order shuffled anew in every epoch; a batch may reach over the
+    end of one. Which images, and which crops of them, a step sees depends on `seed` and
+    the step alone: not on the workers, the threads, the number of processes or where
+    the run was resumed. Every process gets its own equal part of each global batch, and
+    the parts put together are the batch of one process. Raises UserError where the
+    source holds fewer images than a batch.
+    """
+    if len(source) < batch_size:
+        raise UserError(
+            f"{source!r} holds {len(source)} images, fewer than one batch of "
+            f"{batch_size}: add images or lower --config.batch_size"
+        )
+    if batch_size % process_count:
+        raise UserError(
+            f"batch_size={batch_size} does not divide over {process_count} processes: "
+            "use a multiple"
+        )
+    load = LoadViews(
+        source,
+        sampler,
+        seed,
+        batch_size,
+        max_tries=math.floor(max_rejected_fraction * len(source)) + 1,
+    )
+    epochs = math.ceil(num_steps * batch_size / len(source))
+    local = batch_size // process_count
+    dataset = (
+        grain.MapDataset.range(len(source))
+        .seed(seed)
+        .shuffle()
+        .repeat(max(epochs, 1))
+        .map_with_index(load)
+        # Local batch number step * process_count + process is that part of the global
+        # batch, so that a slice of the local batches is this process's share.
+        .batch(local, drop_remainder=True)[process_index::process_count]
+    )
+    dataset = dataset[start_step:num_steps]
+    iterator = dataset.to_iter_dataset(
+        grain.ReadOptions(
+            num_threads=0 if num_workers else num_threads,
+            prefetch_buffer_size=prefetch,
+        )
+    )
+    if num_workers:
+        iterator = iterator.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=prefetch
+            )
+        )
+    return iter(iterator)
+
+
+class RejectedImages:
+    """Which images of a source could not be used, in memory and in `rejected.jsonl`."""
+
+    def __init__(self, path: Path, source: Source, *, max_fraction: float):
+        self.path = path
+        self.source = source
+        self.max_fraction = max_fraction
+        self.reasons: dict[str, str] = {}
+        if path.exists():
+            text = path.read_text()
+            # Without the half-written line of a killed run, which is found anew.
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                temporary = path.with_name(path.name + ".tmp")
+                temporary.write_text(whole)
+                temporary.replace(path)
+            for line in whole.splitlines():
+                row = json.loads(line)
+                self.reasons[row["id"]] = row["reason"]
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def check(self, batch: dict[str, np.ndarray]) -> int:
+        """Account for the replaced images of a batch; returns how many it holds.
+
+        Raises UserError where more images than `max_fraction` of the source are bad.
+        """
+        replaced = np.flatnonzero(batch["index"] != batch["requested"])
+        for row in replaced:
+            index, used = int(batch["requested"][row]), int(batch["index"][row])
+            # A replaced image is read again for its reason: rare, and it spares every
+            # batch a column of texts.
+            while index != used:
+                self._reject(index)
+                self._stop_over_limit()
+                index = (index + 1) % len(self.source)
+        return len(replaced)
+
+    def _reject(self, index: int) -> None:
+        identifier = self.source.id(index)
+        if identifier in self.reasons:
+            return
+        try:
+            self.source[index]
+        except BadImageError as error:
+            self.reasons[identifier] = str(error)
+        else:
+            self.reasons[identifier] = "could not be read at first, later it could"
+        row = {"schema": 1, "id": identifier, "reason": self.reasons[identifier]}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _stop_over_limit(self) -> None:
+        allowed = self.max_fraction * len(self.source)
+        # Where all are bad there is no image to go on with, whatever is allowed.
+        if len(self.reasons) > allowed or len(self.reasons) >= len(self.source):
+            identifier, reason = next(reversed(self.reasons.items()))
+            raise UserError(
+                f"{len(self.reasons)} of {len(self.source)} images cannot be used, "
+                f"more than the {self.max_fraction:.2%} allowed; the last: "
+                f"{identifier} ({reason}). Mend or remove the files listed in "
+                f"{self.path.name}, or raise --config.input.max_rejected_fraction"
+            )

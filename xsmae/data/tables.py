@@ -1,0 +1,171 @@
+"""CSV tables of images: paths confined to a root, labels, GSDs."""
+
+import csv
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from xsmae.data.records import Listing, check_folder, check_gsd, file_size, number
+from xsmae.errors import UserError
+
+# The first that is present counts. image_path and category are the names in the CSVs
+# that SatMAE (util/datasets.py, SentinelIndividualImageDataset) and the official
+# Cross-Scale MAE repository (util/datasets.py, Dataset_fmow_sentinel) read by name.
+PATH_COLUMNS = ("path", "image_path", "file_path", "filepath", "filename", "image")
+LABEL_COLUMNS = ("label", "category", "class", "class_name")
+GSD_COLUMNS = ("gsd",)
+
+
+def read_listing(
+    csv_path: str | os.PathLike,
+    *,
+    root: str | os.PathLike | None,
+    gsd: float | None,
+) -> tuple[pathlib.Path, Listing]:
+    """Reads and checks a CSV of images, as `sources.CsvSource` describes it.
+
+    Returns:
+      the root folder, and all records; `gsds` is None where neither gives them.
+    """
+    table = pathlib.Path(csv_path).expanduser().absolute()
+    header, rows = _read_csv(table)
+    folder = table.parent if root is None else check_folder(root)
+    path_column = _column(header, PATH_COLUMNS)
+    if path_column is None:
+        raise UserError(
+            f"{table} has no path column: found {', '.join(header)}; expected one of "
+            f"{', '.join(PATH_COLUMNS)}"
+        )
+    label_column = _column(header, LABEL_COLUMNS)
+    gsd_column = _column(header, GSD_COLUMNS)
+    if gsd_column is not None and gsd is not None:
+        raise UserError(
+            f"{table} has a gsd column and gsd={gsd} is given too; leave one out"
+        )
+
+    real_root = os.path.realpath(folder)
+    lines: dict[str, int] = {}
+    texts, gsds = [], []
+    for line, row in rows:
+        where = f"line {line} of {table}"
+        path = _confined(row[path_column], real_root, where)
+        if path in lines:
+            raise UserError(
+                f"{where}: {path!r} is also on line {lines[path]}; list it once"
+            )
+        lines[path] = line
+        if label_column is not None:
+            if not row[label_column]:
+                raise UserError(
+                    f"{where}: the column {header[label_column]!r} is empty; fill it, "
+                    "or leave the column out"
+                )
+            texts.append(row[label_column])
+        if gsd_column is not None:
+            gsds.append(check_gsd(row[gsd_column], where))
+    ids = list(lines)
+    sizes = [(file_size(folder / name),) for name in ids]
+    if all(size == (-1,) for size in sizes):
+        raise UserError(
+            f"none of the {len(ids)} images of {table} is there, the first "
+            f"{ids[0]!r}; give the folder that the paths are relative to as root"
+        )
+    labels, names = _number_labels(texts) if texts else (None, ())
+    if gsd is not None:
+        gsds = [check_gsd(gsd, "gsd")] * len(ids)
+    return folder, Listing(ids, sizes, labels, names, np.array(gsds) if gsds else None)
+
+
+def gsds_from_csv(csv_path: str | os.PathLike, ids: Sequence[str]) -> np.ndarray:
+    """Reads the GSD of every id from a CSV with the columns path and gsd.
+
+    Returns:
+      float64 [len(ids)], metres per pixel.
+
+    Raises:
+      UserError: no such table or columns, a bad GSD, an id that is not listed.
+    """
+    table = pathlib.Path(csv_path).expanduser().absolute()
+    header, rows = _read_csv(table)
+    path_column = _column(header, PATH_COLUMNS)
+    gsd_column = _column(header, GSD_COLUMNS)
+    if path_column is None or gsd_column is None:
+        raise UserError(
+            f"{table} has the columns {', '.join(header)}; expected path and gsd"
+        )
+    gsds = {}
+    for line, row in rows:
+        where = f"line {line} of {table}"
+        path = _posix(row[path_column])
+        if path in gsds:
+            raise UserError(f"{where}: {path!r} is there twice; list it once")
+        gsds[path] = check_gsd(row[gsd_column], where)
+    missing = [name for name in ids if name not in gsds]
+    if missing:
+        raise UserError(
+            f"{table} has no GSD for {len(missing)} of {len(ids)} images, the first "
+            f"{missing[0]!r}; add a line for each"
+        )
+    return np.array([gsds[name] for name in ids])
+
+
+def _read_csv(table: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header in lower case, and (line number, cells) of each row that has any."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            delimiter = max(",;\t", key=first.count)
+            reader = csv.reader(file, delimiter=delimiter)
+            rows = [(reader.line_num, [c.strip() for c in row]) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{table} cannot be read as a UTF-8 CSV "
+            f"({getattr(error, 'strerror', None) or error}); give a table with a header"
+        ) from None
+    rows = [(line, row) for line, row in rows if any(row)]
+    if len(rows) < 2:
+        raise UserError(
+            f"{table} has {len(rows)} lines; expected a header and a line per image"
+        )
+    header = [name.lower() for name in rows.pop(0)[1]]
+    for line, row in rows:
+        if len(row) != len(header):
+            raise UserError(
+                f"line {line} of {table} has {len(row)} cells, expected {len(header)} "
+                "as in the header; quote cells that hold the delimiter"
+            )
+    return header, rows
+
+
+def _column(header: Sequence[str], names: Sequence[str]) -> int | None:
+    return next((header.index(name) for name in names if name in header), None)
+
+
+def _number_labels(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    try:
+        return number([int(text) for text in texts])
+    except ValueError:
+        return number(texts)
+
+
+def _posix(path: str) -> str:
+    return pathlib.PureWindowsPath(path).as_posix()
+
+
+def _confined(path: str, real_root: str, where: str) -> str:
+    parts = pathlib.PureWindowsPath(path)
+    if not path or parts.drive or parts.root or ".." in parts.parts:
+        raise UserError(
+            f"{where}: the path is {path!r}, expected one inside the root folder: "
+            "relative, without '..'"
+        )
+    real = os.path.realpath(os.path.join(real_root, parts.as_posix()))
+    if not real.startswith(real_root.rstrip("/") + "/"):
+        raise UserError(
+            f"{where}: {path!r} is a link that leads out of the root folder; copy the "
+            "file, or give a root that holds both"
+        )
+    return parts.as_posix()

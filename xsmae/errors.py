@@ -1,0 +1,17 @@
+"""The two ways in which a user's input can be wrong."""
+
+
+class UserError(ValueError):
+    """Input that the user can mend: a flag, a config field, a folder, a table.
+
+    The message is ONE line: what was found, what was expected, how to mend it. The
+    binaries print it without a traceback and exit with status 2.
+    """
+
+
+class BadImageError(ValueError):
+    """One record of a source that cannot be used (unreadable, wrong mode, ...).
+
+    The message is one line, the reason. The pipeline replaces such a record by the
+    next good one, counts it and lists it in `rejected.jsonl`.
+    """

@@ -1,0 +1,1 @@
+"""The networks. They return tensors; losses are in `xsmae.losses`."""
