@@ -1,0 +1,21 @@
+"""A table of images: `path`, optionally `label` and `gsd`. Needs `data.csv_path`."""
+
+from ml_collections.config_dict import placeholder
+from xsmae.configs import folder
+
+
+def get_config(argument=None):
+    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    config = folder.get_config(argument)
+    config.data = dict(
+        source="csv",
+        csv_path=placeholder(str),
+        root=placeholder(str),  # the paths are relative to it; the table's folder
+        gsd=placeholder(float),  # where the table has no such column
+        split="all",
+        test_fraction=0.1,
+        min_side=32,
+        max_pixels=89_478_485,
+    )
+    config.model.reference_gsd = config.data.get_oneway_ref("gsd")
+    return config

@@ -1,0 +1,33 @@
+"""Your own folder of JPEG, PNG or WebP images, a class per sub-folder if there are any.
+
+Needs `--config.data.root=DIR` and `--config.data.gsd=METRES` or
+`--config.data.gsd_csv=FILE`.
+"""
+
+from ml_collections.config_dict import placeholder
+from xsmae.configs import common
+
+
+def get_config(argument=None):
+    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    options = common.parse_argument(argument, size="small")
+    config = common.get_common(**options)
+    config.data = dict(
+        source="folder",
+        root=placeholder(str),
+        gsd=placeholder(float),  # metres per pixel of every image
+        gsd_csv=placeholder(str),  # or a table `path,gsd`
+        split="all",
+        test_fraction=0.1,
+        min_side=32,
+        max_pixels=89_478_485,
+    )
+    # The reference follows the one GSD; with a table of GSDs it must be given.
+    config.model.reference_gsd = config.data.get_oneway_ref("gsd")
+    config.batch_size = 256
+    config.num_epochs = 100.0
+    config.optim.warmup_epochs = 10.0
+    config.optim.learning_rate = 1.5e-4  # MAE's, for shorter runs on smaller data
+    config.knn.train.split = "train"
+    config.knn.test.split = "test"
+    return config

@@ -1,0 +1,31 @@
+"""A few minutes on two CPU cores, on the built-in synthetic world."""
+
+from xsmae.configs import common
+
+
+def get_config(argument=None):
+    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    options = common.parse_argument(argument, size="tiny")
+    config = common.get_common(**options)
+    config.data = dict(source="synthetic", num_images=4000, seed=0, size=96, gsd=1.0)
+    config.knn.test.num_images = 1000
+    config.knn.test.seed = 1
+    config.views.size = 64
+    config.model.patch_size = 8
+    config.model.dtype = "float32"  # what CPUs are fastest in
+    if options["size"] == "tiny":
+        config.model.depth, config.model.decoder_depth = 6, 2
+    config.batch_size = 64
+    config.num_steps = 300
+    config.optim.warmup_steps = 30
+    config.optim.learning_rate = 4e-3
+    if config.method == "cross_scale_mae":
+        # For so few negatives in so short a run, see eurosat.py.
+        config.loss.contrastive.temperature = 0.1
+    config.log_every = 20
+    config.checkpoint.every = 100
+    config.figures.every = 0
+    config.knn.every = 100
+    config.knn.max_train = 2000
+    config.knn.max_test = 500
+    return config

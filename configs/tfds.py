@@ -1,0 +1,26 @@
+"""A TFDS data set prepared as ArrayRecord. Needs data.name, data.data_dir, data.gsd.
+
+The names of the catalogue that suit: `eurosat/rgb` (10 m), `resisc45` (0.2 to 30 m),
+`uc_merced` (0.3048 m); and our own `fmow` (`python -m xsmae.data.fmow_tfds`), whose
+records carry their GSD.
+"""
+
+from ml_collections.config_dict import placeholder
+from xsmae.configs import folder
+
+
+def get_config(argument=None):
+    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    config = folder.get_config(argument)
+    config.data = dict(
+        source="tfds",
+        name=placeholder(str),
+        data_dir=placeholder(str),
+        gsd=placeholder(float),
+        split="train",
+        test_fraction=0.2,
+        min_side=32,
+        max_pixels=89_478_485,
+    )
+    config.model.reference_gsd = config.data.get_oneway_ref("gsd")
+    return config

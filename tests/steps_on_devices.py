@@ -1,0 +1,47 @@
+"""Three steps of every preset on however many devices there are; prints JSON."""
+
+import json
+
+import jax
+import numpy as np
+from xsmae.configs import common
+
+from tests.test_train_state import some_batch
+from xsmae.sharding import by_batch, put_batch
+from xsmae.trainer import create_trainer
+
+
+def main():
+    found = {"devices": jax.device_count()}
+    for preset in common.PRESETS:
+        config = common.get_common(preset, "tiny")
+        config.batch_size = 16
+        config.num_steps = 10
+        config.optim.warmup_steps = 1
+        config.optim.learning_rate = 1e-2
+        config.views.size = 16
+        config.model.update(
+            patch_size=4, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8,
+            decoder_depth=1, decoder_num_heads=2, dtype="float32",
+        )  # fmt: skip
+        trainer = create_trainer(config, num_images=100)
+        state, losses = trainer.initial_state(), []
+        num_views = 1 if preset == "mae" else 2
+        for seed in range(3):
+            batch = some_batch(16, num_views, seed)
+            arrays = put_batch(batch, by_batch(trainer.mesh))
+            assert len(arrays["image"].sharding.device_set) == jax.device_count()
+            state, metrics = trainer.step(state, arrays)
+            losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        norms = [float(np.linalg.norm(x)) for x in jax.tree.leaves(state.params)]
+        encoded = trainer.encode(state.params, batch["image"][:, 0], batch["gsd"][:, 0])
+        found[preset] = {
+            "losses": losses,
+            "norms": norms,
+            "features": np.asarray(encoded["mean"])[:, :4].tolist(),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

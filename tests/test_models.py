@@ -1,0 +1,345 @@
+"""Masks, positions, blocks, encoder, decoder, the cross-scale heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xsmae.methods import METHODS, build_encoder
+from xsmae.models.cross_scale_mae import PositionBatchNorm
+from xsmae.models.mae import Views
+from xsmae.models.masking import random_masking, take_tokens
+from xsmae.models.position import patch_positions, relative_box, sincos_2d
+from xsmae.models.vit import Block, patchify, run_blocks, stacked_blocks, unpatchify
+from xsmae.ops.attention import attention
+
+MODEL = {
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "decoder_embed_dim": 8,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+    "mlp_ratio": 4.0,
+    "mask_ratio": 0.75,
+    "norm_style": "pre",
+    "norm_epsilon": 1e-6,
+    "encoder_norm": True,
+    "position": "fixed",
+    "reference_gsd": 1.0,
+    "predictor_norm": "layer_norm",
+    "predictor_hidden_dim": 16,
+    "projection_dim": 8,
+    "dtype": "float32",
+    "attention": "xla",
+    "remat": "none",
+    "scan": True,
+}
+
+
+def build(method="cross_scale_mae", seed=0, **changes):
+    model = {**MODEL, **changes}
+    return METHODS[method].build(model, view_size=16, rngs=nnx.Rngs(seed))
+
+
+def some_views(batch=3, num_views=2, seed=0):
+    rng = np.random.default_rng(seed)
+    box = np.tile([0.0, 0, 1, 1], (batch, num_views, 1))
+    box[:, 1:] = [0.25, 0.125, 0.75, 0.875]
+    return Views(
+        images=jnp.asarray(rng.normal(size=(batch, num_views, 16, 16, 3)), jnp.float32),
+        gsd=jnp.asarray(rng.uniform(0.5, 2, (batch, num_views, 2)), jnp.float32),
+        box=jnp.asarray(box, jnp.float32),
+    )
+
+
+def some_noise(batch=3, num_views=2, patches=16, seed=1):
+    return jax.random.uniform(jax.random.key(seed), (batch, num_views, patches))
+
+
+@given(
+    patches=st.integers(2, 80), ratio=st.floats(0, 0.95), seed=st.integers(0, 2**31 - 1)
+)
+@settings(max_examples=30, deadline=None)
+def test_masking_keeps_the_smallest_noise(patches, ratio, seed):
+    noise = np.random.default_rng(seed).permutation(3 * patches).reshape(3, patches)
+    kept = int(patches * (1 - ratio))
+    if kept == 0:
+        with pytest.raises(ValueError, match="keeps 0 of"):
+            random_masking(jnp.asarray(noise), ratio)
+        return
+    masking = random_masking(jnp.asarray(noise, jnp.float32), ratio)
+    assert masking.ids_keep.shape == (3, kept)
+    np.testing.assert_array_equal(masking.mask.sum(axis=1), patches - kept)
+    for row in range(3):
+        keep = np.asarray(masking.ids_keep[row])
+        assert set(keep) == set(np.argsort(noise[row])[:kept])
+        np.testing.assert_array_equal(np.asarray(masking.mask[row])[keep], 0)
+        # ids_restore undoes the shuffle: position ids_restore[i] holds patch i.
+        shuffled = np.argsort(noise[row])
+        np.testing.assert_array_equal(
+            shuffled[np.asarray(masking.ids_restore[row])], np.arange(patches)
+        )
+
+
+def test_masks_of_rows_and_views_differ():
+    output = build()(some_views(8), some_noise(8))
+    masks = np.asarray(output.mask).reshape(16, -1)
+    assert len({tuple(mask) for mask in masks}) > 12
+    assert (masks.sum(axis=1) == 12).all()
+
+
+def test_take_tokens_of_one_or_each():
+    tokens = jnp.arange(24.0).reshape(2, 4, 3)
+    ids = jnp.array([[3, 0], [1, 1]])
+    np.testing.assert_array_equal(take_tokens(tokens, ids)[1, 0], tokens[1, 1])
+    np.testing.assert_array_equal(take_tokens(tokens[:1], ids)[1, 0], tokens[0, 1])
+
+
+def test_patchify_is_inverted_and_ordered_by_row():
+    images = jnp.arange(2 * 8 * 12 * 3.0).reshape(2, 8, 12, 3)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 6, 48)
+    np.testing.assert_array_equal(patches[1, 4], images[1, 4:8, 4:8].reshape(-1))
+    np.testing.assert_array_equal(unpatchify(patches, 4, (2, 3)), images)
+
+
+def test_sincos_by_hand():
+    # embed_dim 8: x then y, of each two sines then two cosines, frequencies 1, 1/100.
+    grid = sincos_2d(jnp.array([0.0, 1.0]), jnp.array([0.0, 1.0, 2.0]), 8)
+    x, y = 2.0, 1.0
+    expected = [
+        *np.sin([x, x / 100]), *np.cos([x, x / 100]),
+        *np.sin([y, y / 100]), *np.cos([y, y / 100]),
+    ]  # fmt: skip
+    np.testing.assert_allclose(grid[5], expected, rtol=1e-5)
+    np.testing.assert_array_equal(patch_positions((2, 3), 8)[0], grid)
+
+
+def test_gsd_positions_scale_and_agree_on_the_ground():
+    def positions(gsd, offset=None):
+        return patch_positions(
+            (4, 4), 16, position="gsd", gsd=jnp.array([gsd]), reference_gsd=10.0,
+            offset=None if offset is None else jnp.array([offset]),
+        )  # fmt: skip
+
+    fixed = patch_positions((4, 4), 16)
+    np.testing.assert_allclose(positions([10.0, 10.0]), fixed, atol=1e-6)
+    # Half the GSD, shifted by one patch of 10 m: patches 0 and 2 lie on patches 1, 2.
+    fine = positions([5.0, 5.0], [1.0, 1.0]).reshape(4, 4, 16)
+    coarse = fixed.reshape(4, 4, 16)
+    np.testing.assert_allclose(fine[::2, ::2], coarse[1:3, 1:3], atol=1e-5)
+    with pytest.raises(ValueError, match="needs gsd"):
+        patch_positions((4, 4), 16, position="gsd")
+    with pytest.raises(ValueError, match="expected one of"):
+        patch_positions((4, 4), 16, position="learned")
+    with pytest.raises(ValueError, match="multiple of 4"):
+        patch_positions((4, 4), 18)
+
+
+def test_relative_box_with_flips():
+    box = jnp.array([[[10.0, 20, 30, 60], [12.0, 20, 22, 30]]])
+    for vertical in (0, 1):
+        for horizontal in (0, 1):
+            flip = jnp.array([[vertical, horizontal]])
+            view1, view2 = relative_box(box, flip)[0]
+            np.testing.assert_allclose(view1, [0, 0, 1, 1])
+            top, bottom = (0.4, 0.9) if vertical else (0.1, 0.6)
+            left, right = (0.75, 1.0) if horizontal else (0, 0.25)
+            np.testing.assert_allclose(view2, [top, left, bottom, right], atol=1e-6)
+
+
+def test_attention_equals_numpy():
+    rng = np.random.default_rng(0)
+    qkv = rng.normal(size=(2, 5, 3 * 12)).astype(np.float32)
+    out = attention(jnp.asarray(qkv), num_heads=3)
+    q, k, v = np.moveaxis(qkv.reshape(2, 5, 3, 3, 4), 2, 0)
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / 2
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.einsum("bhnm,bmhd->bnhd", weights, v).reshape(2, 5, 12)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected one of"):
+        attention(jnp.asarray(qkv), num_heads=3, implementation="magic")
+
+
+@pytest.mark.parametrize("norm_style", ["pre", "post"])
+def test_block_equals_its_formula(norm_style):
+    block = Block(8, 2, norm_style=norm_style, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+
+    def attend(x):
+        return block.proj(attention(block.qkv(x), num_heads=2))
+
+    def mlp(x):
+        return block.fc2(jax.nn.gelu(block.fc1(x), approximate=False))
+
+    if norm_style == "pre":
+        y = x + attend(block.norm1(x))
+        expected = y + mlp(block.norm2(y))
+    else:
+        y = block.norm1(x + attend(x))
+        expected = block.norm2(y + mlp(y))
+        np.testing.assert_allclose(expected.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(block(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_a_stack_differ():
+    blocks = stacked_blocks(3, 8, 2, rngs=nnx.Rngs(0))
+    kernel = np.asarray(blocks.qkv.kernel[...])
+    assert kernel.shape == (3, 8, 24)
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_scan_and_remat_change_nothing(scan, remat):
+    blocks = stacked_blocks(3, 8, 2, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    graphdef, state = nnx.split(blocks)
+
+    def loss(state, x, **options):
+        return jnp.square(run_blocks(nnx.merge(graphdef, state), x, **options)).mean()
+
+    expected = jax.value_and_grad(loss)(state, x)
+    found = jax.value_and_grad(functools.partial(loss, scan=scan, remat=remat))(
+        state, x
+    )
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+
+
+def test_unknown_options_are_refused():
+    blocks = stacked_blocks(1, 8, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="expected one of"):
+        run_blocks(blocks, jnp.ones((1, 2, 8)), remat="some")
+    with pytest.raises(ValueError, match="expected one of"):
+        Block(8, 2, norm_style="mid", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="multiple"):
+        Block(8, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="expected one of"):
+        build(predictor_norm="none")
+    encoder = build_encoder(MODEL, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="17x16 px"):
+        encoder(jnp.ones((1, 17, 16, 3)))
+
+
+def test_the_encoder_sees_the_visible_patches_alone():
+    encoder = build_encoder(MODEL, rngs=nnx.Rngs(0))
+    images = some_views(2, 1).images[:, 0]
+    ids = jnp.array([[3, 7, 9], [0, 1, 15]])
+    tokens = encoder(images, ids_keep=ids)
+    assert tokens.shape == (2, 4, 16)
+    hidden = np.array(patchify(images, 4))
+    for row in range(2):
+        for patch in set(range(16)) - set(np.asarray(ids[row]).tolist()):
+            hidden[row, patch] = 1e3
+    changed = unpatchify(jnp.asarray(hidden), 4, (4, 4))
+    np.testing.assert_array_equal(encoder(changed, ids_keep=ids), tokens)
+
+
+def test_all_patches_kept_equals_no_mask():
+    encoder = build_encoder(MODEL, rngs=nnx.Rngs(0))
+    images = some_views(2, 1).images[:, 0]
+    order = jnp.tile(jnp.arange(16), (2, 1))
+    np.testing.assert_allclose(
+        encoder(images, ids_keep=order), encoder(images), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_both_views_in_one_batch_equal_each_alone():
+    model = build(position="gsd").mae
+    views, noise = some_views(), some_noise()
+    both = model(views, noise)
+    alone = model(
+        Views(views.images[:, :1], views.gsd[:, :1], views.box[:, :1]), noise[:, :1]
+    )
+    np.testing.assert_allclose(both.pred[:, 0], alone.pred[:, 0], rtol=1e-4, atol=1e-5)
+    assert both.pred.shape == (3, 2, 16, 48)
+    assert both.encoder_tokens.shape == (3, 2, 5, 16)
+    assert both.decoder_tokens.shape == (3, 2, 17, 8)
+
+
+def test_view_2_is_placed_in_view_1_by_its_box():
+    """An aligned half-size view: its positions are those of the ground it shows."""
+    model = build(position="gsd", mask_ratio=0.0).mae
+    images = jnp.zeros((1, 2, 16, 16, 3))
+    gsd = jnp.array([[[1.0, 1.0], [0.5, 0.5]]])
+    box = jnp.array([[[0.0, 0, 1, 1], [0.5, 0.5, 1.0, 1.0]]])
+    tokens = model(Views(images, gsd, box), some_noise(1)).encoder_tokens
+    moved = jnp.array([[[0.0, 0, 1, 1], [0.0, 0.0, 0.5, 0.5]]])
+    other = model(Views(images, gsd, moved), some_noise(1)).encoder_tokens
+    np.testing.assert_array_equal(tokens[:, 0], other[:, 0])
+    assert np.abs(tokens[:, 1] - other[:, 1]).max() > 1e-3
+
+
+def test_encoder_norm_off_leaves_the_tokens_unnormalised():
+    on, off = build(encoder_norm=True), build(encoder_norm=False)
+    views, noise = some_views(), some_noise()
+    raw = off.mae(views, noise).encoder_tokens
+    normed = on.mae(views, noise).encoder_tokens
+    np.testing.assert_allclose(on.encoder.norm(raw), normed, rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(normed).mean(-1)).max() < 1e-5 < np.abs(raw.mean(-1)).max()
+
+
+def test_heads():
+    views, noise = some_views(), some_noise()
+    with_head = build()(views, noise)
+    assert with_head.embedding.shape == (3, 2, 8)
+    without = build(projection_dim=0)(views, noise)
+    np.testing.assert_allclose(
+        without.embedding, without.encoder_tokens[:, :, 1:].mean(axis=2), rtol=1e-5
+    )
+    model = build()
+    np.testing.assert_allclose(
+        with_head.predicted_tokens,
+        model.predictor(with_head.decoder_tokens[:, 1, 1:]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_position_batch_norm_by_hand():
+    norm = PositionBatchNorm(4)
+    x = jax.random.normal(jax.random.key(0), (5, 4, 7)) * 3 + 1
+    y = norm(x)
+    wide = np.asarray(x)
+    mean, var = wide.mean((0, 2)), wide.var((0, 2))
+    expected = (wide - mean[:, None]) / np.sqrt(var + 1e-5)[:, None]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * mean, rtol=1e-4)
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * var * 35 / 34, rtol=1e-4)
+
+
+def test_bfloat16_is_near_float32():
+    views, noise = some_views(), some_noise()
+    full, half = build()(views, noise), build(dtype="bfloat16")(views, noise)
+    assert half.pred.dtype == jnp.bfloat16
+    for name in ("pred", "decoder_tokens", "predicted_tokens"):
+        a, b = (np.asarray(getattr(o, name), np.float32) for o in (full, half))
+        assert np.abs(a - b).mean() < 0.03 * np.abs(a).mean() + 0.01, name
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("base", 111.66), ("large", 329.24), ("huge", None)]
+)
+def test_published_parameter_counts(size, millions):
+    """Cross-Scale MAE, NeurIPS 2023: encoder + decoder, positions not counted."""
+    from xsmae.configs import common
+
+    config = common.get_common("published", size)
+    model = nnx.eval_shape(
+        lambda: METHODS["cross_scale_mae"].build(
+            config.model, view_size=128, rngs=nnx.Rngs(0)
+        )
+    )
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(model.mae, nnx.Param))) / 1e6
+    if millions is None:
+        assert count > 600
+    else:
+        assert round(count, 2) == millions

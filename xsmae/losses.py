@@ -1,0 +1,150 @@
+"""The loss terms: functions of tensors, in float32, one scalar each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+VIEW_REDUCTIONS = ("mean", "sum")
+
+
+def patch_statistics(
+    target: Float[Array, "... patches values"],
+) -> tuple[Float[Array, "... patches 1"], Float[Array, "... patches 1"]]:
+    """Mean and standard deviation of each patch, as `norm_pix_loss` uses them.
+
+    The variance is the unbiased one, plus 1e-6 (official models_mae.py, forward_loss).
+    """
+    mean = target.mean(axis=-1, keepdims=True)
+    var = target.var(axis=-1, keepdims=True, ddof=1)
+    return mean, jnp.sqrt(var + 1e-6)
+
+
+def reconstruction(
+    pred: Float[Array, "batch views patches values"],
+    target: Float[Array, "batch views patches values"],
+    mask: Float[Array, "batch views patches"],
+    *,
+    norm_pix_loss: bool,
+) -> Float[Array, views]:
+    """Mean squared error on the hidden patches, a value per view.
+
+    `target` holds the patches of the normalised images; with `norm_pix_loss` each is
+    compared after its own mean and standard deviation are taken out.
+    """
+    pred, target = pred.astype(jnp.float32), target.astype(jnp.float32)
+    if norm_pix_loss:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    per_patch = jnp.square(pred - target).mean(axis=-1)
+    return (per_patch * mask).sum(axis=(0, 2)) / mask.sum(axis=(0, 2))
+
+
+def over_views(per_view: Float[Array, views], reduction: str) -> Float[Array, ""]:
+    """`sum` (the official code) or `mean` (the paper) of a loss over the views."""
+    if reduction not in VIEW_REDUCTIONS:
+        raise ValueError(f"views={reduction!r}, expected one of {VIEW_REDUCTIONS}")
+    return per_view.sum() if reduction == "sum" else per_view.mean()
+
+
+def contrastive(
+    embedding: Float[Array, "batch two dim"],
+    *,
+    temperature: float,
+    positive_in_denominator: bool,
+    groups: int = 1,
+) -> Float[Array, ""]:
+    """NT-Xent between the two views of each sample (Chen et al. 2020, equation 1).
+
+    Without `positive_in_denominator` it is the official Cross-Scale MAE variant: the
+    denominator holds the 2B - 2 negatives + 1e-8, so the loss can be negative. The
+    negatives come from the whole global batch; with `groups` > 1 from the sample's own
+    of that many equal parts, as on that many devices that do not gather.
+    """
+    batch = embedding.shape[0]
+    if batch % groups:
+        raise ValueError(f"a batch of {batch} does not divide into {groups} groups")
+    z = embedding.astype(jnp.float32)
+    # torch.nn.functional.normalize's 1e-12, squared under the root.
+    z = z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-24))
+    z = rearrange(z, "(g b) v d -> g (v b) d", g=groups)
+    logits = jnp.einsum("gid,gjd->gij", z, z, preferred_element_type=jnp.float32)
+    logits = logits / temperature
+    size = z.shape[1]
+    row = jnp.arange(size)
+    positive_column = (row + size // 2) % size
+    positive = jnp.take_along_axis(
+        logits, jnp.broadcast_to(positive_column, (groups, size))[..., None], axis=-1
+    )[..., 0]
+    excluded = row[:, None] == row[None, :]
+    if positive_in_denominator:
+        denominator = jax.nn.logsumexp(jnp.where(excluded, -jnp.inf, logits), axis=-1)
+    else:
+        excluded |= positive_column[:, None] == row[None, :]
+        negatives = jnp.where(excluded, 0.0, jnp.exp(logits)).sum(axis=-1)
+        denominator = jnp.log(negatives + 1e-8)
+    return (denominator - positive).mean()
+
+
+def cross_prediction(
+    predicted: Float[Array, "batch patches width"],
+    target: Float[Array, "batch patches width"],
+    *,
+    stop_gradient: bool,
+    box: Float[Array, "batch 4"] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Float[Array, ""]:
+    """Mean squared error between view 2's prediction and view 1's decoder tokens.
+
+    Without `box`, token i is compared with token i (the official code). With `box`,
+    view 2's (top, left, bottom, right) in fractions of view 1, and the `grid` (rows,
+    columns) of patches, a token is compared with what view 1 holds at the ground that
+    it shows; patches whose centre lies outside view 1 do not count.
+    """
+    predicted, target = predicted.astype(jnp.float32), target.astype(jnp.float32)
+    if stop_gradient:
+        target = jax.lax.stop_gradient(target)
+    if box is None:
+        return optax.squared_error(predicted, target).mean()
+    target, inside = sample_tokens(target, box, grid=grid)
+    per_patch = optax.squared_error(predicted, target).mean(axis=-1)
+    return (per_patch * inside).sum() / jnp.maximum(inside.sum(), 1)
+
+
+def sample_tokens(
+    tokens: Float[Array, "batch patches width"],
+    box: Float[Array, "batch 4"],
+    *,
+    grid: tuple[int, int],
+) -> tuple[Float[Array, "batch patches width"], Bool[Array, "batch patches"]]:
+    """A token map read, bilinearly, at the centres of the patches of a box in it.
+
+    Returns the values on a `grid` over the box, and which centres lie inside the map.
+    Between the outermost patch centres and the map's edge the edge's value holds.
+    """
+    rows, columns = grid
+    weight_y, inside_y = _linear_weights(box[:, 0], box[:, 2], rows)
+    weight_x, inside_x = _linear_weights(box[:, 1], box[:, 3], columns)
+    tokens = rearrange(tokens, "b (h w) d -> b h w d", h=rows, w=columns)
+    sampled = jnp.einsum("byh,bxw,bhwd->byxd", weight_y, weight_x, tokens)
+    inside = inside_y[:, :, None] & inside_x[:, None, :]
+    return (
+        rearrange(sampled, "b y x d -> b (y x) d"),
+        rearrange(inside, "b y x -> b (y x)"),
+    )
+
+
+def _linear_weights(start, stop, size):
+    """[batch, size, size] weights of linear interpolation along one axis."""
+    centre = (jnp.arange(size) + 0.5) / size
+    centre = start[:, None] + (stop - start)[:, None] * centre
+    at = jnp.clip(centre * size - 0.5, 0, size - 1)
+    distance = jnp.abs(at[..., None] - jnp.arange(size))
+    return jnp.maximum(0, 1 - distance), (centre >= 0) & (centre <= 1)

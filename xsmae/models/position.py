@@ -1,0 +1,97 @@
+"""Two-dimensional sine-cosine positions, fixed or scaled by the GSD."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+POSITIONS = ("fixed", "gsd")
+
+
+def sincos_1d(
+    position: Float[Array, ...], embed_dim: int
+) -> Float[Array, "... embed_dim"]:
+    """Sines then cosines of `position` at `embed_dim / 2` frequencies.
+
+    The frequencies are 10000 ** (-2 k / embed_dim) (Vaswani et al. 2017, section 3.5).
+    """
+    if embed_dim % 2:
+        raise ValueError(f"embed_dim={embed_dim}, expected an even number")
+    half = embed_dim // 2
+    omega = 1.0 / 10000.0 ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None].astype(jnp.float32) * omega
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def sincos_2d(
+    y: Float[Array, "... grid_height"],
+    x: Float[Array, "... grid_width"],
+    embed_dim: int,
+) -> Float[Array, "... patches embed_dim"]:
+    """Embeddings of a grid of patches, row by row; rows lie at `y`, columns at `x`.
+
+    The first half of the channels encodes x, the second half y, which is MAE's order.
+    """
+    if embed_dim % 4:
+        raise ValueError(f"embed_dim={embed_dim}, expected a multiple of 4")
+    of_x = sincos_1d(x, embed_dim // 2)[..., None, :, :]
+    of_y = sincos_1d(y, embed_dim // 2)[..., :, None, :]
+    shape = (*y.shape, x.shape[-1], embed_dim // 2)
+    grid = jnp.concatenate(
+        [jnp.broadcast_to(of_x, shape), jnp.broadcast_to(of_y, shape)], axis=-1
+    )
+    return grid.reshape(*grid.shape[:-3], -1, embed_dim)
+
+
+def patch_positions(
+    grid: tuple[int, int],
+    embed_dim: int,
+    *,
+    position: str = "fixed",
+    gsd: Float[Array, "batch 2"] | None = None,
+    reference_gsd: float | None = None,
+    offset: Float[Array, "batch 2"] | None = None,
+) -> Float[Array, "one_or_batch patches embed_dim"]:
+    """Position embeddings of the patches of a `grid` (rows, columns).
+
+    `fixed`: the patch's index, whatever the scale (batch axis 1). `gsd`: the index
+    times `gsd / reference_gsd` per axis (Scale-MAE, Reed et al. 2023, equation 2), plus
+    `offset`: where the image's corner lies, in patches of the reference GSD. So two
+    images of the same ground share one frame. `gsd` is in metres per pixel, (y, x).
+    """
+    y = jnp.arange(grid[0], dtype=jnp.float32)
+    x = jnp.arange(grid[1], dtype=jnp.float32)
+    if position == "fixed":
+        return sincos_2d(y, x, embed_dim)[None]
+    if position != "gsd":
+        raise ValueError(f"position={position!r}, expected one of {POSITIONS}")
+    if gsd is None or reference_gsd is None:
+        raise ValueError("position='gsd' needs gsd and reference_gsd, found None")
+    scale = gsd.astype(jnp.float32) / reference_gsd
+    y, x = y * scale[:, :1], x * scale[:, 1:]
+    if offset is not None:
+        y, x = y + offset[:, :1], x + offset[:, 1:]
+    return sincos_2d(y, x, embed_dim)
+
+
+def relative_box(
+    box: Float[Array, "batch views 4"], flip: Float[Array, "batch 2"]
+) -> Float[Array, "batch views 4"]:
+    """Each view's box as fractions of view 1, in view 1 as it is displayed.
+
+    `box` is (top, left, bottom, right) in source pixels; `flip` is (vertical,
+    horizontal), 1 where the views were mirrored after they were cut. View 1 itself
+    comes out as (0, 0, 1, 1).
+    """
+    corner, opposite = box[:, :1, :2], box[:, :1, 2:]
+    size = opposite - corner
+    start, stop = (box[..., :2] - corner) / size, (box[..., 2:] - corner) / size
+    mirrored = flip[:, None, :].astype(bool)
+    return jnp.concatenate(
+        [jnp.where(mirrored, 1 - stop, start), jnp.where(mirrored, 1 - start, stop)],
+        axis=-1,
+    )

@@ -1,0 +1,278 @@
+"""The vision transformer: blocks, the encoder, patches."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from xsmae.models.masking import take_tokens
+from xsmae.models.position import patch_positions
+from xsmae.ops.attention import attention
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+NORM_STYLES = ("pre", "post")
+
+# Rematerialisation: what the backward pass keeps instead of computing it again.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def patchify(
+    images: Float[Array, "batch height width channels"], patch_size: int
+) -> Float[Array, "batch patches values"]:
+    """Cut images into square patches, row by row; values in (row, column, channel)."""
+    return rearrange(
+        images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size
+    )
+
+
+def unpatchify(
+    patches: Float[Array, "batch patches values"],
+    patch_size: int,
+    grid: tuple[int, int],
+) -> Float[Array, "batch height width channels"]:
+    """The inverse of `patchify` for a `grid` of (rows, columns) patches."""
+    return rearrange(
+        patches,
+        "b (h w) (p q c) -> b (h p) (w q) c",
+        h=grid[0],
+        w=grid[1],
+        p=patch_size,
+        q=patch_size,
+    )
+
+
+def linear(
+    in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A dense layer as MAE starts it: Xavier-uniform weights, zero bias."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=nnx.initializers.xavier_uniform(),
+        rngs=rngs,
+    )
+
+
+def layer_norm(
+    width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
+    """LayerNorm with float32 statistics and a result of `dtype`."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=epsilon,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+class Block(nnx.Module):
+    """A transformer block: attention, then two dense layers, each with a residual.
+
+    `norm_style` is `pre` (x + f(norm(x)), timm) or `post` (norm(x + f(x)), the xFormers
+    setting of the released Cross-Scale MAE weights).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        norm_style: str = "pre",
+        norm_epsilon: float = 1e-6,
+        attention_implementation: str = "xla",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if norm_style not in NORM_STYLES:
+            raise ValueError(
+                f"norm_style={norm_style!r}, expected one of {NORM_STYLES}"
+            )
+        if width % num_heads:
+            raise ValueError(f"width {width} is not a multiple of {num_heads} heads")
+        self.norm_style = norm_style
+        self.num_heads = num_heads
+        self.attention_implementation = attention_implementation
+        new_linear = functools.partial(linear, dtype=dtype, rngs=rngs)
+        new_norm = functools.partial(
+            layer_norm, width, epsilon=norm_epsilon, dtype=dtype, rngs=rngs
+        )
+        hidden = int(width * mlp_ratio)
+        self.norm1 = new_norm()
+        self.qkv = new_linear(width, 3 * width)
+        self.proj = new_linear(width, width)
+        self.norm2 = new_norm()
+        self.fc1 = new_linear(width, hidden)
+        self.fc2 = new_linear(hidden, width)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens width"]
+    ) -> Float[Array, "batch tokens width"]:
+        batch = x.shape[0]
+        # All tokens in one axis: a dense layer's gradient is then one plain product,
+        # not a contraction over two axes, which XLA is slower at on CPUs.
+        x = rearrange(x, "b n d -> (b n) d")
+        if self.norm_style == "pre":
+            x = x + self._attend(self.norm1(x), batch)
+            x = x + self._mlp(self.norm2(x))
+        else:
+            x = self.norm1(x + self._attend(x, batch))
+            x = self.norm2(x + self._mlp(x))
+        return rearrange(x, "(b n) d -> b n d", b=batch)
+
+    def _attend(self, x, batch):
+        attended = attention(
+            rearrange(self.qkv(x), "(b n) d -> b n d", b=batch),
+            num_heads=self.num_heads,
+            implementation=self.attention_implementation,
+        )
+        return self.proj(rearrange(attended, "b n d -> (b n) d"))
+
+    def _mlp(self, x):
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def stacked_blocks(depth: int, *args, rngs: nnx.Rngs, **kwargs) -> Block:
+    """`depth` blocks in one module whose every parameter has a leading layer axis."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs: nnx.Rngs) -> Block:
+        return Block(*args, rngs=rngs, **kwargs)
+
+    return create(rngs)
+
+
+def run_blocks(
+    blocks: Block,
+    x: Float[Array, "batch tokens width"],
+    *,
+    remat: str = "none",
+    scan: bool = True,
+) -> Float[Array, "batch tokens width"]:
+    """Apply stacked blocks one after the other.
+
+    `scan=False` unrolls the loop: the same numbers, a longer compilation.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat={remat!r}, expected one of {tuple(REMAT_POLICIES)}")
+    graphdef, layers = nnx.split(blocks)
+
+    def apply(x, layer):
+        return nnx.merge(graphdef, layer)(x), None
+
+    if remat != "none":
+        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if scan:
+        return jax.lax.scan(apply, x, layers)[0]
+    for index in range(jax.tree.leaves(layers)[0].shape[0]):
+        x, _ = apply(x, jax.tree.map(lambda leaf, i=index: leaf[i], layers))
+    return x
+
+
+class Encoder(nnx.Module):
+    """The ViT encoder on (visible) patches. Tokens come out with the class token first.
+
+    `use_norm=False` keeps the final LayerNorm's parameters but leaves it out, which is
+    what the official Cross-Scale MAE training does.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_size: int,
+        channels: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        norm_style: str = "pre",
+        norm_epsilon: float = 1e-6,
+        use_norm: bool = True,
+        position: str = "fixed",
+        reference_gsd: float | None = None,
+        attention_implementation: str = "xla",
+        remat: str = "none",
+        scan: bool = True,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.use_norm = use_norm
+        self.position = position
+        self.reference_gsd = reference_gsd
+        self.remat = remat
+        self.scan = scan
+        self.dtype = dtype
+        self.patch_embed = linear(
+            patch_size * patch_size * channels, embed_dim, dtype=dtype, rngs=rngs
+        )
+        # std 0.02: He et al. 2022, official models_mae.py, initialize_weights.
+        self.cls_token = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (1, 1, embed_dim))
+        )
+        self.blocks = stacked_blocks(
+            depth,
+            embed_dim,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            norm_style=norm_style,
+            norm_epsilon=norm_epsilon,
+            attention_implementation=attention_implementation,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        # The official encoders keep 1e-6 here whatever the blocks' epsilon is.
+        self.norm = layer_norm(embed_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        gsd: Float[Array, "batch 2"] | None = None,
+        offset: Float[Array, "batch 2"] | None = None,
+        ids_keep: Int[Array, "batch kept"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        """Encode normalised images; only the patches `ids_keep` where it is given."""
+        height, width = images.shape[1:3]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"an image of {height}x{width} px, expected multiples of the patch "
+                f"size {self.patch_size}"
+            )
+        patches = patchify(images, self.patch_size).astype(self.dtype)
+        position = patch_positions(
+            (height // self.patch_size, width // self.patch_size),
+            self.embed_dim,
+            position=self.position,
+            gsd=gsd,
+            reference_gsd=self.reference_gsd,
+            offset=offset,
+        )
+        if ids_keep is not None:
+            # Gathered before they are embedded: a quarter of the embedding's work.
+            patches = take_tokens(patches, ids_keep)
+            position = take_tokens(position, ids_keep)
+        x = self.patch_embed(patches) + position.astype(self.dtype)
+        # The class token's position is zero (official models_mae.py).
+        cls_token = self.cls_token[...].astype(self.dtype)
+        cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.embed_dim))
+        x = jnp.concatenate([cls_token, x], axis=1)
+        x = run_blocks(self.blocks, x, remat=self.remat, scan=self.scan)
+        return self.norm(x) if self.use_norm else x

@@ -1,0 +1,62 @@
+"""AdamW as the masked autoencoders use it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import optax
+
+
+def decay_mask(params):
+    """Which parameters are decayed: all but biases and the scales of norms.
+
+    By name rather than by rank, since stacked blocks give every leaf a layer axis.
+    """
+
+    def decayed(path, _):
+        names = [str(getattr(key, "key", key)) for key in path]
+        return not {"bias", "scale"} & set(names)
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The gradient transformation and the learning rate it follows, by update."""
+
+    transform: optax.GradientTransformation
+    learning_rate: optax.Schedule
+
+
+def create_optimizer(
+    *,
+    learning_rate: float,
+    num_steps: int,
+    warmup_steps: int,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+    clip_norm: float = 0.0,
+) -> Optimizer:
+    """AdamW with a linear warm-up from 0, then a cosine to 0 at `num_steps`.
+
+    `clip_norm` bounds the global norm of the gradient; 0 leaves it as it is.
+    """
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(
+            f"a warm-up of {warmup_steps} steps in a run of {num_steps}, expected "
+            "fewer: lower --config.optim.warmup_steps or warmup_epochs"
+        )
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=num_steps,
+    )
+    adamw = optax.adamw(
+        schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decay_mask
+    )
+    if clip_norm:
+        adamw = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+    return Optimizer(adamw, schedule)

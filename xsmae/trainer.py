@@ -1,0 +1,277 @@
+"""A config built: the mesh, the model, the optimiser, the compiled functions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from xsmae.data.multiscale import ViewSampler
+from xsmae.data.pipeline import make_batches
+from xsmae.data.sources import Source
+from xsmae.errors import UserError
+from xsmae.methods import METHODS, NUM_CHANNELS, Method
+from xsmae.optim import Optimizer, create_optimizer
+from xsmae.sharding import by_batch, create_mesh, replicated
+from xsmae.train_state import (
+    TrainState,
+    create_train_state,
+    draw_noise,
+    prepare_views,
+    train_step,
+)
+
+# What of a batch the step reads; the rest is the host's account of the images.
+STEP_FIELDS = ("image", "gsd", "box", "flip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The lengths of a run in steps, and its peak learning rate."""
+
+    num_steps: int
+    warmup_steps: int
+    learning_rate: float
+    steps_per_epoch: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A config built: the step as a function of arrays, and what it starts from.
+
+    step(state, batch) -> (state, metrics). initial_state() -> the state of step 0.
+    predict(state, batch) -> (images, pred, mask) of the batch, for figures.
+    encode(params, images, gsd) -> {"cls", "mean"} features of whole uint8 images.
+    """
+
+    mesh: Mesh
+    schedule: Schedule
+    graphdef: nnx.GraphDef
+    step: Callable
+    initial_state: Callable[[], TrainState]
+    predict: Callable
+    encode: Callable
+
+
+def create_sampler(config: ml_collections.ConfigDict) -> ViewSampler:
+    """The views of `config.views`; raises UserError where a field is off."""
+    num_views = _method(config).num_views
+    try:
+        return ViewSampler(num_views=num_views, **config.views.to_dict())
+    except ValueError as error:
+        raise UserError(f"config.{error}") from None
+
+
+def create_schedule(config: ml_collections.ConfigDict, *, num_images: int) -> Schedule:
+    """Epochs to steps, and the learning rate scaled by the batch."""
+    per_epoch = num_images / config.batch_size
+    num_steps, warmup = config.num_steps, config.optim.warmup_steps
+    if num_steps is None:
+        num_steps = math.ceil(config.num_epochs * per_epoch)
+    if warmup is None:
+        warmup = round(config.optim.warmup_epochs * per_epoch)
+    if num_steps < 1:
+        raise UserError(f"num_steps={num_steps}, expected 1 or more")
+    scale = config.batch_size / config.optim.learning_rate_batch
+    return Schedule(
+        num_steps=num_steps,
+        warmup_steps=warmup,
+        learning_rate=config.optim.learning_rate * scale,
+        steps_per_epoch=per_epoch,
+    )
+
+
+def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Trainer:
+    """Everything of a run but its data, from a config."""
+    method = _method(config)
+    _check_sizes(config)
+    mesh = create_mesh(config.batch_size)
+    schedule = create_schedule(config, num_images=num_images)
+    optimizer = _optimizer(config, schedule)
+    model, loss = config.model.to_dict(), config.loss.to_dict()
+    normalization = {"mean": config.mean, "std": config.std}
+    patch_size = config.model.patch_size
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return method.build(model, view_size=config.views.size, rngs=rngs)
+
+    with _as_user_error():
+        graphdef, _, _ = nnx.split(
+            nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, nnx.BatchStat
+        )
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def initial_state():
+        return create_train_state(build, optimizer, jax.random.key(config.seed))[1]
+
+    step = functools.partial(
+        train_step,
+        graphdef=graphdef,
+        losses=functools.partial(method.losses, patch_size=patch_size, loss=loss),
+        weights={name: term["weight"] for name, term in loss.items()},
+        optimizer=optimizer,
+        patch_size=patch_size,
+        accumulation_steps=config.optim.accumulation_steps,
+        **normalization,
+    )
+
+    @jax.jit
+    def predict(state, batch):
+        views = prepare_views(batch, **normalization)
+        model = nnx.merge(graphdef, state.params, state.batch_stats)
+        output = model(views, draw_noise(jax.random.key(0), views, patch_size))
+        return views.images, output.pred, output.mask
+
+    @functools.partial(
+        jax.jit, in_shardings=(replicated(mesh), by_batch(mesh), by_batch(mesh))
+    )
+    def features(params, images, gsd):
+        mean, std = (255 * jnp.array(normalization[n]) for n in ("mean", "std"))
+        stats = jax.tree.map(jnp.zeros_like, shapes.batch_stats)
+        encoder = nnx.merge(graphdef, params, stats).encoder
+        tokens = encoder((images.astype(jnp.float32) - mean) / std, gsd=gsd)
+        tokens = tokens.astype(jnp.float32)
+        return {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(axis=1)}
+
+    shapes = jax.eval_shape(initial_state)
+    step = jax.jit(
+        step,
+        in_shardings=(replicated(mesh), by_batch(mesh)),
+        out_shardings=replicated(mesh),
+        donate_argnums=0,
+    )
+    with _as_user_error():  # what does not fit is found before any image is read
+        step.eval_shape(shapes, batch_shapes(config))
+    return Trainer(
+        mesh=mesh,
+        schedule=schedule,
+        graphdef=graphdef,
+        step=step,
+        initial_state=initial_state,
+        predict=predict,
+        encode=features,
+    )
+
+
+def batch_shapes(
+    config: ml_collections.ConfigDict,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The fields of a batch that the step reads: shapes and dtypes."""
+    views = (config.batch_size, _method(config).num_views)
+    size = config.views.size
+    return {
+        "image": jax.ShapeDtypeStruct((*views, size, size, 3), np.uint8),
+        "gsd": jax.ShapeDtypeStruct((*views, 2), np.float32),
+        "box": jax.ShapeDtypeStruct((*views, 4), np.float32),
+        "flip": jax.ShapeDtypeStruct((config.batch_size, 2), bool),
+    }
+
+
+def batches_of(
+    config: ml_collections.ConfigDict,
+    source: Source,
+    sampler: ViewSampler,
+    start: int,
+    stop: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of the steps `start` to `stop` of a run, see `make_batches`."""
+    return make_batches(
+        source,
+        sampler,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        start_step=start,
+        num_steps=stop,
+        max_rejected_fraction=config.input.max_rejected_fraction,
+        num_workers=config.input.num_workers,
+        num_threads=config.input.num_threads,
+        prefetch=config.input.prefetch,
+    )
+
+
+def first_samples(
+    config: ml_collections.ConfigDict, source: Source, sampler: ViewSampler, count: int
+) -> dict[str, np.ndarray]:
+    """The first `count` samples of a run, for pictures."""
+    batches = make_batches(
+        source,
+        sampler,
+        seed=config.seed,
+        batch_size=min(count, len(source)),
+        start_step=0,
+        num_steps=1,
+        max_rejected_fraction=config.input.max_rejected_fraction,
+    )
+    return next(batches)
+
+
+def _method(config: ml_collections.ConfigDict) -> Method:
+    if config.method not in METHODS:
+        raise UserError(
+            f"method={config.method!r}, expected one of {', '.join(METHODS)}"
+        )
+    return METHODS[config.method]
+
+
+@contextlib.contextmanager
+def _as_user_error() -> Iterator[None]:
+    """What the networks and losses say of their arguments, as the user's error."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"the config does not fit together: {message}") from None
+
+
+def _optimizer(config: ml_collections.ConfigDict, schedule: Schedule) -> Optimizer:
+    optim = config.optim
+    with _as_user_error():
+        return create_optimizer(
+            learning_rate=schedule.learning_rate,
+            num_steps=schedule.num_steps,
+            warmup_steps=schedule.warmup_steps,
+            weight_decay=optim.weight_decay,
+            b1=optim.b1,
+            b2=optim.b2,
+            clip_norm=optim.clip_norm,
+        )
+
+
+def _check_sizes(config: ml_collections.ConfigDict) -> None:
+    """One line for the sizes that do not fit each other."""
+    model, views = config.model, config.views
+    if views.size % model.patch_size:
+        raise UserError(
+            f"views.size={views.size} is not a multiple of model.patch_size="
+            f"{model.patch_size}: change one of them"
+        )
+    parts = config.optim.accumulation_steps
+    if parts < 1 or config.batch_size % (parts * jax.device_count()):
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide into "
+            f"optim.accumulation_steps={parts} parts on {jax.device_count()} device(s)"
+        )
+    if model.position == "gsd" and not model.reference_gsd:
+        raise UserError(
+            "model.reference_gsd is not set: give the metres per pixel that a patch "
+            "index is counted in, about the images' usual GSD, with "
+            "--config.model.reference_gsd=METRES"
+        )
+    for name in ("bands", "mean", "std"):
+        if len(config[name]) != NUM_CHANNELS:
+            raise UserError(
+                f"{name}={config[name]} has {len(config[name])} values, expected "
+                f"{NUM_CHANNELS}, one a band"
+            )
+    for name in ("log_every", "batch_size"):
+        if config[name] < 1:
+            raise UserError(f"{name}={config[name]}, expected 1 or more")
