@@ -1,0 +1,274 @@
+"""The pictures: written whole, of a plausible size, and the pixels that they show."""
+
+import math
+
+import matplotlib.axes
+import numpy as np
+import pytest
+from einops import rearrange
+from PIL import Image
+
+from xsmae import figures
+
+MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.1, 0.25)
+PATCH, SIZE, SAMPLES = 8, 32, 2
+SPACE = {"mean": MEAN, "std": STD}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def patches_of(images):
+    return rearrange(images, "n v (h p) (w q) c -> n v (h w) (p q c)", p=PATCH, q=PATCH)
+
+
+def make_views(rng, num_views):
+    """Views in 0-255 and normalised, a quarter of their patches visible."""
+    shape = (SAMPLES, num_views, SIZE, SIZE, 3)
+    pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+    images = ((pixels / 255 - MEAN) / STD).astype(np.float32)
+    order = rng.random((SAMPLES, num_views, (SIZE // PATCH) ** 2)).argsort(-1)
+    return pixels, images, (order >= 4).astype(np.float32)
+
+
+def read_png(path):
+    """The picture; the only file in its folder, so nothing temporary is left."""
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture
+def drawn_lines(monkeypatch):
+    """The (y values, label) of every line plotted since."""
+    lines, plot = [], matplotlib.axes.Axes.plot
+
+    def record(self, *args, **options):
+        lines.append((np.asarray(args[1], float), options.get("label")))
+        return plot(self, *args, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", record)
+    return lines
+
+
+def test_put_back_by_hand():
+    # Two pixels of three bands.
+    target = np.array([[1, 2, 3, 5, 6, 7]], np.float32)
+    pred = np.array([[0, 1, -1, 0.5, 0, 2]], np.float32)
+    got = figures.put_back(pred, target, norm_pix_loss=False, **SPACE)
+    expected = [[0.4, 0.6, 0.05, 0.5, 0.5, 0.8]]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    # Mean 4, unbiased variance (9 + 4 + 1 + 1 + 4 + 9) / 5 = 5.6.
+    std = math.sqrt(5.6 + 1e-6)
+    got = figures.put_back(pred, target, norm_pix_loss=True, **SPACE)
+    pixels = 4 + std * pred.reshape(2, 3)
+    np.testing.assert_allclose(got.reshape(2, 3), pixels * STD + MEAN, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_put_back_of_the_perfect_prediction_is_the_image(rng, norm_pix_loss):
+    pixels, images, _ = make_views(rng, 2)
+    target = patches_of(images)
+    pred = target
+    if norm_pix_loss:
+        variance = target.var(-1, keepdims=True, ddof=1)
+        pred = (target - target.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-6)
+    got = figures.put_back(pred, target, norm_pix_loss=norm_pix_loss, **SPACE)
+    np.testing.assert_allclose(got, patches_of(pixels) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_panels_hide_and_paste_the_right_patches(rng, norm_pix_loss):
+    pixels, images, mask = make_views(rng, 2)
+    pred = rng.normal(size=patches_of(images).shape).astype(np.float32)
+    shown, masked, pasted = figures.reconstruction_panels(
+        images, pred, mask, patch_size=PATCH, norm_pix_loss=norm_pix_loss, **SPACE
+    )
+    # A patch's mask on each of its pixels, without any patchify.
+    grid = mask.reshape(SAMPLES, 2, SIZE // PATCH, SIZE // PATCH)
+    hidden = grid.repeat(PATCH, axis=2).repeat(PATCH, axis=3) == 1
+    assert hidden.mean() == 0.75
+    np.testing.assert_allclose(shown, pixels / 255, atol=1e-6)
+    np.testing.assert_array_equal(pasted[~hidden], shown[~hidden])
+    np.testing.assert_array_equal(masked[~hidden], shown[~hidden])
+    np.testing.assert_array_equal(masked[hidden], 0.5)
+    assert np.abs(pasted - shown)[hidden].mean() > 0.05
+    assert pasted.min() >= 0
+    assert pasted.max() <= 1
+
+
+def test_panels_of_a_wide_image(rng):
+    images = rng.normal(size=(1, 1, PATCH, 3 * PATCH, 3)).astype(np.float32)
+    target = patches_of(images)
+    panels = figures.reconstruction_panels(
+        images,
+        target,
+        np.ones(target.shape[:3]),
+        patch_size=PATCH,
+        norm_pix_loss=False,
+        **SPACE,
+    )
+    expected = (images * np.float32(STD) + np.float32(MEAN)).clip(0, 1)
+    np.testing.assert_allclose(panels[2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_reconstructions(tmp_path, rng, num_views):
+    _, images, mask = make_views(rng, num_views)
+    path = tmp_path / "new" / "folder" / "reconstructions.png"
+    pred = patches_of(images).copy()
+    pred[0, 0, 0] = np.nan  # a diverged model still gives a picture
+    figures.reconstructions(
+        path,
+        images,
+        pred,
+        mask,
+        np.full((SAMPLES, num_views, 2), 0.3),
+        patch_size=PATCH,
+        norm_pix_loss=True,
+        **SPACE,
+    )
+    height, width, _ = read_png(path).shape
+    assert 400 < height < 800
+    assert 600 * num_views < width < 1000 * num_views
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_crops(tmp_path, rng, num_views):
+    pixels, _, _ = make_views(rng, num_views)
+    sources = [
+        (np.full((64, 64, 3), 100, np.uint8), 0.3, "square"),
+        (np.full((60, 90, 3), 100, np.uint8), 1250.0, "wide, kilometres a pixel"),
+    ]
+    boxes = np.array([[0, 0, 48, 64], [8, 8, 40, 32]], np.float32)
+    boxes = np.broadcast_to(boxes[:num_views], (SAMPLES, num_views, 4))
+    gsd = np.full((SAMPLES, num_views, 2), (0.45, 0.6), np.float32)
+    path = tmp_path / "figures" / "crops.png"
+    figures.crops(path, sources, pixels, boxes, gsd)
+    picture = read_png(path)
+    assert 900 < picture.shape[0] < 1500
+    assert 400 * (1 + num_views) < picture.shape[1] < 600 * (1 + num_views)
+    for view, colour in enumerate(figures.VIEW_COLOURS[:2]):
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert ((picture == rgb).all(-1).sum() > 2000) == (view < num_views)
+
+
+def training_rows(steps):
+    return [
+        {
+            "step": step,
+            "loss": 3.0 - step / 1000,
+            "loss/reconstruction": 1.0,
+            "loss/reconstruction_view1": 0.9,
+            "loss/reconstruction_view2": 1.1,
+            "loss/contrastive": 2.0,
+            "learning_rate": 1e-3,
+        }
+        for step in steps
+    ]
+
+
+KNN = {
+    "knn/accuracy_mean": 0.7,
+    "knn/accuracy_cls": 0.6,
+    "knn/random_encoder_mean": 0.4,
+    "knn/random_encoder_cls": 0.3,
+    "knn/image_statistics": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 0, "loss": float("nan")}],
+        [{"step": 7, **KNN}],
+        [{"step": 7, "knn/image_statistics": 0.5}],
+        training_rows([0]),
+        [*training_rows(range(0, 500, 10)), {"step": 490, **KNN}],
+    ],
+    ids=["none", "all_nan", "knn_alone", "one_control", "one", "many"],
+)
+def test_loss_curves_of_any_rows(tmp_path, rows):
+    path = tmp_path / "figures" / "losses.png"
+    figures.loss_curves(path, rows)
+    height, width, _ = read_png(path).shape
+    assert 600 < height < 1600
+    assert 1000 < width < 2200
+
+
+def test_loss_curves_leave_a_gap(tmp_path, drawn_lines):
+    rows = training_rows(range(300))
+    rows[100]["loss"] = None
+    rows[200]["loss"] = float("nan")
+    rows[250]["loss"] = float("inf")
+    figures.loss_curves(tmp_path / "losses.png", rows)
+    points, line, marks = (values for values, _ in drawn_lines[:3])
+    assert np.flatnonzero(np.isnan(points)).tolist() == [100, 200, 250]
+    assert np.flatnonzero(np.isnan(line)).tolist() == [100, 200, 250]
+    assert len(marks) == 3
+    # Seven values a mean, but for the gap and the ends, which it does not bend.
+    np.testing.assert_allclose(line[50], points[47:54].mean())
+    np.testing.assert_allclose(line[99], np.nanmean(points[96:103]))
+    np.testing.assert_allclose(line[0], points[:4].mean())
+
+
+def test_loss_curves_show_accuracy_in_percent(tmp_path, drawn_lines):
+    rows = [{"step": 10, **KNN, "knn/accuracy_mean": 0.65}, {"step": 5, **KNN}]
+    figures.loss_curves(tmp_path / "losses.png", rows)
+    labelled = {label: values for values, label in drawn_lines}
+    # By step, not in the order of the rows.
+    np.testing.assert_allclose(labelled["encoder, patch mean: 65.0%"], [70, 65])
+
+
+@pytest.mark.parametrize(
+    ("num_views", "spread", "as_line"), [(1, 0, True), (2, 1e-6, True), (2, 0.5, False)]
+)
+def test_gsd_histogram(tmp_path, rng, monkeypatch, num_views, spread, as_line):
+    """Sources of one GSD, to rounding, are one line; else a histogram of their own."""
+    lines, axvline = [], matplotlib.axes.Axes.axvline
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "axvline",
+        lambda self, x, **options: (lines.append(x), axvline(self, x, **options))[1],
+    )
+    gsd = rng.uniform(0.2, 0.6, (50, num_views, 2))
+    source_gsd = 0.3 * rng.uniform(1 - spread, 1 + spread, 50)
+    path = tmp_path / "figures" / "gsd.png"
+    figures.gsd_histogram(path, gsd, source_gsd=source_gsd)
+    height, width, _ = read_png(path).shape
+    assert 500 < height < 700
+    assert 1100 < width < 1300
+    assert lines == (pytest.approx([0.3], rel=1e-5) if as_line else [])
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_gsd_histogram_refuses_what_is_no_gsd(tmp_path, bad):
+    gsd = np.full((4, 1, 2), 0.3)
+    with pytest.raises(ValueError, match="positive number of metres"):
+        figures.gsd_histogram(tmp_path / "g.png", gsd, source_gsd=np.full(4, bad))
+    with pytest.raises(ValueError, match="positive number of metres"):
+        figures.gsd_histogram(tmp_path / "g.png", gsd * bad, source_gsd=gsd[:, 0, 0])
+
+
+def test_a_picture_is_replaced_whole_or_kept(tmp_path, monkeypatch):
+    path = tmp_path / "losses.png"
+    figures.loss_curves(path, training_rows([0]))
+    first = path.read_bytes()
+    figures.loss_curves(path, training_rows(range(50)))
+    second = path.read_bytes()
+    assert second != first
+    assert list(tmp_path.iterdir()) == [path]
+
+    def killed(self, target, **options):
+        target.write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures.Figure, "savefig", killed)
+    with pytest.raises(KeyboardInterrupt):
+        figures.loss_curves(path, training_rows([0]))
+    assert path.read_bytes() == second
+    assert list(tmp_path.iterdir()) == [path]

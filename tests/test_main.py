@@ -1,0 +1,389 @@
+"""The pretraining binary, end to end, and everything that it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from xsmae.configs import common
+
+import xsmae
+from xsmae import main
+from xsmae.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+PLACE = {"fmow.py", "folder.py", "eurosat.py", "uc_merced.py", "csv.py", "tfds.py"}
+
+SMALL_MODEL = [
+    "--config.views.size=16",
+    "--config.model.patch_size=8",
+    "--config.model.embed_dim=16",
+    "--config.model.depth=1",
+    "--config.model.num_heads=2",
+    "--config.model.decoder_embed_dim=8",
+    "--config.model.decoder_depth=1",
+    "--config.model.decoder_num_heads=2",
+    "--config.model.dtype=float32",
+    "--config.batch_size=8",
+    "--config.log_every=2",
+    "--config.checkpoint.every=3",
+    "--config.figures.samples=2",
+    "--config.knn.batch_size=16",
+]
+SMALL_RUN = [
+    *SMALL_MODEL,
+    "--config.data.num_images=30",
+    "--config.data.size=32",
+    "--config.knn.test.num_images=20",
+    "--config.num_steps=8",
+    "--config.optim.warmup_steps=2",
+    "--config.knn.every=4",
+    "--config.figures.every=0",
+]
+
+
+def call(*arguments):
+    return main.main(["xsmae", *arguments])
+
+
+def refused(capsys, *arguments):
+    """The one line that a wrong call prints."""
+    assert call(*arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("xsmae: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a small quickstart that ran to its end, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    done = subprocess.run(
+        command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def command(workdir, *more):
+    config = "--config=configs/quickstart.py:corrected,size=tiny"
+    return [
+        sys.executable, "-m", "xsmae.main", config, f"--workdir={workdir}",
+        *SMALL_RUN, *more,
+    ]  # fmt: skip
+
+
+def comparable(workdir):
+    """The lines of `metrics.jsonl` without the one value that is a time."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]
+
+
+def test_a_run_leaves_what_it_should(finished):
+    workdir, printed = finished
+    rows = read_metrics(workdir / "metrics.jsonl")
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == [1, 2, 4, 6, 8]
+    terms = {"reconstruction", "contrastive", "cross_prediction"}
+    last = [row for row in rows if "loss" in row][-1]
+    assert {f"loss/{term}" for term in terms} < last.keys()
+    assert {"learning_rate", "images_per_second", "epoch", "rejected"} < last.keys()
+    assert all(row["schema"] == 1 for row in rows)
+    assert "knn/image_statistics" in rows[0]
+    assert [row["step"] for row in rows if "knn/accuracy_cls" in row] == [4, 8]
+    assert rows[-1].keys() > {"knn_full/accuracy_mean", "knn_full/random_encoder_cls"}
+    for name in ("crops", "gsd", "losses", "reconstructions_0000008"):
+        with Image.open(workdir / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+        assert f"{name}.png" in printed
+    assert json.loads((workdir / "config.json").read_text())["model"]["embed_dim"] == 16
+    environment = json.loads((workdir / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert not (workdir / "rejected.jsonl").exists()
+
+
+def test_checkpoints_that_are_kept(finished):
+    kept = sorted(int(p.name) for p in (finished[0] / "checkpoints").iterdir())
+    assert kept == [3, 6, 8]
+
+
+def test_the_table_is_of_the_metrics(finished):
+    workdir, printed = finished
+    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    line = next(x for x in printed.splitlines() if x.startswith("loss "))
+    assert line.split()[1:] == [f"{rows[i]['loss']:.4f}" for i in (0, -1)]
+    full = read_metrics(workdir / "metrics.jsonl")[-1]
+    line = next(x for x in printed.splitlines() if x.startswith("image statistics"))
+    assert f"{100 * full['knn_full/image_statistics']:.1f} %" in line
+
+
+def test_the_encoder_is_usable(finished):
+    encoder = xsmae.load_encoder(finished[0])
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    features = encoder(images, gsd=1.0)
+    assert features.shape == (3, 16)
+    assert encoder.tokens(images, gsd=1.0).shape == (3, 5, 16)
+    assert not np.allclose(features, encoder(images, gsd=4.0))
+
+
+def test_the_same_command_again_changes_nothing(finished, capsys):
+    workdir, _ = finished
+    before = comparable(workdir)
+    assert subprocess.run(command(workdir), cwd=ROOT).returncode == 0
+    assert comparable(workdir) == before
+
+
+def test_killed_runs_end_as_the_uninterrupted_one(finished, tmp_path):
+    """SIGKILL at two moments, SIGTERM at a third: the same lines in the end."""
+    workdir = tmp_path / "killed"
+    for seen, number in ((3, signal.SIGKILL), (5, signal.SIGTERM), (6, signal.SIGKILL)):
+        process = subprocess.Popen(
+            command(workdir), cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 200
+        while len(read_metrics(workdir / "metrics.jsonl")) < seen:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, number)
+        printed, _ = process.communicate(timeout=100)
+        if number == signal.SIGTERM and process.returncode != 0:
+            assert process.returncode == 128 + signal.SIGTERM
+            assert "the same command goes on" in printed
+    assert subprocess.run(command(workdir), cwd=ROOT).returncode == 0
+    assert comparable(workdir) == comparable(finished[0])
+    ours, theirs = (
+        (folder / "encoder" / "encoder.safetensors").read_bytes()
+        for folder in (workdir, finished[0])
+    )
+    assert ours == theirs
+
+
+def test_a_workdir_of_another_config_is_refused(finished, capsys):
+    workdir, _ = finished
+    line = refused(
+        capsys,
+        "--config=configs/quickstart.py:corrected,size=tiny",
+        f"--workdir={workdir}",
+        *SMALL_RUN,
+        "--config.seed=5",
+    )
+    assert "seed was 0, is 5" in line
+
+
+def test_a_workdir_of_other_data_is_refused(image_folder, tmp_path, capsys):
+    run = [
+        "--config=configs/folder.py:mae",
+        f"--config.data.root={image_folder}",
+        "--config.data.gsd=0.5",
+        *SMALL_MODEL,
+        "--config.num_steps=3",
+        "--config.optim.warmup_steps=1",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    assert call(*run) == 0
+    next(image_folder.rglob("*.jpg")).unlink()
+    capsys.readouterr()
+    assert "fingerprint" in refused(capsys, *run)
+
+
+def test_a_folder_with_a_bad_image(image_folder, tmp_path, capsys):
+    (image_folder / "roof" / "bad.jpg").write_bytes(b"<html>404</html>")
+    run = [
+        "--config=configs/folder.py:mae",
+        f"--config.data.root={image_folder}",
+        "--config.data.gsd=0.5",
+        *SMALL_MODEL,
+        "--config.num_steps=6",
+        "--config.optim.warmup_steps=1",
+        "--config.log_every=1",
+    ]
+    line = refused(capsys, *run, f"--workdir={tmp_path / 'strict'}")
+    assert "roof/bad.jpg" in line
+    assert "1.00%" in line
+    workdir = tmp_path / "lenient"
+    lenient = [*run, "--config.input.max_rejected_fraction=0.1"]
+    assert call(*lenient, f"--workdir={workdir}") == 0
+    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    assert rows[-1]["rejected"] == 1
+    assert sum(row["replaced_in_batch"] for row in rows) >= 1
+    listed = (workdir / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in listed] == ["roof/bad.jpg"]
+    assert "knn_full/accuracy_cls" in read_metrics(workdir / "metrics.jsonl")[-1]
+
+
+def test_a_diverging_run_stops(tmp_path, capsys):
+    line = refused(
+        capsys,
+        "--config=configs/quickstart.py:mae",
+        *SMALL_RUN,
+        "--config.optim.learning_rate=1e38",
+        "--config.optim.warmup_steps=0",
+        "--config.optim.max_nonfinite=2",
+        "--config.checkpoint.every=1",
+        "--config.knn.every=0",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert "not finite in 2 steps in a row" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.model.depht=3"], "depht"),
+        (["--config.batch_size=many"], "many"),
+        (["--config.batch_size=1e3"], "1e3"),
+        (["--worldir=x"], "worldir"),
+        (["extra"], "extra"),
+        (["--config.views.size=20"], "views.size=20 is not a multiple"),
+        (["--config.views.area=(0.5,2.0)"], "views.area"),
+        (["--config.batch_size=31", "--config.data.num_images=30"], "30 images"),
+        (["--config.optim.warmup_steps=8"], "warm-up of 8 steps in a run of 8"),
+        (["--config.optim.accumulation_steps=3"], "accumulation_steps=3"),
+        (["--config.method=magic"], "method='magic'"),
+        (["--config.data.source=magic"], "data.source='magic'"),
+        (["--config.model.num_heads=3"], "heads"),
+        (["--config.model.mask_ratio=0.99"], "mask_ratio=0.99"),
+        (["--config.model.norm_style=mid"], "norm_style='mid'"),
+        (["--config.model.position=learned"], "position"),
+        (["--config.model.dtype=float33"], "float33"),
+        (["--config.data.gsd=-1.0"], "gsd"),
+        (["--config.log_every=0"], "log_every=0"),
+        (["--config.num_steps=0"], "num_steps"),
+    ],
+)
+def test_what_is_refused(arguments, expected, tmp_path, capsys):
+    config = "--config=configs/quickstart.py"
+    line = refused(
+        capsys, config, *SMALL_RUN, f"--workdir={tmp_path / 'run'}", *arguments
+    )
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("configs/nothing.py", "configs/fmow.py"),
+        ("configs/fmow.py:publshed", "publshed"),
+        ("configs/fmow.py:published,size=giant", "giant"),
+        ("configs/fmow.py:published,depth=3", "depth"),
+        ("configs/fmow.py", "--config.data.root=..."),
+        ("configs/eurosat.py", "--config.data.root=..."),
+        ("configs/tfds.py", "data.name, data.data_dir"),
+    ],
+)
+def test_what_config_is_refused(config, expected, capsys):
+    assert expected in refused(capsys, f"--config={config}")
+
+
+def test_no_config_is_refused(capsys):
+    assert "--config=configs/NAME.py" in refused(capsys)
+
+
+def test_a_missing_gsd_is_told(image_folder, capsys):
+    run = ["--config=configs/folder.py", f"--config.data.root={image_folder}"]
+    assert "--config.data.gsd=" in refused(capsys, *run)
+    table = image_folder.parent / "gsd.csv"
+    names = sorted(p.relative_to(image_folder) for p in image_folder.rglob("*.jpg"))
+    table.write_text("path,gsd\n" + "".join(f"{name},0.5\n" for name in names))
+    run += [f"--config.data.gsd_csv={table}", *SMALL_MODEL]
+    assert "--config.model.reference_gsd=" in refused(capsys, *run)
+
+
+@pytest.mark.parametrize("preset", common.PRESETS)
+def test_dry_run(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(f"--config=configs/fmow.py:{preset}", *SMALL_MODEL, "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"[\d.]+ M in encoder \+ decoder", printed)
+    assert "data.root not set yet" in printed
+    assert f"uint8 [8, {1 if preset == 'mae' else 2}, 16, 16, 3]" in printed
+    assert "GiB temporary" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_with_data(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = ["--config=configs/folder.py", f"--config.data.root={image_folder}"]
+    run = ["--config.data.gsd=0.5", "--config.optim.clip_norm=1.0", *SMALL_MODEL]
+    assert call(*config, *run, "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert "steps: 300, 30 of them warm-up" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("preset", common.PRESETS)
+@pytest.mark.parametrize("name", sorted({*PLACE, "quickstart.py"}))
+def test_each_config_builds(name, preset):
+    from xsmae.trainer import create_sampler, create_trainer
+
+    arguments = [f"--config=configs/{name}:{preset},size=small"]
+    if name in ("folder.py", "csv.py", "tfds.py"):
+        arguments.append("--config.data.gsd=0.5")
+    config = main.parse(["xsmae", *arguments]).config
+    assert config.is_locked
+    create_sampler(config)
+    trainer = create_trainer(config, num_images=100_000)
+    state = jax.eval_shape(trainer.initial_state)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 20e6
+    assert 0 < trainer.schedule.warmup_steps < trainer.schedule.num_steps
+    assert json.loads(config.to_json())["mean"]
+
+
+def test_presets_set_every_row_of_the_reference_table():
+    published, corrected = (
+        common.get_common(preset, "base") for preset in ("published", "corrected")
+    )
+    rows = {
+        "views.view2_from": ("view1", "source"),
+        "views.view2_box": ("batch", "sample"),
+        "views.interpolation2": ("bilinear", "bicubic"),
+        "model.position": ("fixed", "gsd"),
+        "model.encoder_norm": (False, True),
+        "model.norm_style": ("post", "pre"),
+        "loss.reconstruction.views": ("sum", "mean"),
+        "loss.reconstruction.norm_pix_loss": (False, True),
+        "model.projection_dim": (0, 128),
+        "loss.contrastive.positive_in_denominator": (False, True),
+        "loss.cross_prediction.stop_gradient": (False, True),
+        "loss.cross_prediction.aligned": (False, True),
+        "model.predictor_norm": ("batch_norm", "layer_norm"),
+    }
+    for name, expected in rows.items():
+        found = []
+        for config in (published, corrected):
+            value = config
+            for part in name.split("."):
+                value = value[part]
+            found.append(value)
+        assert tuple(found) == expected, name
+    assert published.model.predictor_hidden_dim == 2048
+    assert published.optim.learning_rate == 5e-5
+
+
+def test_default_workdir_and_config_lookup(tmp_path, monkeypatch):
+    found = main.default_workdir(["--config=configs/fmow.py:published,size=large"])
+    assert found == Path("runs/fmow-published-size-large")
+    found = main.default_workdir(["--seed", "--config", "configs/quickstart.py"])
+    assert found == Path("runs/quickstart")
+    monkeypatch.chdir(tmp_path)  # no configs/ here: the installed one is taken
+    assert main.parse(["xsmae", "--config=configs/fmow.py"]).config.method
+    assert main.parse(["xsmae", "--config", "configs/fmow.py:mae"]).config.seed == 0
+
+
+def test_help_lists_the_flags(capsys):
+    assert call("--help") == 0
+    printed = capsys.readouterr().out
+    for name in ("--config", "--workdir", "dry_run", "--config.FIELD=VALUE"):
+        assert name in printed

@@ -1,0 +1,392 @@
+"""What a run leaves: its numbers, its config and environment; how it is stopped."""
+
+import json
+import math
+import os
+import platform
+import signal
+import struct
+import sys
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from xsmae import metrics
+from xsmae.errors import UserError
+from xsmae.metrics import MetricsWriter, Progress, read_metrics
+from xsmae.signals import StopRequest
+from xsmae.workdir import differences, flatten, open_workdir, write_json
+
+# metrics.jsonl
+
+
+def write(workdir, steps, *, resume_step=None, tensorboard=False, **values):
+    writer = MetricsWriter(workdir, resume_step=resume_step, tensorboard=tensorboard)
+    for step in steps:
+        writer.write(step, {"loss": 1 / step, **values})
+    writer.close()
+    return workdir / "metrics.jsonl"
+
+
+def steps_of(path):
+    return [row["step"] for row in read_metrics(path)]
+
+
+def test_a_line_is_on_disk_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_step=None, tensorboard=False)
+    writer.write(3, {"loss": 0.5, "rejected": 2})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    writer.close()
+    assert json.loads(text) == {"schema": 1, "step": 3, "loss": 0.5, "rejected": 2}
+    assert text.endswith("}\n")
+
+
+def test_resuming_drops_later_lines_and_keeps_earlier(tmp_path):
+    path = write(tmp_path, [1, 2, 3, 4])
+    before = path.read_text().splitlines()
+    write(tmp_path, [3], resume_step=2, note=7.0)
+    after = path.read_text().splitlines()
+    assert after[:2] == before[:2]
+    assert json.loads(after[2])["note"] == 7.0
+    assert len(after) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    write(tmp_path, [1, 2])
+    assert steps_of(write(tmp_path, [1])) == [1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
+def test_what_json_has_no_number_for_is_null(tmp_path, value):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    line = write(tmp_path, [1], broken=value).read_text()
+    assert json.loads(line, parse_constant=refuse)["broken"] is None
+    # It stays so when the file is written again on resuming.
+    write(tmp_path, [], resume_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == line
+
+
+def test_numbers_of_any_kind_are_taken(tmp_path):
+    values = {"a": np.float32(0.5), "b": jnp.array(2.5), "c": np.int64(3), "d": 4}
+    (row,) = read_metrics(write(tmp_path, [1], **values))
+    assert [row[name] for name in "abcd"] == [0.5, 2.5, 3, 4]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_half_written_last_line(tmp_path, cut):
+    path = write(tmp_path, [1, 2, 3])
+    text = path.read_text()
+    path.write_text(text[: len(text) - 1 - cut])
+    assert steps_of(path) == [1, 2]
+    write(tmp_path, [4], resume_step=3)
+    assert steps_of(path) == [1, 2, 4]
+
+
+def test_no_file_is_no_lines(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+# TensorBoard and W&B
+
+
+def read_events(workdir):
+    """(step, name, value) of the TFRecords: length, checksum, event, checksum.
+
+    The name is START where TensorBoard drops what it has of that step and later ones.
+    """
+    found = []
+    for path in sorted(workdir.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            if event.session_log.status == SessionLog.START:
+                found.append((event.step, "START", None))
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    write(tmp_path, [1, 4], tensorboard=True, broken=math.nan)
+    assert read_events(tmp_path) == [
+        (0, "START", None),
+        (1, "loss", 1.0),
+        (4, "loss", 0.25),
+    ]
+
+
+def test_tensorboard_drops_later_steps_on_resuming(tmp_path):
+    write(tmp_path, [2], resume_step=1, tensorboard=True)
+    assert read_events(tmp_path) == [(2, "START", None), (2, "loss", 0.5)]
+
+
+def test_no_events_unless_asked_for(tmp_path):
+    write(tmp_path, [1])
+    assert read_events(tmp_path) == []
+    assert not list(tmp_path.glob("events*"))
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb") as caught:
+        MetricsWriter(tmp_path, resume_step=None, wandb_config={})
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda: calls.append("finish"),
+    )
+
+    def init(**arguments):
+        calls.append(arguments["config"])
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    writer = MetricsWriter(
+        tmp_path, resume_step=None, tensorboard=False, wandb_config={"seed": 3}
+    )
+    writer.write(2, {"loss": 0.5, "broken": math.nan})
+    writer.close()
+    assert calls == [{"seed": 3}, (2, {"loss": 0.5}), "finish"]
+
+
+# The progress line
+
+
+class Clock:
+    """`time.monotonic` that a test sets."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "monotonic", clock)
+    return clock
+
+
+VALUES = {
+    "loss": 1.5,
+    "loss/reconstruction": 1.25,
+    "loss/contrastive": 0.25,
+    "loss/reconstruction_view1": 9.0,
+    "learning_rate": 0.125,
+    "epoch": 0.456,
+    "images_per_second": 32.4,
+}
+
+
+def test_progress_line(clock):
+    progress = Progress(start_step=10, num_steps=2010, batch_size=8)
+    clock.now += 40  # 20 steps: 2 s each
+    assert progress.line(30, VALUES) == (
+        "step 30/2010  epoch 0.46  loss 1.5000 (reconstruction 1.2500, "
+        "contrastive 0.2500)  32 images/s  1:06:00 left"
+    )
+    clock.now += 3960
+    assert progress.line(2010, VALUES).endswith("0:00:00 left")
+
+
+def test_rate_is_since_it_was_last_asked(clock):
+    progress = Progress(start_step=10, num_steps=100, batch_size=8)
+    clock.now += 5
+    assert progress.images_per_second(20) == 10 * 8 / 5
+    clock.now += 1
+    assert progress.images_per_second(21) == 8
+    progress.restart(30)
+    clock.now += 2
+    assert progress.images_per_second(31) == 4
+
+
+def test_paused_time_does_not_count(clock):
+    progress = Progress(start_step=0, num_steps=20, batch_size=8)
+    clock.now += 10
+    with progress.paused():
+        clock.now += 500
+    assert progress.line(10, VALUES).endswith("0:00:10 left")
+    assert progress.images_per_second(10) == 8
+
+
+# The workdir
+
+
+def some_config(**changes):
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.batch_size = 8
+    config.area = (0.25, 1.0)
+    config.data = {"source": "folder", "root": "/a"}
+    config.input = {"num_workers": 0, "num_threads": 4}
+    config.checkpoint = {"every": 5}
+    config.figures = {"every": 5}
+    config.log_every = 1
+    config.tensorboard = True
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def refused(match, *args):
+    with pytest.raises(UserError, match=match) as caught:
+        open_workdir(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_new_workdir_gets_config_and_environment(tmp_path):
+    workdir = tmp_path / "deep" / "run"
+    open_workdir(workdir, some_config())
+    assert sorted(path.name for path in workdir.iterdir()) == [
+        "config.json",
+        "environment.json",
+    ]
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["area"] == [0.25, 1.0]
+    assert config["data"] == {"source": "folder", "root": "/a"}
+    environment = json.loads((workdir / "environment.json").read_text())
+    assert environment["schema"] == 1
+    assert environment["python"] == platform.python_version()
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["versions"].keys() >= {"xsmae", "flax", "optax", "grain"}
+    assert len(environment["devices"]) == jax.device_count()
+    assert environment["command"] == sys.argv
+    assert environment["processes"] == 1
+    assert environment.keys() >= {"git_revision", "platform", "cpus"}
+
+
+def test_the_same_config_goes_on(tmp_path):
+    open_workdir(tmp_path, some_config())
+    before = (tmp_path / "config.json").read_text()
+    open_workdir(tmp_path, some_config())
+    assert (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("batch_size", 16, "batch_size was 8, is 16"),
+        ("area", (0.5, 1.0), r"area was \[0.25, 1.0\], is \[0.5, 1.0\]"),
+        ("data.source", "csv", "data.source was 'folder', is 'csv'"),
+    ],
+)
+def test_another_config_is_refused_and_the_field_named(tmp_path, field, value, said):
+    open_workdir(tmp_path, some_config())
+    before = (tmp_path / "config.json").read_text()
+    message = refused(said, tmp_path, some_config(**{field: value}))
+    assert "--workdir" in message
+    assert "seed" not in message
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_every_difference_is_named(tmp_path):
+    open_workdir(tmp_path, some_config())
+    changes = {"seed": 1, "batch_size": 4, "input.num_workers": 2}
+    message = refused(
+        "batch_size was 8, is 4; seed was 0", tmp_path, some_config(**changes)
+    )
+    assert "num_workers" not in message
+
+
+def test_free_fields_may_change(tmp_path):
+    open_workdir(tmp_path, some_config())
+    changes = {
+        "input.num_workers": 2,
+        "input.num_threads": 1,
+        "data.root": "/elsewhere",
+        "checkpoint.every": 7,
+        "figures.every": 0,
+        "log_every": 9,
+        "tensorboard": False,
+    }
+    open_workdir(tmp_path, some_config(**changes))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["data"]["root"] == "/elsewhere"
+
+
+def test_fields_that_come_or_go_are_differences():
+    old, new = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1}, "d": 3}
+    assert differences(old, new) == ["a.c was 2, is None", "d was None, is 3"]
+    assert flatten(old) == {"a.b": 1, "a.c": 2}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0,', b"\xff\xfe"])
+def test_broken_config(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    message = refused("is not JSON", tmp_path, some_config())
+    assert str(tmp_path / "config.json") in message
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    refused("cannot write to the workdir .*run: ", tmp_path / "run", some_config())
+    refused("Not a directory", tmp_path / "run" / "deeper", some_config())
+
+
+def test_write_json_replaces_whole_files(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+# Stopping
+
+
+@pytest.fixture
+def handler():
+    """A SIGTERM handler of the test's own, which lists what it received."""
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(1))
+    yield received
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_the_first_signal_is_noted_and_the_second_acts(handler, capsys):
+    with StopRequest() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+        assert stop.signal == signal.SIGTERM
+        assert handler == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+        assert handler == [1]
+    assert capsys.readouterr().out.startswith("SIGTERM: stopping after this step")
+
+
+def test_interrupt_is_noted_then_raises():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_are_as_before_afterwards(handler):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) is not before[1]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0)
+    assert handler == [1]

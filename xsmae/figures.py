@@ -1,0 +1,380 @@
+"""The pictures of a run: reconstructions, crops, loss curves, the GSDs seen.
+
+Drawn on `matplotlib.figure.Figure` alone, so a caller's pyplot state is left as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from einops import rearrange
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from xsmae.losses import patch_statistics
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+    from matplotlib.axes import Axes
+
+# A colour a view, the same in every picture: Okabe and Ito's blue, orange, green and
+# purple, which stay apart for colour-blind readers.
+VIEW_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+NEUTRAL, ALARM = "#555555", "#D55E00"
+HIDDEN_GREY = np.float32(0.5)
+DPI = 150
+LEGEND = {"fontsize": 9, "frameon": False}
+LOSS_UNITS = {
+    "loss": "weighted sum of the terms",
+    "loss/reconstruction": "mean squared error",
+    "loss/contrastive": "nats",
+    "loss/cross_prediction": "mean squared error",
+}
+
+
+def put_back(
+    pred: Float[np.ndarray, "... patches values"],
+    target: Float[np.ndarray, "... patches values"],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix_loss: bool,
+) -> Float[np.ndarray, "... patches values"]:
+    """Predicted patches in image space, 0-1 but not clipped.
+
+    `target` holds the true patches of the normalised image: with `norm_pix_loss` the
+    prediction lacks each patch's mean and standard deviation, which are taken from it.
+    """
+    pred = np.asarray(pred, np.float32)
+    if norm_pix_loss:
+        patch_mean, patch_std = patch_statistics(np.asarray(target, np.float32))
+        pred = pred * np.asarray(patch_std) + np.asarray(patch_mean)
+    # The bands are the fastest axis of a patch's values.
+    pixels = rearrange(pred, "... (pixels bands) -> ... pixels bands", bands=len(mean))
+    pixels = pixels * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
+    return rearrange(pixels, "... pixels bands -> ... (pixels bands)")
+
+
+def reconstruction_panels(
+    images: Float[np.ndarray, "n views height width bands"],
+    pred: Float[np.ndarray, "n views patches values"],
+    mask: Float[np.ndarray, "n views patches"],
+    *,
+    patch_size: int,
+    **space: Any,
+) -> Float[np.ndarray, "panels n views height width bands"]:
+    """The input, the input with hidden patches grey, the prediction in those patches.
+
+    `images` are normalised, `mask` is 1 where hidden; the panels are in 0-1. `space` is
+    what `put_back` needs: mean, std, norm_pix_loss.
+    """
+    target = rearrange(
+        np.asarray(images, np.float32),
+        "n v (h p) (w q) c -> n v (h w) (p q c)",
+        p=patch_size,
+        q=patch_size,
+    )
+    shown = put_back(target, target, **(space | {"norm_pix_loss": False}))
+    predicted = put_back(pred, target, **space)
+    hidden = np.asarray(mask)[..., None] > 0.5
+    masked = np.where(hidden, HIDDEN_GREY, shown)
+    pasted = np.where(hidden, predicted, shown)
+    return rearrange(
+        # A diverged model predicts NaN: black.
+        np.nan_to_num(np.stack([shown, masked, pasted])).clip(0, 1),
+        "panels n v (h w) (p q c) -> panels n v (h p) (w q) c",
+        p=patch_size,
+        q=patch_size,
+        h=images.shape[2] // patch_size,
+    )
+
+
+def reconstructions(
+    path: str | os.PathLike,
+    images: Float[np.ndarray, "n views height width bands"],
+    pred: Float[np.ndarray, "n views patches values"],
+    mask: Float[np.ndarray, "n views patches"],
+    gsd: Float[np.ndarray, "n views 2"],
+    *,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix_loss: bool,
+) -> None:
+    """A row a sample, for each view its input, what the encoder saw, the prediction.
+
+    Arrays as in `reconstruction_panels`; `gsd` in metres per pixel, (y, x).
+    """
+    space = {"mean": mean, "std": std, "norm_pix_loss": norm_pix_loss}
+    panels = reconstruction_panels(images, pred, mask, patch_size=patch_size, **space)
+    _, num_rows, num_views = panels.shape[:3]
+    titles = ("input", f"{100 * np.mean(mask):.0f} % hidden", "prediction")
+    # A narrow empty column keeps the views apart.
+    widths = ([1, 1, 1, 0.08] * num_views)[:-1]
+    size = (1.75 * sum(widths), 1.75 * num_rows + 0.3)
+    fig = Figure(figsize=size, layout="compressed")
+    grid = fig.add_gridspec(num_rows, len(widths), width_ratios=widths)
+    for panel, row, view in np.ndindex(panels.shape[:3]):
+        ax = fig.add_subplot(grid[row, 4 * view + panel])
+        _show(ax, panels[panel, row, view])
+        if row == 0:
+            ax.set_title(f"View {view + 1}: {titles[panel]}", fontsize=10)
+        if panel == 0:
+            gsd_text = _number(_geometric_mean(gsd[row, view]))
+            ax.set_ylabel(f"{gsd_text} m/px", fontsize=9)
+    _save(fig, path)
+
+
+def crops(
+    path: str | os.PathLike,
+    sources: Sequence[tuple[UInt8[np.ndarray, "height width bands"], float, str]],
+    views: UInt8[np.ndarray, "n views size size bands"],
+    boxes: Float[np.ndarray, "n views 4"],
+    gsd: Float[np.ndarray, "n views 2"],
+) -> None:
+    """A row a sample: the source and the views' boxes on it, then the views themselves.
+
+    `sources`: image, metres per pixel, title. `boxes`: (top, left, bottom, right) in
+    source pixels. `gsd`: metres per pixel of the views, (y, x).
+    """
+    num_rows, num_views, size = views.shape[:3]
+    columns = 1 + num_views
+    fig = Figure(figsize=(3.1 * columns, 3.9 * num_rows + 0.4), layout="compressed")
+    axes = fig.subplots(num_rows, columns, squeeze=False)
+    for row, (image, source_gsd, title) in zip(range(num_rows), sources, strict=True):
+        source_ax = axes[row, 0]
+        _show(source_ax, image)
+        _title(source_ax, title[-40:], (source_gsd, source_gsd), image.shape)
+        _scale_bar(source_ax, image.shape[1], source_gsd)
+        for view, ax in enumerate(axes[row, 1:]):
+            _draw_box(source_ax, boxes[row, view], VIEW_COLOURS[view])
+            _show(ax, views[row, view])
+            _title(ax, f"View {view + 1}", gsd[row, view], (size, size))
+            ax.spines[:].set(visible=True, color=VIEW_COLOURS[view], linewidth=4)
+    fig.legend(
+        handles=[
+            Rectangle((0, 0), 1, 1, fill=False, ec=colour, lw=2.5, label=f"view {view}")
+            for view, colour in enumerate(VIEW_COLOURS[:num_views], 1)
+        ],
+        loc="outside lower center",
+        ncols=num_views,
+        title="Height × width. Views may be mirrored, and are stretched to a square.",
+        title_fontsize=9,
+        **LEGEND,
+    )
+    _save(fig, path)
+
+
+def loss_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
+    """The total, a panel a loss term, the learning rate and the kNN monitor.
+
+    `rows` are those of `metrics.jsonl`. A value that is null, NaN or infinite is a gap
+    and a mark at the foot of its panel; `loss/<term>_view<n>` goes with its term.
+    """
+    names = {name for row in rows for name in row}
+    terms = sorted(n for n in names if n.startswith("loss/") and "_view" not in n)
+    columns = 2 if len(terms) == 3 else min(3, 1 + len(terms))
+    lines = math.ceil((1 + len(terms)) / columns)
+    fig = Figure(figsize=(max(4.5 * columns, 8), 3 * lines + 2.6), layout="constrained")
+    losses, below = fig.add_gridspec(2, 1, height_ratios=(3 * lines, 2.6))
+    losses = losses.subgridspec(lines, columns)
+    for index, name in enumerate(["loss", *terms]):
+        _curves(fig.add_subplot(losses[index]), rows, name, names)
+    if any(name.startswith("knn/") for name in names):
+        knn, below = below.subgridspec(1, 2, width_ratios=(3, 1))
+        _knn(fig.add_subplot(knn), rows)
+    ax = fig.add_subplot(below)
+    ax.plot(*_series(rows, "learning_rate"), ".-", color=NEUTRAL, markersize=3)
+    ax.ticklabel_format(axis="y", scilimits=(-2, 3))
+    _style(ax, "learning rate", "step", "")
+    _save(fig, path)
+
+
+def gsd_histogram(
+    path: str | os.PathLike,
+    gsd: Float[np.ndarray, "n views 2"],
+    *,
+    source_gsd: Float[np.ndarray, " n"],
+) -> None:
+    """How often each GSD was seen, by view, beside that of the images cut from.
+
+    Both in metres per pixel; a view's is the geometric mean of its axes.
+    """
+    values = np.concatenate([np.ravel(gsd), source_gsd]).astype(np.float64)
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError("a GSD is not a positive number of metres per pixel")
+    seen = _geometric_mean(gsd)
+    low = min(seen.min(), source_gsd.min())
+    high = max(seen.max(), source_gsd.max())
+    # Never under a factor of 4, so that the axis has several ticks.
+    margin = max(1.1, 2 / math.sqrt(high / low))
+    edges = np.geomspace(low / margin, high * margin, 61)
+    fig = Figure(figsize=(8, 4), layout="constrained")
+    ax = fig.subplots()
+    for view, of_view in enumerate(seen.T):
+        colour = VIEW_COLOURS[view]
+        style = {"histtype": "stepfilled", "fc": (colour, 0.35), "ec": colour}
+        _share(ax, of_view, edges, f"view {view + 1}", lw=1.8, **style)
+    style = {"color": NEUTRAL, "ls": "--", "lw": 1.5}
+    # Not equality: a caller may have worked it out again from a crop.
+    if np.ptp(np.log(source_gsd)) < 1e-4:
+        label = f"source images, {_number(source_gsd[0])} m/px"
+        ax.axvline(source_gsd[0], label=label, **style)
+    else:
+        _share(ax, source_gsd, edges, "source images", histtype="step", **style)
+    ax.set(xscale="log", xlim=(edges[0], edges[-1]))
+    title = f"Ground sample distance of the views of {len(seen):,} samples"
+    label = "metres per pixel, geometric mean of the axes (left is finer)"
+    _style(ax, title, label, "share (%)")
+    digits = (1, 2, 5) if edges[-1] / edges[0] > 10 else (1, 1.5, 2, 3, 4, 5, 7)
+    ax.xaxis.set_major_locator(LogLocator(subs=digits))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    fig.legend(loc="outside lower center", ncols=3, **LEGEND)
+    _save(fig, path)
+
+
+def _share(ax: Axes, gsd: np.ndarray, edges: np.ndarray, name: str, **style) -> None:
+    """A histogram in percent, so that the number of samples does not set the scale."""
+    label = f"{name}, median {_number(np.median(gsd))} m/px"
+    ax.hist(gsd, edges, weights=np.full(len(gsd), 100 / len(gsd)), label=label, **style)
+
+
+def _show(ax: Axes, image: np.ndarray) -> None:
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def _title(ax: Axes, name: str, gsd: Sequence[float], shape: Sequence[int]) -> None:
+    """The name, the GSD (two numbers where the axes differ) and the ground shown."""
+    y, x = (_number(value) for value in gsd)
+    ground = " × ".join(_number(g * n) for g, n in zip(gsd, shape, strict=False))
+    text = y if x == y else f"{y} × {x}"
+    ax.set_title(f"{name}\n{text} m/px, {ground} m", fontsize=10)
+
+
+def _draw_box(ax: Axes, box: np.ndarray, colour: str) -> None:
+    # A box counts from the corner of the first pixel, imshow from its centre.
+    top, left, bottom, right = np.asarray(box, np.float64) - 0.5
+    frame = Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour)
+    frame.set(linewidth=2.5, clip_on=False)
+    frame.set_path_effects([withStroke(linewidth=4.5, foreground="white")])
+    ax.add_patch(frame)
+
+
+def _scale_bar(ax: Axes, width: int, gsd: float) -> None:
+    """A bar of 1, 2 or 5 times a power of ten metres, under the image."""
+    limit = 0.4 * width * gsd
+    power = 10.0 ** math.floor(math.log10(limit))
+    metres = max(digit * power for digit in (1, 2, 5) if digit * power <= limit)
+    place = ax.get_xaxis_transform()
+    bar = {"color": "black", "linewidth": 4, "solid_capstyle": "butt", "clip_on": False}
+    ax.plot([-0.5, metres / gsd - 0.5], [-0.035, -0.035], transform=place, **bar)
+    # The axis label, for which the layout leaves room.
+    ax.set_xlabel(f"{metres:g} m", loc="left", labelpad=10, fontsize=10)
+    ax.set_xlim(-0.5, width - 0.5)
+
+
+def _series(rows: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps and values of a metric, NaN where it is null or not finite."""
+    found = {row["step"]: row[name] for row in rows if name in row}
+    steps = np.array(sorted(found), np.float64)
+    values = np.array([found[step] for step in steps], np.float64)  # None becomes NaN
+    return steps, np.where(np.isfinite(values), values, np.nan)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The centred mean of the finite of `window` values; NaN where the value is."""
+    if not len(values):
+        return values
+    finite, kernel = np.isfinite(values), np.ones(window)
+    total = np.convolve(np.where(finite, values, 0), kernel, "same")
+    count = np.convolve(finite, kernel, "same")
+    return np.where(finite, total / np.maximum(count, 1), np.nan)
+
+
+def _curves(ax: Axes, rows: Sequence[Mapping], name: str, names: set[str]) -> None:
+    """One loss, and its parts by view where there are any."""
+    parts = sorted(part for part in names if part.startswith(f"{name}_view"))
+    steps, values = _series(rows, name)
+    # About two percent of the run.
+    window = 2 * (len(steps) // 100) + 1
+    for part, colour in zip([name, *parts], ("black", *VIEW_COLOURS), strict=False):
+        at, value = _series(rows, part)
+        ax.plot(at, value, ".", color=colour, alpha=0.2, markersize=5, mew=0)
+        label = f"view {part.rpartition('_view')[2]}" if part != name else "all views"
+        # Of few values each is shown: one alone would be no line.
+        line = ".-" if window == 1 else "-"
+        ax.plot(at, _running_mean(value, window), line, color=colour, label=label)
+    title = "total loss" if name == "loss" else name.removeprefix("loss/")
+    lost = steps[np.isnan(values)]
+    if len(lost):
+        title += f" ({len(lost)} logged values not finite)"
+        mark = {"color": ALARM, "markersize": 14, "transform": ax.get_xaxis_transform()}
+        ax.plot(lost, np.zeros(len(lost)), "|", **mark)
+    if parts:
+        ax.legend(**LEGEND)
+    smoothing = f" (line: running mean of {window} logged values)" if window > 1 else ""
+    _style(ax, title, f"step{smoothing}", LOSS_UNITS.get(name, "loss"))
+
+
+def _knn(ax: Axes, rows: Sequence[Mapping]) -> None:
+    """The encoder's accuracy, and the controls that it has to beat as level lines."""
+    for name, label, colour, style in (
+        ("accuracy_mean", "encoder, patch mean", VIEW_COLOURS[0], "-"),
+        ("accuracy_cls", "encoder, class token", VIEW_COLOURS[1], "-"),
+        ("random_encoder_mean", "random encoder, patch mean", VIEW_COLOURS[0], "--"),
+        ("random_encoder_cls", "random encoder, class token", VIEW_COLOURS[1], "--"),
+        ("image_statistics", "image statistics", NEUTRAL, ":"),
+    ):
+        steps, values = _series(rows, f"knn/{name}")
+        if not len(values):
+            continue
+        line = {"color": colour, "ls": style, "label": f"{label}: {values[-1]:.1%}"}
+        if style == "-":
+            ax.plot(steps, 100 * values, marker="o", markersize=4, **line)
+        else:
+            ax.axhline(100 * values[-1], **line)
+    _style(ax, "kNN accuracy (legend: the latest)", "step", "accuracy (%)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), **LEGEND)
+
+
+def _style(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    ax.set_title(title, fontsize=11)
+    ax.set_xlabel(xlabel, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=9)
+    ax.tick_params(labelsize=9)
+    ax.xaxis.set_major_locator(
+        MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _geometric_mean(gsd: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.prod(np.asarray(gsd, np.float64), axis=-1))
+
+
+def _number(value: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def _save(fig: Figure, path: str | os.PathLike) -> None:
+    """Write a PNG whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fig.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+"""Pretraining: `python -m xsmae.main --config=configs/fmow.py --workdir=DIR`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+import xsmae.configs
+from xsmae.errors import UserError
+
+# Config files that come with the package are found by their name from any folder.
+INSTALLED_CONFIGS = Path(xsmae.configs.__file__).parent
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """The flags of pretraining."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "The run: configs/NAME.py[:preset,size=SIZE]. Its fields, which the file "
+        "configs/common.py lists, are set by --config.FIELD=VALUE.",
+        lock_config=True,
+        flag_values=flag_values,
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Where the run's files go, and where it goes on from. Default: runs/, then the "
+        "config's name and argument.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Build everything, print parameters, memory, steps and shapes, train nothing.",
+        flag_values=flag_values,
+    )
+
+
+def default_workdir(argv: list[str]) -> Path:
+    """`--config=configs/fmow.py:mae,size=large` -> `runs/fmow-mae-size-large`."""
+    flag = next(a for a in _joined(argv) if a.lstrip("-").startswith("config="))
+    path, _, argument = flag.partition("=")[2].partition(":")
+    parts = [Path(path).stem, *argument.replace("=", "-").split(",")]
+    return Path("runs") / "-".join(filter(None, parts))
+
+
+def find_config(argv: list[str]) -> list[str]:
+    """`argv` with a config file that is not here replaced by the installed one."""
+    found = []
+    for argument in argv:
+        flag, _, value = argument.partition("=")
+        path, colon, rest = value.partition(":")
+        installed = INSTALLED_CONFIGS / Path(path).name
+        if flag.lstrip("-") == "config" and not Path(path).exists():
+            if not path.endswith(".py") or not installed.exists():
+                known = sorted(p.name for p in INSTALLED_CONFIGS.glob("[a-z]*.py"))
+                known.remove("common.py")
+                raise UserError(
+                    f"--config={value}: there is no file {path}; the configs that come "
+                    f"with xsmae are {', '.join(f'configs/{n}' for n in known)}"
+                )
+            argument = f"{flag}={installed}{colon}{rest}"
+        found.append(argument)
+    return found
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """The flags of `argv`; raises UserError, in one line, for what is wrong in them."""
+    values = flags.FlagValues()
+    define_flags(values)
+    argv = find_config(_joined(argv))
+    # ml_collections reads the overrides there, whatever it is given.
+    before, sys.argv = sys.argv, argv
+    try:
+        rest = values(argv)
+        if rest[1:]:
+            raise UserError(f"unknown arguments: {' '.join(rest[1:])}")
+        if values.config is None:
+            raise UserError("--config=configs/NAME.py is missing")
+    except (KeyError, AttributeError) as error:
+        # How ml_collections tells of an unknown field; of which, its text says not.
+        message = " ".join(str(error.args[0]).split())
+        name = re.split(r"\W+", message)[-1]
+        given = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
+        given = [a for a in given if a.split(".")[-1] in message] or [name]
+        raise UserError(
+            f"{' '.join(given)}: the config has no such field ({message}); "
+            "configs/common.py and the config's own file list them"
+        ) from None
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    finally:
+        sys.argv = before
+    return values
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--config FILE` as `--config=FILE`."""
+    argv = list(argv)
+    if "--config" in argv[:-1]:
+        at = argv.index("--config")
+        argv[at : at + 2] = [f"--config={argv[at + 1]}"]
+    return argv
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    argv = sys.argv if argv is None else argv
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        values = flags.FlagValues()
+        define_flags(values)
+        print(__doc__, values.main_module_help() or values.get_help(), sep="\n\n")
+        return 0
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file at INFO
+    try:
+        values = parse(argv)
+        # After the flags, so that a wrong one is told at once.
+        from xsmae import report, train
+
+        if values.dry_run:
+            print(report.dry_run(values.config))
+            return 0
+        workdir = Path(values.workdir or default_workdir(argv))
+        return train.train_and_evaluate(values.config, workdir)
+    except UserError as error:
+        print(f"xsmae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("xsmae: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, W&B, the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from xsmae.errors import UserError
+
+SCHEMA = 1
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `metrics.jsonl`, and the same to TensorBoard.
+
+    `resume_step` is the step that the run goes on from: later lines, which a killed run
+    left behind, are dropped, since they will be written again.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        resume_step: int | None,
+        tensorboard: bool = True,
+        wandb_config: Mapping | None = None,
+    ):
+        self.wandb = None
+        if wandb_config is not None:
+            self.wandb = _start_wandb(workdir, wandb_config)
+        self.path = workdir / "metrics.jsonl"
+        rows = [] if resume_step is None else read_metrics(self.path)
+        lines = [json.dumps(r) + "\n" for r in rows if r["step"] <= resume_step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(lines))
+        temporary.replace(self.path)
+        self.file = self.path.open("a")
+        self.events = None
+        if tensorboard:
+            purge_step = 0 if resume_step is None else resume_step + 1
+            self.events = SummaryWriter(str(workdir), purge_step=purge_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line for `step`; it is on disk when this returns."""
+        values = {name: _plain(value) for name, value in metrics.items()}
+        self.file.write(json.dumps({"schema": SCHEMA, "step": step, **values}) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        numbers = {k: v for k, v in values.items() if v is not None}
+        if self.events is not None:
+            for name, value in numbers.items():
+                self.events.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.events is not None:
+            self.events.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`, without the half-written last one of a kill."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _plain(value) -> float | int | None:
+    """A JSON number; null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _start_wandb(workdir: Path, config: Mapping):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "--config.wandb=true, but wandb is not installed: pip install wandb"
+        ) from None
+    return wandb.init(
+        project="xsmae", dir=str(workdir), config=dict(config), resume="allow"
+    )
+
+
+class Progress:
+    """The line that a person sees for each logged step, and the rate it holds."""
+
+    def __init__(self, *, start_step: int, num_steps: int, batch_size: int):
+        self.num_steps = num_steps
+        self.batch_size = batch_size
+        self.start = self.last = time.monotonic()
+        self.start_step = self.last_step = start_step
+
+    def images_per_second(self, step: int) -> float:
+        """Samples a second since this was last asked."""
+        now = time.monotonic()
+        rate = (step - self.last_step) * self.batch_size / max(now - self.last, 1e-9)
+        self.last, self.last_step = now, step
+        return rate
+
+    def restart(self, step: int) -> None:
+        """Count from `step` on."""
+        self.start = self.last = time.monotonic()
+        self.start_step = self.last_step = step
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time spent inside."""
+        begin = time.monotonic()
+        yield
+        spent = time.monotonic() - begin
+        self.start += spent
+        self.last += spent
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> str:
+        terms = ", ".join(
+            f"{name.removeprefix('loss/')} {value:.4f}"
+            for name, value in metrics.items()
+            if name.startswith("loss/") and "_view" not in name
+        )
+        done = max(step - self.start_step, 1)
+        left = (time.monotonic() - self.start) / done * (self.num_steps - step)
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        return (
+            f"step {step}/{self.num_steps}  epoch {metrics['epoch']:.2f}  "
+            f"loss {metrics['loss']:.4f} ({terms})  "
+            f"{metrics['images_per_second']:.0f} images/s  "
+            f"{hours}:{minutes:02}:{seconds:02} left"
+        )

@@ -1,0 +1,135 @@
+"""What a run leaves besides its numbers: its config and the environment it ran in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from xsmae.errors import UserError
+
+# Fields that change neither the batches nor the numbers: they may differ on resuming.
+FREE_FIELDS = (
+    "input.num_workers",
+    "input.num_threads",
+    "input.prefetch",
+    "input.max_rejected_fraction",
+    "checkpoint.",
+    "figures.",
+    "log_every",
+    "data.root",
+    "data.csv_path",
+    "data.data_dir",
+    "tensorboard",
+    "wandb",
+)
+
+PACKAGES = (
+    "xsmae", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
+    "pillow",
+)  # fmt: skip
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to one, with dotted names."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What of `new` differs from `old`, one text a field, free fields left out."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(FREE_FIELDS)
+    ]
+
+
+def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Make the folder and its `config.json`, or check that it is the same run's.
+
+    Raises UserError where the folder cannot be written to or is of another config.
+    """
+    resolved = json.loads(config.to_json())
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            saved = json.loads(path.read_text())
+            if not isinstance(saved, dict):
+                raise json.JSONDecodeError("not an object", str(saved), 0)
+            found = differences(saved, resolved)
+            if found:
+                raise UserError(
+                    f"{workdir} holds a run of another config: {'; '.join(found)}. "
+                    "Give that config to go on with it, or a new --workdir"
+                )
+        write_json(path, resolved)
+        write_json(workdir / "environment.json", describe_environment())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not JSON ({error}): give a new --workdir, or remove the file "
+            "to go on with this one"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the workdir {workdir}: {error.strerror}; give another "
+            "--workdir"
+        ) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file so that it is either the old one or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, devices, the command and the git revision of the working folder."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None  # xsmae itself, run from its folder
+    return {
+        "schema": 1,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": versions,
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "command": sys.argv,
+        "git_revision": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that this package lies in, if it lies in one."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
