@@ -5,10 +5,16 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
+# XLA's large temporary arrays in huge pages that stay mapped (Linux, glibc): steps on a
+# CPU take about a quarter less processor time.
+MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
+MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
+
 .PHONY: quickstart test test-core lint format clean
 
 quickstart: $(VENV)/installed
-	$(BIN)/python -m xsmae.main --config=configs/quickstart.py --workdir=$(WORKDIR)
+	GLIBC_TUNABLES=$(MALLOC) \
+		$(BIN)/python -m xsmae.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: lint
 	$(BIN)/python -m pytest --durations=10 --cov=xsmae --cov-report=term --cov-fail-under=90

@@ -68,7 +68,7 @@ def get_common(preset: str, size: str) -> ml_collections.ConfigDict:
     views.area2 = (0.25, 0.75)  # view 2, as a fraction of view 1
     views.ratio = (3 / 4, 4 / 3)  # width / height of both
     # How an area is drawn; log_uniform draws the effective GSD log-uniformly.
-    views.area_distribution = "uniform" if published else "log_uniform"
+    views.area_distribution = "log_uniform" if corrected else "uniform"
     views.view2_from = "view1" if published else "source"  # pixels it is cut from
     views.view2_box = "batch" if published else "sample"  # one box per ...
     views.interpolation = "bicubic"
@@ -148,7 +148,7 @@ def get_common(preset: str, size: str) -> ml_collections.ConfigDict:
     # The kNN monitor, where the data has labels. `train` and `test` are what differs
     # from `data` for the labelled bank and the queries.
     config.knn = knn = ml_collections.ConfigDict()
-    knn.every = 5000  # steps; 0: at the end alone
+    knn.every = 5000  # steps; 0: at the end alone; -1: never
     knn.train = ml_collections.ConfigDict()
     knn.test = ml_collections.ConfigDict()
     knn.k = 20  # k and temperature: Scale-MAE's protocol

@@ -37,7 +37,7 @@ def get_config(argument=None):
     config.num_epochs = 3.0
     config.optim.warmup_epochs = 0.3
     config.optim.learning_rate = 4e-3
-    if config.method == "cross_scale_mae":
+    if options["preset"] == "corrected":
         config.loss.contrastive.temperature = 0.1
     config.knn.test.split = "test"
     config.knn.every = 250

@@ -13,6 +13,7 @@ def get_config(argument=None):
         root=placeholder(str),  # holds train/ and val/
         split="train",
         kind="rgb",
+        gsd=placeholder(float),  # instead of the one in each JSON
         crop=True,
         context=0.25,
         min_side=32,

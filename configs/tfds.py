@@ -1,8 +1,7 @@
 """A TFDS data set prepared as ArrayRecord. Needs data.name, data.data_dir, data.gsd.
 
 The names of the catalogue that suit: `eurosat/rgb` (10 m), `resisc45` (0.2 to 30 m),
-`uc_merced` (0.3048 m); and our own `fmow` (`python -m xsmae.data.fmow_tfds`), whose
-records carry their GSD.
+`uc_merced` (0.3048 m). For fMoW see `fmow_tfds.py`.
 """
 
 from ml_collections.config_dict import placeholder

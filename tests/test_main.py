@@ -17,10 +17,11 @@ from xsmae.configs import common
 
 import xsmae
 from xsmae import main
+from xsmae.evaluation.knn import KnnMonitor
 from xsmae.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
-PLACE = {"fmow.py", "folder.py", "eurosat.py", "uc_merced.py", "csv.py", "tfds.py"}
+CONFIGS = sorted({p.name for p in (ROOT / "configs").glob("[a-z]*.py")} - {"common.py"})
 
 SMALL_MODEL = [
     "--config.views.size=16",
@@ -158,8 +159,10 @@ def test_killed_runs_end_as_the_uninterrupted_one(finished, tmp_path):
             time.sleep(0.02)
         os.kill(process.pid, number)
         printed, _ = process.communicate(timeout=100)
-        if number == signal.SIGTERM and process.returncode != 0:
-            assert process.returncode == 128 + signal.SIGTERM
+        assert process.returncode == (
+            -signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM
+        )
+        if number == signal.SIGTERM:
             assert "the same command goes on" in printed
     assert subprocess.run(command(workdir), cwd=ROOT).returncode == 0
     assert comparable(workdir) == comparable(finished[0])
@@ -168,6 +171,49 @@ def test_killed_runs_end_as_the_uninterrupted_one(finished, tmp_path):
         for folder in (workdir, finished[0])
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("stopped_in", ["monitor", "last monitor", "finish"])
+def test_ctrl_c_while_measuring(finished, tmp_path, stopped_in, monkeypatch, capfd):
+    """The state is saved, and what was left out is made up for."""
+    calls = {"monitor": 2, "last monitor": 3, "finish": 4}[stopped_in]
+    measured = KnnMonitor.accuracy
+
+    def accuracy(monitor, encode):
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measured(monitor, encode)
+
+    monkeypatch.setattr(KnnMonitor, "accuracy", accuracy)
+    workdir = tmp_path / "run"
+    arguments = command(workdir)[3:]
+    assert call(*arguments) == 130
+    assert "SIGINT: stopping" in capfd.readouterr().err
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert saved == (4 if stopped_in == "monitor" else 8)
+    assert call(*arguments) == 0
+    assert comparable(workdir) == comparable(finished[0])
+
+
+def test_worker_processes_change_nothing(finished, tmp_path):
+    workdir = tmp_path / "workers"
+    run = command(workdir, "--config.input.num_workers=2")
+    assert subprocess.run(run, cwd=ROOT, timeout=300).returncode == 0
+    assert comparable(workdir) == comparable(finished[0])
+
+
+def test_a_refused_start_leaves_the_workdir_free(tmp_path, capsys):
+    config = "--config=configs/quickstart.py:mae"
+    run = [config, *SMALL_RUN, f"--workdir={tmp_path / 'run'}", "--config.knn.every=-1"]
+    refused(capsys, *run, "--config.batch_size=64")
+    diverging = ["--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=0"]
+    refused(capsys, *run, *diverging, "--config.optim.max_nonfinite=1")
+    assert call(*run) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not any(name.startswith("knn") for row in rows for name in row)
+    assert "kNN" not in capsys.readouterr().out
 
 
 def test_a_workdir_of_another_config_is_refused(finished, capsys):
@@ -261,6 +307,21 @@ def test_a_diverging_run_stops(tmp_path, capsys):
         (["--config.data.gsd=-1.0"], "gsd"),
         (["--config.log_every=0"], "log_every=0"),
         (["--config.num_steps=0"], "num_steps"),
+        (["--config.seed=-1"], "seed=-1"),
+        (["--config.figures.samples=0"], "figures.samples=0"),
+        (["--config.checkpoint.keep=0"], "checkpoint.keep=0"),
+        (["--config.knn.k=0"], "knn.k=0"),
+        (["--config.optim.max_nonfinite=0"], "max_nonfinite=0"),
+        (["--config.input.num_workers=-1"], "num_workers=-1"),
+        (["--config.input.max_rejected_fraction=-0.1"], "max_rejected_fraction=-0.1"),
+        (["--config.loss.contrastive.temperature=0.0"], "temperature=0.0"),
+        (["--config.loss.contrastive.groups=3"], "3 groups"),
+        (["--config.loss.reconstruction.views=max"], "'max'"),
+        (["--config.views.area=('a',1)"], "views.area"),
+        (["--config.mean=(0.5,)"], "mean"),
+        (["--config.model.attention=magic"], "magic"),
+        (["--config.model.remat=some"], "remat"),
+        (["--config.knn.test.num_images=0"], "--config.knn.every=-1"),
     ],
 )
 def test_what_is_refused(arguments, expected, tmp_path, capsys):
@@ -275,6 +336,8 @@ def test_what_is_refused(arguments, expected, tmp_path, capsys):
     ("config", "expected"),
     [
         ("configs/nothing.py", "configs/fmow.py"),
+        ("elsewhere/fmow.py", "elsewhere/fmow.py"),
+        ("configs/common.py", "configs/folder.py"),
         ("configs/fmow.py:publshed", "publshed"),
         ("configs/fmow.py:published,size=giant", "giant"),
         ("configs/fmow.py:published,depth=3", "depth"),
@@ -324,7 +387,7 @@ def test_dry_run_with_data(image_folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("preset", common.PRESETS)
-@pytest.mark.parametrize("name", sorted({*PLACE, "quickstart.py"}))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_builds(name, preset):
     from xsmae.trainer import create_sampler, create_trainer
 
@@ -338,6 +401,9 @@ def test_each_config_builds(name, preset):
     state = jax.eval_shape(trainer.initial_state)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 20e6
     assert 0 < trainer.schedule.warmup_steps < trainer.schedule.num_steps
+    if preset == "published":  # whatever a data set sets, this stays as published
+        assert config.loss.contrastive.temperature == 0.5
+        assert config.model.position == "fixed"
     assert json.loads(config.to_json())["mean"]
 
 

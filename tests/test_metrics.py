@@ -145,7 +145,7 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
-    calls = []
+    calls, names = [], set()
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append((step, values)),
         finish=lambda: calls.append("finish"),
@@ -153,6 +153,7 @@ def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
 
     def init(**arguments):
         calls.append(arguments["config"])
+        names.add(arguments["id"])
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
@@ -162,6 +163,9 @@ def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
     writer.write(2, {"loss": 0.5, "broken": math.nan})
     writer.close()
     assert calls == [{"seed": 3}, (2, {"loss": 0.5}), "finish"]
+    # Started again it is the same run.
+    MetricsWriter(tmp_path, resume_step=2, tensorboard=False, wandb_config={"seed": 3})
+    assert len(names) == 1
 
 
 # The progress line
@@ -204,6 +208,12 @@ def test_progress_line(clock):
     )
     clock.now += 3960
     assert progress.line(2010, VALUES).endswith("0:00:00 left")
+
+
+def test_the_line_of_a_step_that_compiled_has_no_rate(clock):
+    progress = Progress(start_step=0, num_steps=10, batch_size=8)
+    line = progress.line(1, {**VALUES, "images_per_second": math.nan})
+    assert line.endswith("(reconstruction 1.2500, contrastive 0.2500)  compiled")
 
 
 def test_rate_is_since_it_was_last_asked(clock):
@@ -272,8 +282,14 @@ def test_a_new_workdir_gets_config_and_environment(tmp_path):
     assert environment.keys() >= {"git_revision", "platform", "cpus"}
 
 
+def begin(workdir):
+    """A workdir in which a run has saved a step."""
+    open_workdir(workdir, some_config())
+    (workdir / "checkpoints" / "5").mkdir(parents=True)
+
+
 def test_the_same_config_goes_on(tmp_path):
-    open_workdir(tmp_path, some_config())
+    begin(tmp_path)
     before = (tmp_path / "config.json").read_text()
     open_workdir(tmp_path, some_config())
     assert (tmp_path / "config.json").read_text() == before
@@ -288,7 +304,7 @@ def test_the_same_config_goes_on(tmp_path):
     ],
 )
 def test_another_config_is_refused_and_the_field_named(tmp_path, field, value, said):
-    open_workdir(tmp_path, some_config())
+    begin(tmp_path)
     before = (tmp_path / "config.json").read_text()
     message = refused(said, tmp_path, some_config(**{field: value}))
     assert "--workdir" in message
@@ -296,8 +312,15 @@ def test_another_config_is_refused_and_the_field_named(tmp_path, field, value, s
     assert (tmp_path / "config.json").read_text() == before
 
 
-def test_every_difference_is_named(tmp_path):
+def test_a_run_without_a_checkpoint_may_change_its_config(tmp_path):
     open_workdir(tmp_path, some_config())
+    (tmp_path / "checkpoints").mkdir()
+    open_workdir(tmp_path, some_config(batch_size=16))
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 16
+
+
+def test_every_difference_is_named(tmp_path):
+    begin(tmp_path)
     changes = {"seed": 1, "batch_size": 4, "input.num_workers": 2}
     message = refused(
         "batch_size was 8, is 4; seed was 0", tmp_path, some_config(**changes)
@@ -306,7 +329,7 @@ def test_every_difference_is_named(tmp_path):
 
 
 def test_free_fields_may_change(tmp_path):
-    open_workdir(tmp_path, some_config())
+    begin(tmp_path)
     changes = {
         "input.num_workers": 2,
         "input.num_threads": 1,
@@ -329,6 +352,7 @@ def test_fields_that_come_or_go_are_differences():
 
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0,', b"\xff\xfe"])
 def test_broken_config(tmp_path, content):
+    begin(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     message = refused("is not JSON", tmp_path, some_config())
     assert str(tmp_path / "config.json") in message
@@ -360,7 +384,7 @@ def handler():
     signal.signal(signal.SIGTERM, previous)
 
 
-def test_the_first_signal_is_noted_and_the_second_acts(handler, capsys):
+def test_the_first_signal_is_noted_and_the_second_acts(handler, capfd):
     with StopRequest() as stop:
         assert stop.signal is None
         os.kill(os.getpid(), signal.SIGTERM)
@@ -370,7 +394,7 @@ def test_the_first_signal_is_noted_and_the_second_acts(handler, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0)
         assert handler == [1]
-    assert capsys.readouterr().out.startswith("SIGTERM: stopping after this step")
+    assert capfd.readouterr().err.startswith("SIGTERM: stopping after this step")
 
 
 def test_interrupt_is_noted_then_raises():

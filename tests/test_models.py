@@ -15,7 +15,14 @@ from xsmae.models.cross_scale_mae import PositionBatchNorm
 from xsmae.models.mae import Views
 from xsmae.models.masking import random_masking, take_tokens
 from xsmae.models.position import patch_positions, relative_box, sincos_2d
-from xsmae.models.vit import Block, patchify, run_blocks, stacked_blocks, unpatchify
+from xsmae.models.vit import (
+    Block,
+    LayerNorm,
+    patchify,
+    run_blocks,
+    stacked_blocks,
+    unpatchify,
+)
 from xsmae.ops.attention import attention
 
 MODEL = {
@@ -266,16 +273,20 @@ def test_both_views_in_one_batch_equal_each_alone():
 
 
 def test_view_2_is_placed_in_view_1_by_its_box():
-    """An aligned half-size view: its positions are those of the ground it shows."""
-    model = build(position="gsd", mask_ratio=0.0).mae
-    images = jnp.zeros((1, 2, 16, 16, 3))
-    gsd = jnp.array([[[1.0, 1.0], [0.5, 0.5]]])
-    box = jnp.array([[[0.0, 0, 1, 1], [0.5, 0.5, 1.0, 1.0]]])
-    tokens = model(Views(images, gsd, box), some_noise(1)).encoder_tokens
-    moved = jnp.array([[[0.0, 0, 1, 1], [0.0, 0.0, 0.5, 0.5]]])
-    other = model(Views(images, gsd, moved), some_noise(1)).encoder_tokens
-    np.testing.assert_array_equal(tokens[:, 0], other[:, 0])
-    assert np.abs(tokens[:, 1] - other[:, 1]).max() > 1e-3
+    """View 1 spans 16 x 32 m; view 2 begins a half and a quarter of the way in."""
+    model = build(position="gsd", mask_ratio=0.0, reference_gsd=0.5).mae
+    images = jax.random.normal(jax.random.key(0), (1, 2, 16, 16, 3))
+    gsd = jnp.array([[[1.0, 2.0], [0.5, 1.0]]])
+    box = jnp.array([[[0.0, 0, 1, 1], [0.5, 0.25, 1.0, 0.75]]])
+    noise = some_noise(1)
+    tokens = model(Views(images, gsd, box), noise).encoder_tokens
+    order = jnp.argsort(noise[:, 1], axis=1)
+    # A patch is 4 px, of 0.5 m at the reference: 8 m down are 4 of them, and 8 across.
+    for offset, same in (([4.0, 4.0], True), ([4.0, 8.0], False)):
+        expected = model.encoder(
+            images[:, 1], gsd=gsd[:, 1], offset=jnp.array([offset]), ids_keep=order
+        )
+        assert np.allclose(tokens[:, 1], expected, rtol=1e-4, atol=1e-4) == same
 
 
 def test_encoder_norm_off_leaves_the_tokens_unnormalised():
@@ -314,6 +325,19 @@ def test_position_batch_norm_by_hand():
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(norm.mean[...], 0.1 * mean, rtol=1e-4)
     np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * var * 35 / 34, rtol=1e-4)
+
+
+def test_layer_norm_is_float32_inside():
+    norm = LayerNorm(64, epsilon=1e-6, out_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    # Both vanish in bfloat16, which has 8 bits: the scale's excess and the mean's size.
+    norm.scale[...] = jnp.full(64, 1 + 2.0**-10)
+    norm.bias[...] = jnp.full(64, 2.0**-10)
+    x = 10 + jax.random.normal(jax.random.key(0), (4, 64))
+    wide = np.asarray(x, np.float64)
+    wide = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+    expected = jnp.asarray(wide * (1 + 2.0**-10) + 2.0**-10, jnp.bfloat16)
+    assert norm(x).dtype == jnp.bfloat16
+    assert (norm(x) == expected).mean() > 0.98
 
 
 def test_bfloat16_is_near_float32():

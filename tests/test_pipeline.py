@@ -1,13 +1,13 @@
 """The batches of a run, whoever reads them and from where on; bad images."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
 
 import numpy as np
 import pytest
-from absl import flags
 
 from xsmae.data.multiscale import ViewSampler
 from xsmae.data.pipeline import RejectedImages, make_batches
@@ -117,8 +117,6 @@ def test_threads_change_nothing(threads, prefetch):
 
 
 def test_worker_processes_change_nothing():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["pytest"], known_only=True)  # grain's workers are sent the flags
     logging.getLogger("absl").setLevel(logging.ERROR)
     source = NoiseSource(10, bad=[2, 3])
     iterator = make_batches(
@@ -228,11 +226,15 @@ def test_bad_images_are_counted_and_listed_once(tmp_path):
     source = NoiseSource(10, bad=[2, 3])
     path = tmp_path / "rejected.jsonl"
     rejected = RejectedImages(path, source, max_fraction=0.3)
-    replaced = [rejected.check(batch) for batch in batches(source, num_steps=10)]
+    replaced = [
+        rejected.check(batch, step=i)
+        for i, batch in enumerate(batches(source, num_steps=10))
+    ]
     assert sum(replaced) == 2 * 4
     assert max(replaced) <= 4
     assert len(rejected) == 2
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(0 <= row.pop("step") < 10 for row in rows)
     assert sorted(rows, key=lambda row: row["id"]) == [
         {"schema": 1, "id": "02.png", "reason": "2 is no image"},
         {"schema": 1, "id": "03.png", "reason": "3 is no image"},
@@ -241,7 +243,7 @@ def test_bad_images_are_counted_and_listed_once(tmp_path):
 
 def test_good_images_leave_no_list(tmp_path):
     rejected = RejectedImages(tmp_path / "r", NoiseSource(10), max_fraction=0.0)
-    assert [rejected.check(batch) for batch in batches()] == [0] * 5
+    assert [rejected.check(batch, step=1) for batch in batches()] == [0] * 5
     assert not (tmp_path / "r").exists()
 
 
@@ -252,24 +254,38 @@ def test_a_resumed_run_lists_nothing_twice(tmp_path, cut):
     path = tmp_path / "rejected.jsonl"
     found = batches(source, num_steps=10)
     first = RejectedImages(path, source, max_fraction=0.3)
-    for batch in found[:5]:
-        first.check(batch)
+    for step, batch in enumerate(found[:5], 1):
+        first.check(batch, step=step)
     before = path.read_text()
     assert len(before.splitlines()) == 2
     path.write_text(before[: len(before) - cut])
-    resumed = RejectedImages(path, source, max_fraction=0.3)
+    resumed = RejectedImages(path, source, max_fraction=0.3, resume_step=5)
     assert len(resumed) == (1 if cut else 2)
-    for batch in found[5:]:
-        resumed.check(batch)
-    assert path.read_text() == before
-    assert len(RejectedImages(path, source, max_fraction=0.3)) == 2
+    for step, batch in enumerate(found[5:], 6):
+        resumed.check(batch, step=step)
+    ids = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+    assert sorted(ids) == sorted(json.loads(x)["id"] for x in before.splitlines())
+    assert len(RejectedImages(path, source, max_fraction=0.3, resume_step=10)) == 2
+
+
+def test_what_later_steps_of_a_killed_run_found_is_found_again(tmp_path):
+    source = NoiseSource(10, bad=[2, 3])
+    path = tmp_path / "rejected.jsonl"
+    rejected = RejectedImages(path, source, max_fraction=0.3)
+    for step, batch in enumerate(batches(source, num_steps=10), 1):
+        rejected.check(batch, step=step)
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    resumed = RejectedImages(path, source, max_fraction=0.3, resume_step=min(steps) - 1)
+    assert len(resumed) == 0
+    assert path.read_text() == ""
+    assert len(RejectedImages(path, source, max_fraction=0.3)) == 0
 
 
 def run_until_it_stops(source, path, fraction, **changes):
     rejected = RejectedImages(path, source, max_fraction=fraction)
     found = batches(source, max_rejected_fraction=fraction, **changes)
     with pytest.raises(UserError) as caught:
-        list(map(rejected.check, found))
+        list(map(functools.partial(rejected.check, step=1), found))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -288,7 +304,7 @@ def test_as_many_as_the_limit_are_allowed(tmp_path):
     source = NoiseSource(10, bad=[2, 3, 4])
     rejected = RejectedImages(tmp_path / "r", source, max_fraction=0.3)
     for batch in batches(source, max_rejected_fraction=0.3):
-        rejected.check(batch)
+        rejected.check(batch, step=1)
     assert len(rejected) == 3
 
 
@@ -310,5 +326,5 @@ def test_an_image_that_is_good_again_is_listed_as_that(tmp_path):
     source.bad = frozenset()
     rejected = RejectedImages(tmp_path / "r", source, max_fraction=0.3)
     for batch in found:
-        rejected.check(batch)
+        rejected.check(batch, step=1)
     assert "later it could" in json.loads((tmp_path / "r").read_text())["reason"]

@@ -124,6 +124,17 @@ def test_total_is_the_weighted_sum_and_views_add_up():
     assert m["loss/reconstruction"] == pytest.approx(views, rel=1e-5)
 
 
+def test_a_term_of_weight_0_cannot_spoil_the_total():
+    step, state = trainer(weights=(1.0, 0.0, 1.0))
+    batch = some_batch(1)  # no negatives: the contrastive loss is 0, or not a number
+    published_step, published = trainer(weights=(1.0, 0.0, 1.0), published=True)
+    for run, before in ((step, state), (published_step, published)):
+        after, metrics = run(before, batch)
+        assert np.isfinite(metrics["loss"])
+        assert int(metrics["nonfinite"]) == 0
+        assert not equal(after.params, before.params)
+
+
 def test_masks_differ_from_step_to_step_and_repeat_with_the_seed():
     step, state = trainer(learning_rate=0.0)
     batch = some_batch()

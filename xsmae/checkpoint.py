@@ -56,6 +56,11 @@ class Checkpoints:
         position = self.manager.restore(
             step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
         )["position"]
+        if position["batches"] != step:
+            raise UserError(
+                f"{where} holds the position of step {position['batches']}: remove it "
+                "to go on from the one before"
+            )
         if position["source"] != fingerprint:
             raise UserError(
                 f"{where} was trained on data with fingerprint {position['source']}, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -56,13 +55,15 @@ def find_config(argv: list[str]) -> list[str]:
         flag, _, value = argument.partition("=")
         path, colon, rest = value.partition(":")
         installed = INSTALLED_CONFIGS / Path(path).name
-        if flag.lstrip("-") == "config" and not Path(path).exists():
-            if not path.endswith(".py") or not installed.exists():
-                known = sorted(p.name for p in INSTALLED_CONFIGS.glob("[a-z]*.py"))
-                known.remove("common.py")
+        known = {p.name for p in INSTALLED_CONFIGS.glob("[a-z]*.py")} - {"common.py"}
+        ours = Path(path).parent in (Path(), Path("configs"))
+        if flag.lstrip("-") == "config" and (
+            not Path(path).exists() or (ours and Path(path).name == "common.py")
+        ):
+            if not ours or Path(path).name not in known:
                 raise UserError(
-                    f"--config={value}: there is no file {path}; the configs that come "
-                    f"with xsmae are {', '.join(f'configs/{n}' for n in known)}"
+                    f"--config={value}: there is no config {path}; those that come "
+                    f"with xsmae: {', '.join(f'configs/{n}' for n in sorted(known))}"
                 )
             argument = f"{flag}={installed}{colon}{rest}"
         found.append(argument)
@@ -85,11 +86,12 @@ def parse(argv: list[str]) -> flags.FlagValues:
     except (KeyError, AttributeError) as error:
         # How ml_collections tells of an unknown field; of which, its text says not.
         message = " ".join(str(error.args[0]).split())
-        name = re.split(r"\W+", message)[-1]
         given = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
-        given = [a for a in given if a.split(".")[-1] in message] or [name]
+        given = [a for a in given if a.split(".")[-1] in message]
+        if not given:
+            raise  # a mistake in the config file itself: where, its traceback tells
         raise UserError(
-            f"{' '.join(given)}: the config has no such field ({message}); "
+            f"{' or '.join(given)}: the config has no such field ({message}); "
             "configs/common.py and the config's own file list them"
         ) from None
     except (flags.Error, ValueError, TypeError) as error:

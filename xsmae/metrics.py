@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -95,8 +96,10 @@ def _start_wandb(workdir: Path, config: Mapping):
         raise UserError(
             "--config.wandb=true, but wandb is not installed: pip install wandb"
         ) from None
+    # The same workdir is the same run, also after a restart.
+    name = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
     return wandb.init(
-        project="xsmae", dir=str(workdir), config=dict(config), resume="allow"
+        project="xsmae", id=name, dir=str(workdir), config=dict(config), resume="allow"
     )
 
 
@@ -143,6 +146,9 @@ class Progress:
         return (
             f"step {step}/{self.num_steps}  epoch {metrics['epoch']:.2f}  "
             f"loss {metrics['loss']:.4f} ({terms})  "
-            f"{metrics['images_per_second']:.0f} images/s  "
-            f"{hours}:{minutes:02}:{seconds:02} left"
+            + (
+                f"{rate:.0f} images/s  {hours}:{minutes:02}:{seconds:02} left"
+                if math.isfinite(rate := metrics["images_per_second"])
+                else "compiled"
+            )
         )

@@ -8,7 +8,7 @@ import jax
 import optax
 
 
-def decay_mask(params):
+def decay_mask(params: optax.Params) -> optax.Params:
     """Which parameters are decayed: all but biases and the scales of norms.
 
     By name rather than by rank, since stacked blocks give every leaf a layer axis.

@@ -9,12 +9,14 @@ import ml_collections
 from flax import nnx
 
 from xsmae.data.catalogue import build_source, missing_arguments
+from xsmae.data.pipeline import check_batch_size
 from xsmae.data.sources import Source
 from xsmae.metrics import read_metrics
 from xsmae.trainer import (
     Trainer,
     batch_shapes,
     batches_of,
+    create_monitors,
     create_sampler,
     create_trainer,
 )
@@ -102,6 +104,8 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
         batch = batch_shapes(config)
     else:
         lines.append(f"data: {source!r}")
+        check_batch_size(source, config.batch_size)
+        create_monitors(config, source)
         batch = next(batches_of(config, source, sampler, 0, 1))
     schedule = trainer.schedule
     if unknown:

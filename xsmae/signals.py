@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 
@@ -25,11 +26,10 @@ class StopRequest:
 
     def _receive(self, number, frame) -> None:
         self.signal = number
-        name = signal.Signals(number).name
-        print(
-            f"{name}: stopping after this step; once more to stop at once", flush=True
-        )
         self._restore()
+        name = signal.Signals(number).name
+        # Not print: a signal that arrives within another print must not start one.
+        os.write(2, f"{name}: stopping after this step; again: at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

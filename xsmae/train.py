@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from xsmae import figures
 from xsmae.checkpoint import Checkpoints
 from xsmae.data.catalogue import build_source
 from xsmae.data.multiscale import ViewSampler
-from xsmae.data.pipeline import RejectedImages
+from xsmae.data.pipeline import RejectedImages, check_batch_size
 from xsmae.data.sources import Source
 from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
@@ -29,6 +30,7 @@ from xsmae.trainer import (
     STEP_FIELDS,
     Trainer,
     batches_of,
+    create_monitors,
     create_sampler,
     create_trainer,
     first_samples,
@@ -47,6 +49,8 @@ class Run:
     source: Source
     sampler: ViewSampler
     trainer: Trainer
+    monitor: KnnMonitor | None
+    full_monitor: KnnMonitor | None
     checkpoints: Checkpoints
     writer: MetricsWriter
     rejected: RejectedImages
@@ -59,9 +63,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     Returns the exit status: 0 when the run is complete, 128 + n when signal n stopped
     it (after a step, the state is saved). Raises UserError for what the user can mend.
     """
+    # All that can be wrong with the input comes first, and leaves no trace.
     source = build_source(config.data)
+    check_batch_size(source, config.batch_size)
     sampler = create_sampler(config)
     trainer = create_trainer(config, num_images=len(source))
+    stop = StopRequest()
+    monitors = create_monitors(
+        config, source, should_stop=lambda: stop.signal is not None
+    )
     open_workdir(workdir, config)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
@@ -69,9 +79,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         keep_every=config.checkpoint.keep_every,
     )
     start = checkpoints.latest_step()
-    state = trainer.initial_state()
-    if start is not None:
-        state = checkpoints.restore(start, state, fingerprint=source.fingerprint)
+    if start is None:
+        state = trainer.initial_state()
+    else:
+        state = checkpoints.restore(
+            start, trainer.state_shapes(), fingerprint=source.fingerprint
+        )
         print(f"going on from step {start}, saved in {workdir}", flush=True)
     print(describe(config, trainer, source), flush=True)
     writer = MetricsWriter(
@@ -84,14 +97,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         workdir / "rejected.jsonl",
         source,
         max_fraction=config.input.max_rejected_fraction,
+        resume_step=start,
     )
-    with StopRequest() as stop:
+    with stop:
         run = Run(
             config,
             workdir,
             source,
             sampler,
             trainer,
+            *monitors,
             checkpoints,
             writer,
             rejected,
@@ -118,66 +133,75 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
     """The loop over the steps after `start`."""
     config, trainer = run.config, run.trainer
     num_steps = trainer.schedule.num_steps
-    if start >= num_steps:
-        return state
-    monitor = create_monitor(run)
-    if monitor is not None and start == 0:
-        encode = functools.partial(trainer.encode, state.params)
-        run.writer.write(0, _named("knn/", monitor.controls(encode)))
+    _monitor_start(run, state, start)
     sharding = by_batch(trainer.mesh)
     progress = Progress(
         start_step=start, num_steps=num_steps, batch_size=config.batch_size
     )
     batches = batches_of(config, run.source, run.sampler, start, num_steps)
     previous, seen = None, []
+    gsd_wanted = not (run.workdir / "figures" / "gsd.png").exists()
     for step, batch in enumerate(batches, start + 1):
-        rejected_now = run.rejected.check(batch)
+        try:
+            replaced = run.rejected.check(batch, step=step)
+        except UserError:
+            _save(run, state, step - 1)
+            raise
         arrays = put_batch({name: batch[name] for name in STEP_FIELDS}, sharding)
         state, metrics = trainer.step(state, arrays)
         # Of the step before, so that the devices do not wait for the host.
         _check_finite(config, previous, step - 1)
         previous = metrics
 
-        stopping, last = run.stop.signal is not None, step == num_steps
-        if start == 0 and (step - 1) * config.batch_size < GSD_SAMPLES:
+        last = step == num_steps
+        if gsd_wanted:
             seen.append({name: np.array(batch[name]) for name in ("gsd", "box")})
         if step % config.log_every == 0 or step == 1 or last:
             values = {name: float(value) for name, value in metrics.items()}
             values["epoch"] = step / trainer.schedule.steps_per_epoch
             values["rejected"] = len(run.rejected)
-            values["replaced_in_batch"] = rejected_now
-            values["images_per_second"] = progress.images_per_second(step)
+            values["replaced_in_batch"] = replaced
+            # The first step compiles, which is not the rate to go by.
+            rate = progress.images_per_second(step)
+            values["images_per_second"] = rate if step > start + 1 else math.nan
             run.writer.write(step, values)
             print(progress.line(step, values), flush=True)
         if step == start + 1:
             _draw_crops(run, batch)
             jax.block_until_ready(metrics)
-            progress.restart(step)  # the first step compiles: not the rate to go by
+            progress.restart(step)
         with progress.paused():
-            if monitor is not None and (_due(step, config.knn.every) or last):
-                _monitor(run, monitor, state, step)
+            if _monitored(run, step):
+                _monitor(run, state, step)
             if _due(step, config.figures.every) or last:
                 _draw_progress(run, state, step)
-            if seen and (last or step * config.batch_size >= GSD_SAMPLES):
+            enough = len(seen) * config.batch_size >= GSD_SAMPLES
+            if gsd_wanted and (enough or last):
                 _draw_gsds(run, seen)
-                seen = []
+                gsd_wanted, seen = False, []
+            stopping = run.stop.signal is not None
             if _due(step, config.checkpoint.every) or last or stopping:
                 _check_finite(config, metrics, step)
-                run.checkpoints.save(step, state, fingerprint=run.source.fingerprint)
+                _save(run, state, step)
         if stopping:
             break
     return state
+
+
+def _save(run: Run, state: TrainState, step: int) -> None:
+    if step > 0 and step != run.checkpoints.latest_step():
+        run.checkpoints.save(step, state, fingerprint=run.source.fingerprint)
 
 
 def finish(run: Run, state: TrainState) -> None:
     """The kNN over all labelled images, and the encoder that is carried away."""
     config, trainer = run.config, run.trainer
     rows = read_metrics(run.workdir / "metrics.jsonl")
-    monitor = create_monitor(run, full=True) if config.knn.full_at_end else None
+    monitor = run.full_monitor
     if monitor is not None and not any("knn_full/accuracy_cls" in row for row in rows):
         print("kNN with all labelled images", flush=True)
         accuracy = monitor.accuracy(functools.partial(trainer.encode, state.params))
-        untrained = trainer.initial_state().params
+        untrained = trainer.initial_state().params  # as it was before step 1
         controls = monitor.controls(functools.partial(trainer.encode, untrained))
         run.writer.write(
             trainer.schedule.num_steps,
@@ -202,28 +226,34 @@ def finish(run: Run, state: TrainState) -> None:
     )
 
 
-def create_monitor(run: Run, *, full: bool = False) -> KnnMonitor | None:
-    """The kNN monitor, over all images if `full`; None for data without labels."""
-    config, knn = run.config, run.config.knn
-    if len(run.source.class_names) < 2:
-        return None
-    devices = run.trainer.mesh.size
-    return KnnMonitor(
-        build_source({**config.data, **knn.train}),
-        build_source({**config.data, **knn.test}),
-        size=config.views.size,
-        k=knn.k,
-        temperature=knn.temperature,
-        max_train=0 if full else knn.max_train,
-        max_test=0 if full else knn.max_test,
-        batch_size=-(-knn.batch_size // devices) * devices,
-        should_stop=lambda: run.stop.signal is not None,
-    )
+def _monitored(run: Run, step: int) -> bool:
+    """Whether the kNN monitor is due after `step`."""
+    last = step == run.trainer.schedule.num_steps
+    return run.monitor is not None and (_due(step, run.config.knn.every) or last)
 
 
-def _monitor(run: Run, monitor: KnnMonitor, state: TrainState, step: int) -> None:
+def _monitor_start(run: Run, state: TrainState, start: int) -> None:
+    """The controls of a new run; the accuracy that a stop has left out."""
+    if run.monitor is None:
+        return
+    if start == 0:
+        encode = functools.partial(run.trainer.encode, state.params)
+        run.writer.write(0, _named("knn/", run.monitor.controls(encode)))
+    elif _monitored(run, start):
+        rows = read_metrics(run.workdir / "metrics.jsonl")
+        done = {row["step"] for row in rows if "knn/accuracy_cls" in row}
+        if start not in done:
+            _monitor(run, state, start)
+
+
+def _monitor(run: Run, state: TrainState, step: int) -> None:
     encode = functools.partial(run.trainer.encode, state.params)
-    accuracy = monitor.accuracy(encode)
+    try:
+        accuracy = run.monitor.accuracy(encode)
+    except KeyboardInterrupt:
+        if run.stop.signal is None:
+            raise
+        return  # the run saves its state and makes up for it when it goes on
     run.writer.write(step, _named("knn/accuracy_", accuracy))
     shares = ", ".join(
         f"{name} {100 * value:.1f} %" for name, value in accuracy.items()
@@ -239,8 +269,8 @@ def _check_finite(config: ml_collections.ConfigDict, metrics, step: int) -> None
     if count >= config.optim.max_nonfinite:
         raise UserError(
             f"the loss or its gradient was not finite in {count} steps in a row, up to "
-            f"step {step}: lower --config.optim.learning_rate or set "
-            "--config.optim.clip_norm=1; the checkpoints before are as they were"
+            f"step {step}: in a new --workdir, lower --config.optim.learning_rate or "
+            "set --config.optim.clip_norm=1.0; the checkpoints are as they were"
         )
 
 

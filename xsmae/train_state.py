@@ -118,7 +118,9 @@ def train_step(
         batch_stats = jax.tree.map(lambda x: x, batch_stats)
         model = nnx.merge(graphdef, params, batch_stats)
         terms, extras = losses(model(views, noise), views)
-        total = sum(weights[name] * term for name, term in terms.items())
+        # A term of weight 0 is reported alone: 0 times infinity would not be 0.
+        weighted = [weights[n] * term for n, term in terms.items() if weights[n]]
+        total = sum(weighted, jnp.zeros(()))
         metrics = {"loss": total}
         metrics |= {f"loss/{name}": value for name, value in (terms | extras).items()}
         return total, (metrics, nnx.state(model, nnx.BatchStat))

@@ -15,10 +15,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from xsmae.data.catalogue import build_source
 from xsmae.data.multiscale import ViewSampler
 from xsmae.data.pipeline import make_batches
 from xsmae.data.sources import Source
 from xsmae.errors import UserError
+from xsmae.evaluation.knn import KnnMonitor
 from xsmae.methods import METHODS, NUM_CHANNELS, Method
 from xsmae.optim import Optimizer, create_optimizer
 from xsmae.sharding import by_batch, create_mesh, replicated
@@ -29,9 +31,47 @@ from xsmae.train_state import (
     prepare_views,
     train_step,
 )
+from xsmae.workdir import flatten
+
+# What numbers a field may have, where the code that reads it does not say so itself.
+TINY = 1e-8
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "batch_size": (1, math.inf),
+    "log_every": (1, math.inf),
+    "figures.samples": (1, math.inf),
+    "input.num_workers": (0, math.inf),
+    "input.num_threads": (0, math.inf),
+    "input.prefetch": (1, math.inf),
+    "input.max_rejected_fraction": (0, 1),
+    "checkpoint.keep": (1, math.inf),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep_every": (0, math.inf),
+    "knn.k": (1, math.inf),
+    "knn.batch_size": (1, math.inf),
+    "knn.temperature": (TINY, math.inf),
+    "knn.max_train": (0, math.inf),
+    "knn.max_test": (0, math.inf),
+    "optim.max_nonfinite": (1, math.inf),
+    "optim.learning_rate": (0, math.inf),
+    "optim.learning_rate_batch": (1, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.clip_norm": (0, math.inf),
+    "optim.accumulation_steps": (1, math.inf),
+    "views.size": (1, math.inf),
+    "model.patch_size": (1, math.inf),
+    "model.embed_dim": (4, math.inf),
+    "model.depth": (1, math.inf),
+    "model.num_heads": (1, math.inf),
+    "model.mask_ratio": (0, 1),
+    "model.norm_epsilon": (0, 1),
+    "loss.contrastive.temperature": (TINY, math.inf),
+    "loss.contrastive.groups": (1, math.inf),
+}
 
 # What of a batch the step reads; the rest is the host's account of the images.
 STEP_FIELDS = ("image", "gsd", "box", "flip")
+PARTS = ("train", "test")  # of the kNN monitor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +88,8 @@ class Schedule:
 class Trainer:
     """A config built: the step as a function of arrays, and what it starts from.
 
-    step(state, batch) -> (state, metrics). initial_state() -> the state of step 0.
+    step(state, batch) -> (state, metrics). initial_state() -> the state of step 0;
+    state_shapes() -> its shapes and placement.
     predict(state, batch) -> (images, pred, mask) of the batch, for figures.
     encode(params, images, gsd) -> {"cls", "mean"} features of whole uint8 images.
     """
@@ -58,6 +99,7 @@ class Trainer:
     graphdef: nnx.GraphDef
     step: Callable
     initial_state: Callable[[], TrainState]
+    state_shapes: Callable[[], TrainState]
     predict: Callable
     encode: Callable
 
@@ -67,7 +109,7 @@ def create_sampler(config: ml_collections.ConfigDict) -> ViewSampler:
     num_views = _method(config).num_views
     try:
         return ViewSampler(num_views=num_views, **config.views.to_dict())
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"config.{error}") from None
 
 
@@ -92,8 +134,8 @@ def create_schedule(config: ml_collections.ConfigDict, *, num_images: int) -> Sc
 
 def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Trainer:
     """Everything of a run but its data, from a config."""
-    method = _method(config)
     _check_sizes(config)
+    method = _method(config)
     mesh = create_mesh(config.batch_size)
     schedule = create_schedule(config, num_images=num_images)
     optimizer = _optimizer(config, schedule)
@@ -157,9 +199,48 @@ def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Tra
         graphdef=graphdef,
         step=step,
         initial_state=initial_state,
+        state_shapes=lambda: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+            shapes,
+        ),
         predict=predict,
         encode=features,
     )
+
+
+def create_monitors(
+    config: ml_collections.ConfigDict,
+    source: Source,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[KnnMonitor | None, KnnMonitor | None]:
+    """The kNN monitor during the run, and the one over all images at its end.
+
+    None where there are no labels, or where `config.knn` does not want it.
+    """
+    knn = config.knn
+    if len(source.class_names) < 2 or knn.every < 0:
+        return None, None
+    try:
+        train, test = (build_source({**config.data, **knn[n]}) for n in PARTS)
+    except UserError as error:
+        raise UserError(
+            f"the kNN monitor's images (config.knn.train, config.knn.test): {error}; "
+            "or switch it off with --config.knn.every=-1"
+        ) from None
+    devices = jax.device_count()
+    create = functools.partial(
+        KnnMonitor,
+        train,
+        test,
+        size=config.views.size,
+        k=knn.k,
+        temperature=knn.temperature,
+        batch_size=-(-knn.batch_size // devices) * devices,
+        should_stop=should_stop,
+    )
+    during = create(max_train=knn.max_train, max_test=knn.max_test)
+    return during, create(max_train=0, max_test=0) if knn.full_at_end else None
 
 
 def batch_shapes(
@@ -195,6 +276,8 @@ def batches_of(
         num_workers=config.input.num_workers,
         num_threads=config.input.num_threads,
         prefetch=config.input.prefetch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
 
 
@@ -247,7 +330,13 @@ def _optimizer(config: ml_collections.ConfigDict, schedule: Schedule) -> Optimiz
 
 
 def _check_sizes(config: ml_collections.ConfigDict) -> None:
-    """One line for the sizes that do not fit each other."""
+    """One line for the numbers that cannot be, or do not fit each other."""
+    flat = flatten(config.to_dict())
+    for name, (low, high) in RANGES.items():
+        value = flat.get(name, low)
+        if not low <= value <= high:
+            limit = f"from {low} to {high}" if high < math.inf else f"{low} or more"
+            raise UserError(f"{name}={value}, expected {limit}")
     model, views = config.model, config.views
     if views.size % model.patch_size:
         raise UserError(
@@ -255,7 +344,7 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
             f"{model.patch_size}: change one of them"
         )
     parts = config.optim.accumulation_steps
-    if parts < 1 or config.batch_size % (parts * jax.device_count()):
+    if config.batch_size % (parts * jax.device_count()):
         raise UserError(
             f"batch_size={config.batch_size} does not divide into "
             f"optim.accumulation_steps={parts} parts on {jax.device_count()} device(s)"
@@ -272,6 +361,3 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
                 f"{name}={config[name]} has {len(config[name])} values, expected "
                 f"{NUM_CHANNELS}, one a band"
             )
-    for name in ("log_every", "batch_size"):
-        if config[name] < 1:
-            raise UserError(f"{name}={config[name]}, expected 1 or more")

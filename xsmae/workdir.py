@@ -25,8 +25,10 @@ FREE_FIELDS = (
     "checkpoint.",
     "figures.",
     "log_every",
+    "optim.max_nonfinite",
     "data.root",
     "data.csv_path",
+    "data.gsd_csv",
     "data.data_dir",
     "tensorboard",
     "wandb",
@@ -62,13 +64,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Make the folder and its `config.json`, or check that it is the same run's.
 
+    A run that has saved no checkpoint yet may be begun anew with another config.
     Raises UserError where the folder cannot be written to or is of another config.
     """
     resolved = json.loads(config.to_json())
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
             saved = json.loads(path.read_text())
             if not isinstance(saved, dict):
                 raise json.JSONDecodeError("not an object", str(saved), 0)

@@ -1,12 +1,12 @@
 """Boxes, crops and the GSD they have: two scales of the same ground.
 
 The ground sample distance of a view is that of the source times how many source pixels
-one pixel of the view spans, per axis. With an area fraction drawn log-uniformly from
-[a, b] the view's GSD (the geometric mean of its axes) is log-uniform between
-`gsd * sqrt(a * pixels) / size` and the same with b, where `pixels` is the number of
-pixels of the image that the box is cut from: every octave of scale is as likely as
-every other.
-A run draws the GSDs that it sees in `figures/gsd.png`.
+one pixel of the view spans, per axis. An area fraction f of an image of n pixels gives
+a view of `size` pixels a GSD (geometric mean of its axes) of gsd * sqrt(f * n) / size.
+With areas drawn log-uniformly from [a, b], the GSD of view 1 is log-uniform between the
+two ends (but that a box which does not fit is drawn again, which thins out the
+largest), and so is the ratio of view 2's GSD to view 1's: both scales vary, and view
+2's GSD, a product, is peaked in the middle. A run draws its GSDs in `figures/gsd.png`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class ViewSampler:
         largest = sys.float_info.max
         for name, upper in (("area", 1.0), ("area2", 1.0), ("ratio", largest)):
             value = getattr(self, name)
-            if len(value) != 2 or not 0 < value[0] <= value[1] <= upper:
+            numbers = all(isinstance(end, int | float) for end in value)
+            if not (numbers and len(value) == 2 and 0 < value[0] <= value[1] <= upper):
                 raise ValueError(
                     f"views.{name}={value}, expected (low, high) with "
                     f"0 < low <= high <= {upper:g}"

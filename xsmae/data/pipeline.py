@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
 from xsmae.data.multiscale import ViewSampler
 from xsmae.data.sources import Source
@@ -87,11 +89,7 @@ def make_batches(
     the parts put together are the batch of one process. Raises UserError where the
     source holds fewer images than a batch.
     """
-    if len(source) < batch_size:
-        raise UserError(
-            f"{source!r} holds {len(source)} images, fewer than one batch of "
-            f"{batch_size}: add images or lower --config.batch_size"
-        )
+    check_batch_size(source, batch_size)
     if batch_size % process_count:
         raise UserError(
             f"batch_size={batch_size} does not divide over {process_count} processes: "
@@ -124,18 +122,46 @@ def make_batches(
         )
     )
     if num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain hands them to its workers
         iterator = iterator.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=prefetch
-            )
+            ),
+            worker_init_fn=_leave_interrupts_to_the_parent,
         )
     return iter(iterator)
 
 
-class RejectedImages:
-    """Which images of a source could not be used, in memory and in `rejected.jsonl`."""
+def check_batch_size(source: Source, batch_size: int) -> None:
+    """Raise UserError where the source holds fewer images than a batch."""
+    if len(source) < batch_size:
+        raise UserError(
+            f"{source!r} holds {len(source)} images, fewer than one batch of "
+            f"{batch_size}: add images or lower --config.batch_size"
+        )
 
-    def __init__(self, path: Path, source: Source, *, max_fraction: float):
+
+def _leave_interrupts_to_the_parent(worker_index: int, worker_count: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the parent decides what ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class RejectedImages:
+    """Which images of a source could not be used, in memory and in `rejected.jsonl`.
+
+    `resume_step` is the step that the run goes on from: what later steps of a killed
+    run found is dropped, since they will find it again.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source: Source,
+        *,
+        max_fraction: float,
+        resume_step: int | None = None,
+    ):
         self.path = path
         self.source = source
         self.max_fraction = max_fraction
@@ -143,20 +169,19 @@ class RejectedImages:
         if path.exists():
             text = path.read_text()
             # Without the half-written line of a killed run, which is found anew.
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text(whole)
-                temporary.replace(path)
-            for line in whole.splitlines():
-                row = json.loads(line)
-                self.reasons[row["id"]] = row["reason"]
+            rows = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]
+            last = -1 if resume_step is None else resume_step
+            rows = [row for row in rows if row["step"] <= last]
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.replace(path)
+            self.reasons = {row["id"]: row["reason"] for row in rows}
 
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def check(self, batch: dict[str, np.ndarray]) -> int:
-        """Account for the replaced images of a batch; returns how many it holds.
+    def check(self, batch: dict[str, np.ndarray], *, step: int) -> int:
+        """Account for the replaced images of a step's batch; returns how many it holds.
 
         Raises UserError where more images than `max_fraction` of the source are bad.
         """
@@ -166,12 +191,12 @@ class RejectedImages:
             # A replaced image is read again for its reason: rare, and it spares every
             # batch a column of texts.
             while index != used:
-                self._reject(index)
+                self._reject(index, step)
                 self._stop_over_limit()
                 index = (index + 1) % len(self.source)
         return len(replaced)
 
-    def _reject(self, index: int) -> None:
+    def _reject(self, index: int, step: int) -> None:
         identifier = self.source.id(index)
         if identifier in self.reasons:
             return
@@ -181,7 +206,8 @@ class RejectedImages:
             self.reasons[identifier] = str(error)
         else:
             self.reasons[identifier] = "could not be read at first, later it could"
-        row = {"schema": 1, "id": identifier, "reason": self.reasons[identifier]}
+        row = {"schema": 1, "step": step, "id": identifier}
+        row["reason"] = self.reasons[identifier]
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xsmae.models.mae import MAE, MAEOutput, Views
-from xsmae.models.vit import Encoder, layer_norm, linear
+from xsmae.models.vit import Encoder, LayerNorm, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -87,7 +87,7 @@ class Predictor(nnx.Module):
             self.norm = PositionBatchNorm(num_patches)
             self.activation = jax.nn.relu
         else:
-            self.norm = layer_norm(hidden, epsilon=1e-6, dtype=dtype, rngs=rngs)
+            self.norm = LayerNorm(hidden, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
             self.activation = jax.nn.gelu
         self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
 

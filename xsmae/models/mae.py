@@ -12,7 +12,7 @@ from flax import nnx
 
 from xsmae.models.masking import random_masking, take_tokens
 from xsmae.models.position import patch_positions
-from xsmae.models.vit import Encoder, layer_norm, linear, run_blocks, stacked_blocks
+from xsmae.models.vit import Encoder, LayerNorm, linear, run_blocks, stacked_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = layer_norm(embed_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(embed_dim, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
         self.pred = linear(
             embed_dim, patch_size * patch_size * channels, dtype=dtype, rngs=rngs
         )

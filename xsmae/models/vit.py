@@ -66,18 +66,23 @@ def linear(
     )
 
 
-def layer_norm(
-    width: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.LayerNorm:
-    """LayerNorm with float32 statistics and a result of `dtype`."""
-    return nnx.LayerNorm(
-        width,
-        epsilon=epsilon,
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm in float32 throughout, whose result alone is of `out_dtype`."""
+
+    def __init__(
+        self, width: int, *, epsilon: float, out_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        super().__init__(
+            width,
+            epsilon=epsilon,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
+        self.out_dtype = out_dtype
+
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        return super().__call__(x).astype(self.out_dtype)
 
 
 class Block(nnx.Module):
@@ -110,7 +115,7 @@ class Block(nnx.Module):
         self.attention_implementation = attention_implementation
         new_linear = functools.partial(linear, dtype=dtype, rngs=rngs)
         new_norm = functools.partial(
-            layer_norm, width, epsilon=norm_epsilon, dtype=dtype, rngs=rngs
+            LayerNorm, width, epsilon=norm_epsilon, out_dtype=dtype, rngs=rngs
         )
         hidden = int(width * mlp_ratio)
         self.norm1 = new_norm()
@@ -239,7 +244,7 @@ class Encoder(nnx.Module):
             rngs=rngs,
         )
         # The official encoders keep 1e-6 here whatever the blocks' epsilon is.
-        self.norm = layer_norm(embed_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(embed_dim, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
 
     def __call__(
         self,

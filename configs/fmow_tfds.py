@@ -1,0 +1,23 @@
+"""fMoW-RGB as `python -m xsmae.data.fmow_tfds` packs it. Needs data.data_dir.
+
+The records carry their GSD and the labelled box.
+"""
+
+from ml_collections.config_dict import placeholder
+from xsmae.configs import fmow
+
+
+def get_config(argument=None):
+    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    config = fmow.get_config(argument)
+    config.data = dict(
+        source="tfds",
+        name="fmow/rgb",
+        data_dir=placeholder(str),
+        split="train",
+        crop=True,
+        context=0.25,
+        min_side=32,
+        max_pixels=89_478_485,
+    )
+    return config
