@@ -1,15 +1,22 @@
-"""What every config starts from: the presets, the sizes, every field with its default.
+"""What every config starts from: methods, presets, sizes, every field with its default.
 
-A config file's argument is `[preset][,name=value...]`, for example
-`configs/fmow.py:published,size=large`. `published` is the official Cross-Scale MAE
-code, `corrected` what the paper describes with its gaps closed, `mae` the plain masked
-autoencoder. Any field is then changed with `--config.<field>=<value>`.
+A config file's argument is `[preset][,method=METHOD][,size=SIZE]`, for example
+`configs/fmow.py:published,size=large` or `configs/fmow.py:method=mae`. `published` is
+what a method's official code computes. Cross-Scale MAE alone has `corrected` too, its
+default: what the paper describes with its gaps closed. Any field is then changed with
+`--config.<field>=<value>`.
 """
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-PRESETS = ("published", "corrected", "mae")
+# The presets of each method, the default first.
+METHODS = {
+    "cross_scale_mae": ("corrected", "published"),
+    "mae": ("published",),
+    "sat_mae": ("published",),
+    "scale_mae": ("published",),
+}
 
 # embed_dim, depth, num_heads; then the decoder's. Ti is ours, for CPUs; S to H and the
 # decoder of 512/8/16 are MAE's and Cross-Scale MAE's (models_mae.py).
@@ -23,34 +30,48 @@ SIZES = {
 
 
 def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
-    """`preset,name=value,...` to a dict with the keys `preset` and `size`.
+    """`preset,name=value,...` to a dict with the keys `preset`, `method` and `size`.
 
     Raises ValueError, in one line, for a name or value that is not known.
     """
-    options = {"preset": "corrected", "size": "base", **defaults}
+    options = {"method": "cross_scale_mae", "size": "base", **defaults}
     for part in filter(None, (argument or "").split(",")):
         name, _, value = part.rpartition("=")
         name = name or "preset"
-        if name not in options:
+        if name not in ("preset", *options):
             raise ValueError(
                 f"config argument {part!r}: {name!r} is not known, expected "
-                f"[{'|'.join(PRESETS)}][,size={'|'.join(SIZES)}]"
+                f"[{'|'.join(METHODS['cross_scale_mae'])}][,method={'|'.join(METHODS)}]"
+                f"[,size={'|'.join(SIZES)}]"
             )
         options[name] = value
-    for name, known in (("preset", PRESETS), ("size", tuple(SIZES))):
+    for name, known in (("method", tuple(METHODS)), ("size", tuple(SIZES))):
         if options[name] not in known:
             raise ValueError(
                 f"config argument {name}={options[name]!r}, expected one of "
                 f"{', '.join(known)}"
             )
+    presets = METHODS[options["method"]]
+    preset = options.setdefault("preset", presets[0])
+    if preset not in presets:
+        raise ValueError(
+            f"config argument {preset!r}, expected for method={options['method']} "
+            f"{' or '.join(presets)}"
+        )
     return options
 
 
-def get_common(preset: str, size: str) -> ml_collections.ConfigDict:
-    """The whole config but for `data`, with the fields that `preset` decides."""
-    published, corrected = preset == "published", preset == "corrected"
+def get_common(
+    preset: str, size: str, method: str = "cross_scale_mae"
+) -> ml_collections.ConfigDict:
+    """The whole config but for `data`, with the fields that the argument decides."""
+    cross_scale = method == "cross_scale_mae"
+    # Cross-Scale MAE as published differs from the other methods and from itself.
+    published, corrected = cross_scale and preset == "published", preset == "corrected"
     config = ml_collections.ConfigDict()
-    config.method = "mae" if preset == "mae" else "cross_scale_mae"
+    config.method = method
+    # An import or another run's workdir, whose weights and sizes a new run starts from.
+    config.init = placeholder(str)
     config.seed = 0
     config.batch_size = 512  # samples a step, over all devices
     config.num_epochs = 400.0
@@ -63,18 +84,19 @@ def get_common(preset: str, size: str) -> ml_collections.ConfigDict:
     config.std = (0.229, 0.224, 0.225)
 
     config.views = views = ml_collections.ConfigDict()
-    views.size = 128  # pixels, height and width of a view
+    views.size = 128  # pixels, height and width of what the encoder reads
     views.area = (0.25, 1.0)  # view 1, as a fraction of the image
-    views.area2 = (0.25, 0.75)  # view 2, as a fraction of view 1
-    views.ratio = (3 / 4, 4 / 3)  # width / height of both
+    views.ratio = (3 / 4, 4 / 3)  # width / height of the crops
     # How an area is drawn; log_uniform draws the effective GSD log-uniformly.
     views.area_distribution = "log_uniform" if corrected else "uniform"
-    views.view2_from = "view1" if published else "source"  # pixels it is cut from
-    views.view2_box = "batch" if published else "sample"  # one box per ...
     views.interpolation = "bicubic"
-    views.interpolation2 = "bilinear" if published else "bicubic"
     views.horizontal_flip = 0.5  # probability
     views.vertical_flip = 0.5
+    if cross_scale:
+        views.area2 = (0.25, 0.75)  # view 2, as a fraction of view 1
+        views.view2_from = "view1" if published else "source"  # pixels it is cut from
+        views.view2_box = "batch" if published else "sample"  # one box per ...
+        views.interpolation2 = "bilinear" if published else "bicubic"
 
     (embed_dim, depth, num_heads), decoder = SIZES[size]
     config.model = model = ml_collections.ConfigDict()
@@ -88,23 +110,54 @@ def get_common(preset: str, size: str) -> ml_collections.ConfigDict:
     model.norm_style = "post" if published else "pre"
     model.norm_epsilon = 1e-5 if published else 1e-6
     model.encoder_norm = not published  # the encoder's final LayerNorm is applied
-    model.position = "gsd" if corrected else "fixed"
+    gsd_positions = corrected or method == "scale_mae"
+    model.position = "gsd" if gsd_positions else "fixed"
     model.reference_gsd = 1.0  # metres per pixel at which a patch index counts 1
-    if config.method == "cross_scale_mae":
+    if cross_scale:
         model.predictor_norm = "batch_norm" if published else "layer_norm"
         model.predictor_hidden_dim = 4 * model.decoder_embed_dim
         # 0: no projection head. 128 is SimCLR's.
         model.projection_dim = 128 if corrected else 0
+    elif method == "sat_mae":
+        # Groups of bands by index, ((0,), (1, 2)); none is the plain MAE, which is
+        # what SatMAE trains on RGB.
+        model.channel_groups = ()
+        # Channels of the encoding of the group; official B and L: 256 and 128.
+        model.group_dim = 256 if embed_dim >= 768 else embed_dim // 4
+        model.decoder_group_dim = model.decoder_embed_dim // 4
+        model.spatial_mask = False  # True: one mask for all groups
+        # `concatenated` compares a group's prediction with another group's bands where
+        # the groups are not in order, as the official code does.
+        model.band_order = "concatenated"
+    elif method == "scale_mae":
+        model.decoder_depth = 3
+        model.target_scale = 2  # the predicted image's sides, in the view's
+        model.head_dim = 64 if size == "tiny" else 512  # channels; official: 512
+        model.head_depth = 2
+        model.independent_heads = True
+        model.progressive = False  # the finer map continues from the coarser
     model.dtype = "bfloat16"  # of the computation; parameters are float32
     model.attention = "xla"
     model.remat = "none"  # none, dots, full: what is recomputed in the backward pass
     model.scan = True  # False unrolls the blocks
 
     config.loss = loss = ml_collections.ConfigDict()
-    loss.reconstruction = ml_collections.ConfigDict()
-    loss.reconstruction.weight = 1.0
-    loss.reconstruction.norm_pix_loss = not published
-    if config.method == "cross_scale_mae":
+    if method == "scale_mae":
+        loss.low_frequency = ml_collections.ConfigDict()
+        loss.low_frequency.weight = 1.0
+        # Pixels a side that the low band's target is averaged to first; 0: none. The
+        # official code does so where its second band_config is 224.
+        loss.low_frequency.through = 0
+        loss.high_frequency = ml_collections.ConfigDict()
+        loss.high_frequency.weight = 1.0
+        loss.high_frequency.absolute = True  # L1; False: L2
+        # The low-pass image's side, as a fraction of the target's: official 14 of 448.
+        loss.high_frequency.cutoff = 1 / 32
+    else:
+        loss.reconstruction = ml_collections.ConfigDict()
+        loss.reconstruction.weight = 1.0
+        loss.reconstruction.norm_pix_loss = not published
+    if cross_scale:
         loss.reconstruction.views = "sum" if published else "mean"
         loss.contrastive = ml_collections.ConfigDict()
         loss.contrastive.weight = 1.0
@@ -119,7 +172,7 @@ def get_common(preset: str, size: str) -> ml_collections.ConfigDict:
         loss.cross_prediction.aligned = not published
 
     config.optim = optim = ml_collections.ConfigDict()
-    optim.learning_rate = 5e-5 if config.method == "cross_scale_mae" else 1.5e-4
+    optim.learning_rate = 5e-5 if cross_scale else 1.5e-4
     optim.learning_rate_batch = 256  # the rate is for this batch and scales with it
     optim.weight_decay = 0.05
     optim.b1, optim.b2 = 0.9, 0.95

@@ -5,7 +5,7 @@ from xsmae.configs import folder
 
 
 def get_config(argument=None):
-    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
     config = folder.get_config(argument)
     config.data = dict(
         source="csv",

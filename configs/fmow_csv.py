@@ -8,7 +8,7 @@ from xsmae.configs import fmow
 
 
 def get_config(argument=None):
-    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
     config = fmow.get_config(argument)
     config.data = dict(
         source="fmow_csv",

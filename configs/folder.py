@@ -9,7 +9,7 @@ from xsmae.configs import common
 
 
 def get_config(argument=None):
-    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
     options = common.parse_argument(argument, size="small")
     config = common.get_common(**options)
     config.data = dict(

@@ -4,7 +4,7 @@ from xsmae.configs import common
 
 
 def get_config(argument=None):
-    """`[published|corrected|mae][,size=tiny|small|base|large|huge]`."""
+    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
     options = common.parse_argument(argument, size="tiny")
     config = common.get_common(**options)
     config.data = dict(source="synthetic", num_images=4000, seed=0, size=96, gsd=1.0)

@@ -1,4 +1,4 @@
-"""Three steps of every preset on however many devices there are; prints JSON."""
+"""Three steps of every method on however many devices there are; prints JSON."""
 
 import json
 
@@ -7,14 +7,27 @@ import numpy as np
 from xsmae.configs import common
 
 from tests.test_train_state import some_batch
+from xsmae.methods import METHODS
 from xsmae.sharding import by_batch, put_batch
-from xsmae.trainer import create_trainer
+from xsmae.trainer import create_trainer, crop_size
+
+RUNS = [
+    ("cross_scale_mae", "published", {}),
+    ("cross_scale_mae", "corrected", {}),
+    ("mae", "published", {}),
+    ("scale_mae", "published", {"head_dim": 8, "target_scale": 2}),
+    (
+        "sat_mae",
+        "published",
+        {"channel_groups": ((0, 2), (1,)), "group_dim": 4, "decoder_group_dim": 4},
+    ),
+]
 
 
 def main():
     found = {"devices": jax.device_count()}
-    for preset in common.PRESETS:
-        config = common.get_common(preset, "tiny")
+    for method, preset, changes in RUNS:
+        config = common.get_common(preset, "tiny", method)
         config.batch_size = 16
         config.num_steps = 10
         config.optim.warmup_steps = 1
@@ -22,20 +35,21 @@ def main():
         config.views.size = 16
         config.model.update(
             patch_size=4, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8,
-            decoder_depth=1, decoder_num_heads=2, dtype="float32",
+            decoder_depth=1, decoder_num_heads=2, dtype="float32", **changes,
         )  # fmt: skip
         trainer = create_trainer(config, num_images=100)
         state, losses = trainer.initial_state(), []
-        num_views = 1 if preset == "mae" else 2
+        num_views = METHODS[method].num_views
         for seed in range(3):
-            batch = some_batch(16, num_views, seed)
+            batch = some_batch(16, num_views, seed, size=crop_size(config))
             arrays = put_batch(batch, by_batch(trainer.mesh))
             assert len(arrays["image"].sharding.device_set) == jax.device_count()
             state, metrics = trainer.step(state, arrays)
             losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         norms = [float(np.linalg.norm(x)) for x in jax.tree.leaves(state.params)]
-        encoded = trainer.encode(state.params, batch["image"][:, 0], batch["gsd"][:, 0])
-        found[preset] = {
+        images = batch["image"][:, 0, :16, :16]
+        encoded = trainer.encode(state.params, images, batch["gsd"][:, 0])
+        found[f"{method} {preset}"] = {
             "losses": losses,
             "norms": norms,
             "features": np.asarray(encoded["mean"])[:, :4].tolist(),

@@ -16,9 +16,8 @@ from safetensors.numpy import load_file, save_file
 import xsmae
 from xsmae.encoder import LoadedEncoder, load_encoder, to_timm, write_encoder
 from xsmae.errors import UserError
-from xsmae.methods import build_encoder
 from xsmae.models.position import patch_positions
-from xsmae.models.vit import patchify
+from xsmae.networks import build_encoder
 
 MODEL = {
     "patch_size": 4,
@@ -43,7 +42,7 @@ SIZE = 12
 @functools.cache
 def build(**changes):
     """An encoder with no parameter at zero or one, as after training."""
-    encoder = build_encoder({**MODEL, **changes}, rngs=nnx.Rngs(0))
+    encoder = build_encoder({**MODEL, **changes}, channels=3, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(encoder)
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), state)
@@ -159,7 +158,7 @@ def test_what_is_written(folder):
 
 
 def test_writing_again_replaces(folder):
-    encoder = build_encoder(MODEL, rngs=nnx.Rngs(5))
+    encoder = build_encoder(MODEL, channels=3, rngs=nnx.Rngs(5))
     write(folder, encoder)
     assert len(list(folder.iterdir())) == 2
     tensors = load_file(folder / "encoder.safetensors")
@@ -205,14 +204,14 @@ def test_names_and_shapes_are_timms(folder):
 
 
 def test_pos_embed_is_zero_for_the_class_token_then_the_grids():
-    found = to_timm(build(), grid=(2, 3))["pos_embed"]
+    found = to_timm(build(), MODEL, grid=(2, 3))["pos_embed"]
     np.testing.assert_array_equal(found[0, 0], 0)
     np.testing.assert_array_equal(found[0, 1:], patch_positions((2, 3), 16)[0])
 
 
 def test_patch_embedding_is_a_convolution():
     encoder = build()
-    tensors = to_timm(encoder, grid=(1, 1))
+    tensors = to_timm(encoder, MODEL, grid=(1, 1))
     images = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
     weight, bias = (tensors[f"patch_embed.proj.{n}"] for n in ("weight", "bias"))
     expected = np.empty((2, 2, 3, 16))
@@ -221,7 +220,7 @@ def test_patch_embedding_is_a_convolution():
             patch = images[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
             conv = np.einsum("bpqc,dcpq->bd", patch, weight)
             expected[:, row, column] = conv + bias
-    found = encoder.patch_embed(patchify(jnp.asarray(images), 4))
+    found = encoder.patch_embed(jnp.asarray(images))
     np.testing.assert_allclose(found, expected.reshape(2, 6, 16), rtol=1e-4, atol=1e-5)
 
 
@@ -256,9 +255,9 @@ def timm_forward(tensors, patches, heads, epsilon):
 
 def test_the_weights_mean_what_they_mean_in_timm():
     encoder = build(position="fixed")
-    tensors = to_timm(encoder, grid=(3, 3))
+    tensors = to_timm(encoder, MODEL, grid=(3, 3))
     images = normalised(some_images())
-    patches = np.asarray(encoder.patch_embed(patchify(images, 4)))
+    patches = np.asarray(encoder.patch_embed(images))
     expected = timm_forward(tensors, patches, heads=2, epsilon=1e-5)
     np.testing.assert_allclose(apply(encoder, images), expected, rtol=1e-3, atol=1e-4)
 
@@ -391,7 +390,7 @@ def test_missing_field(folder):
 
 def test_other_number_of_bands(folder):
     edit_json(folder, bands=["red", "green", "blue", "nir"])
-    refused("has 4 bands, expected 3", load_encoder, folder)
+    refused("has 3 mean, expected 4, one a band", load_encoder, folder)
     edit_json(folder, bands=["red", "green", "blue"], mean=[0.5])
     refused("has 1 mean, expected 3", load_encoder, folder)
 

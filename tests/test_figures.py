@@ -1,14 +1,12 @@
 """The pictures: written whole, of a plausible size, and the pixels that they show."""
 
-import math
-
 import matplotlib.axes
 import numpy as np
 import pytest
-from einops import rearrange
 from PIL import Image
 
 from xsmae import figures
+from xsmae.methods import Pictures
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.1, 0.25)
 PATCH, SIZE, SAMPLES = 8, 32, 2
@@ -18,10 +16,6 @@ SPACE = {"mean": MEAN, "std": STD}
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def patches_of(images):
-    return rearrange(images, "n v (h p) (w q) c -> n v (h w) (p q c)", p=PATCH, q=PATCH)
 
 
 def make_views(rng, num_views):
@@ -54,86 +48,32 @@ def drawn_lines(monkeypatch):
     return lines
 
 
-def test_put_back_by_hand():
-    # Two pixels of three bands.
-    target = np.array([[1, 2, 3, 5, 6, 7]], np.float32)
-    pred = np.array([[0, 1, -1, 0.5, 0, 2]], np.float32)
-    got = figures.put_back(pred, target, norm_pix_loss=False, **SPACE)
-    expected = [[0.4, 0.6, 0.05, 0.5, 0.5, 0.8]]
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
-    # Mean 4, unbiased variance (9 + 4 + 1 + 1 + 4 + 9) / 5 = 5.6.
-    std = math.sqrt(5.6 + 1e-6)
-    got = figures.put_back(pred, target, norm_pix_loss=True, **SPACE)
-    pixels = 4 + std * pred.reshape(2, 3)
-    np.testing.assert_allclose(got.reshape(2, 3), pixels * STD + MEAN, rtol=1e-6)
-
-
-@pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_put_back_of_the_perfect_prediction_is_the_image(rng, norm_pix_loss):
-    pixels, images, _ = make_views(rng, 2)
-    target = patches_of(images)
-    pred = target
-    if norm_pix_loss:
-        variance = target.var(-1, keepdims=True, ddof=1)
-        pred = (target - target.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-6)
-    got = figures.put_back(pred, target, norm_pix_loss=norm_pix_loss, **SPACE)
-    np.testing.assert_allclose(got, patches_of(pixels) / 255, atol=1e-6)
-
-
-@pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_panels_hide_and_paste_the_right_patches(rng, norm_pix_loss):
-    pixels, images, mask = make_views(rng, 2)
-    pred = rng.normal(size=patches_of(images).shape).astype(np.float32)
-    shown, masked, pasted = figures.reconstruction_panels(
-        images, pred, mask, patch_size=PATCH, norm_pix_loss=norm_pix_loss, **SPACE
-    )
-    # A patch's mask on each of its pixels, without any patchify.
-    grid = mask.reshape(SAMPLES, 2, SIZE // PATCH, SIZE // PATCH)
-    hidden = grid.repeat(PATCH, axis=2).repeat(PATCH, axis=3) == 1
-    assert hidden.mean() == 0.75
-    np.testing.assert_allclose(shown, pixels / 255, atol=1e-6)
-    np.testing.assert_array_equal(pasted[~hidden], shown[~hidden])
-    np.testing.assert_array_equal(masked[~hidden], shown[~hidden])
-    np.testing.assert_array_equal(masked[hidden], 0.5)
-    assert np.abs(pasted - shown)[hidden].mean() > 0.05
-    assert pasted.min() >= 0
-    assert pasted.max() <= 1
-
-
-def test_panels_of_a_wide_image(rng):
-    images = rng.normal(size=(1, 1, PATCH, 3 * PATCH, 3)).astype(np.float32)
-    target = patches_of(images)
-    panels = figures.reconstruction_panels(
-        images,
-        target,
-        np.ones(target.shape[:3]),
-        patch_size=PATCH,
-        norm_pix_loss=False,
-        **SPACE,
-    )
-    expected = (images * np.float32(STD) + np.float32(MEAN)).clip(0, 1)
-    np.testing.assert_allclose(panels[2], expected, atol=1e-6)
+def test_to_pixels_by_hand():
+    images = np.array([[0, 1, -1], [0.5, 0, 20], [np.nan, 0, 0]], np.float32)
+    expected = [[0.4, 0.6, 0.05], [0.5, 0.5, 1.0], [0.0, 0.5, 0.3]]
+    np.testing.assert_allclose(figures.to_pixels(images, **SPACE), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_views", [1, 2])
 def test_reconstructions(tmp_path, rng, num_views):
     _, images, mask = make_views(rng, num_views)
     path = tmp_path / "new" / "folder" / "reconstructions.png"
-    pred = patches_of(images).copy()
-    pred[0, 0, 0] = np.nan  # a diverged model still gives a picture
-    figures.reconstructions(
-        path,
+    hidden = mask.reshape(SAMPLES, num_views, SIZE // PATCH, SIZE // PATCH)
+    hidden = hidden.repeat(PATCH, axis=2).repeat(PATCH, axis=3)[..., None] > 0.5
+    predicted = images.copy()
+    predicted[0, 0, 0] = np.nan  # a diverged model still gives a picture
+    larger = images.repeat(2, axis=2).repeat(2, axis=3)
+    pictures = Pictures(
         images,
-        pred,
-        mask,
-        np.full((SAMPLES, num_views, 2), 0.3),
-        patch_size=PATCH,
-        norm_pix_loss=True,
-        **SPACE,
+        np.broadcast_to(hidden, images.shape),
+        (predicted, larger),
+        ("prediction", "larger"),
     )
+    gsd = np.full((SAMPLES, num_views, 2), 0.3)
+    figures.reconstructions(path, pictures, gsd, **SPACE)
     height, width, _ = read_png(path).shape
     assert 400 < height < 800
-    assert 600 * num_views < width < 1000 * num_views
+    assert 800 * num_views < width < 1300 * num_views
 
 
 @pytest.mark.parametrize("num_views", [1, 2])

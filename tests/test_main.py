@@ -23,6 +23,15 @@ from xsmae.metrics import read_metrics
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted({p.name for p in (ROOT / "configs").glob("[a-z]*.py")} - {"common.py"})
 
+# The methods, and the presets of the one that has two.
+ARGUMENTS = (
+    "published",
+    "corrected",
+    "method=mae",
+    "method=sat_mae",
+    "method=scale_mae",
+)
+
 SMALL_MODEL = [
     "--config.views.size=16",
     "--config.model.patch_size=8",
@@ -145,6 +154,43 @@ def test_the_same_command_again_changes_nothing(finished, capsys):
     assert comparable(workdir) == before
 
 
+@pytest.mark.parametrize(
+    ("method", "flags", "terms"),
+    [
+        ("mae", [], {"reconstruction"}),
+        (
+            "sat_mae",
+            [
+                "--config.model.channel_groups=((0,),(2,1))",
+                "--config.model.group_dim=4",
+                "--config.model.decoder_group_dim=4",
+            ],
+            {"reconstruction"},
+        ),
+        (
+            "scale_mae",
+            ["--config.model.head_dim=8"],
+            {"low_frequency", "high_frequency"},
+        ),
+    ],
+)
+def test_the_other_methods_run_the_same_way(method, flags, terms, tmp_path):
+    config = f"--config=configs/quickstart.py:method={method}"
+    run = [*SMALL_RUN, "--config.num_steps=2", "--config.knn.every=-1", *flags]
+    assert call(config, *run, f"--workdir={tmp_path}") == 0
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    found = {n.removeprefix("loss/") for n in rows[-1] if n.startswith("loss/")}
+    assert found == terms
+    names = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert names == {
+        "crops.png", "gsd.png", "losses.png", "reconstructions_0000002.png"
+    }  # fmt: skip
+    encoder = xsmae.load_encoder(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    groups = 2 if method == "sat_mae" else 1
+    assert encoder.tokens(images, gsd=1.0).shape == (2, 1 + 4 * groups, 16)
+
+
 def test_killed_runs_end_as_the_uninterrupted_one(finished, tmp_path):
     """SIGKILL at two moments, SIGTERM at a third: the same lines in the end."""
     workdir = tmp_path / "killed"
@@ -205,7 +251,7 @@ def test_worker_processes_change_nothing(finished, tmp_path):
 
 
 def test_a_refused_start_leaves_the_workdir_free(tmp_path, capsys):
-    config = "--config=configs/quickstart.py:mae"
+    config = "--config=configs/quickstart.py:method=mae"
     run = [config, *SMALL_RUN, f"--workdir={tmp_path / 'run'}", "--config.knn.every=-1"]
     refused(capsys, *run, "--config.batch_size=64")
     diverging = ["--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=0"]
@@ -230,7 +276,7 @@ def test_a_workdir_of_another_config_is_refused(finished, capsys):
 
 def test_a_workdir_of_other_data_is_refused(image_folder, tmp_path, capsys):
     run = [
-        "--config=configs/folder.py:mae",
+        "--config=configs/folder.py:method=mae",
         f"--config.data.root={image_folder}",
         "--config.data.gsd=0.5",
         *SMALL_MODEL,
@@ -247,7 +293,7 @@ def test_a_workdir_of_other_data_is_refused(image_folder, tmp_path, capsys):
 def test_a_folder_with_a_bad_image(image_folder, tmp_path, capsys):
     (image_folder / "roof" / "bad.jpg").write_bytes(b"<html>404</html>")
     run = [
-        "--config=configs/folder.py:mae",
+        "--config=configs/folder.py:method=mae",
         f"--config.data.root={image_folder}",
         "--config.data.gsd=0.5",
         *SMALL_MODEL,
@@ -272,7 +318,7 @@ def test_a_folder_with_a_bad_image(image_folder, tmp_path, capsys):
 def test_a_diverging_run_stops(tmp_path, capsys):
     line = refused(
         capsys,
-        "--config=configs/quickstart.py:mae",
+        "--config=configs/quickstart.py:method=mae",
         *SMALL_RUN,
         "--config.optim.learning_rate=1e38",
         "--config.optim.warmup_steps=0",
@@ -364,14 +410,16 @@ def test_a_missing_gsd_is_told(image_folder, capsys):
     assert "--config.model.reference_gsd=" in refused(capsys, *run)
 
 
-@pytest.mark.parametrize("preset", common.PRESETS)
-def test_dry_run(preset, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_dry_run(argument, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert call(f"--config=configs/fmow.py:{preset}", *SMALL_MODEL, "--dry_run") == 0
+    assert call(f"--config=configs/fmow.py:{argument}", *SMALL_MODEL, "--dry_run") == 0
     printed = capsys.readouterr().out
     assert re.search(r"[\d.]+ M in encoder \+ decoder", printed)
     assert "data.root not set yet" in printed
-    assert f"uint8 [8, {1 if preset == 'mae' else 2}, 16, 16, 3]" in printed
+    size = 32 if argument == "method=scale_mae" else 16
+    views = 1 if argument.startswith("method=") else 2
+    assert f"uint8 [8, {views}, {size}, {size}, 3]" in printed
     assert "GiB temporary" in printed
     assert not list(tmp_path.iterdir())
 
@@ -386,12 +434,12 @@ def test_dry_run_with_data(image_folder, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-@pytest.mark.parametrize("preset", common.PRESETS)
+@pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_config_builds(name, preset):
+def test_each_config_builds(name, argument):
     from xsmae.trainer import create_sampler, create_trainer
 
-    arguments = [f"--config=configs/{name}:{preset},size=small"]
+    arguments = [f"--config=configs/{name}:{argument},size=small"]
     if name in ("folder.py", "csv.py", "tfds.py"):
         arguments.append("--config.data.gsd=0.5")
     config = main.parse(["xsmae", *arguments]).config
@@ -401,7 +449,7 @@ def test_each_config_builds(name, preset):
     state = jax.eval_shape(trainer.initial_state)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 20e6
     assert 0 < trainer.schedule.warmup_steps < trainer.schedule.num_steps
-    if preset == "published":  # whatever a data set sets, this stays as published
+    if argument == "published":  # whatever a data set sets, this stays as published
         assert config.loss.contrastive.temperature == 0.5
         assert config.model.position == "fixed"
     assert json.loads(config.to_json())["mean"]
@@ -445,7 +493,9 @@ def test_default_workdir_and_config_lookup(tmp_path, monkeypatch):
     assert found == Path("runs/quickstart")
     monkeypatch.chdir(tmp_path)  # no configs/ here: the installed one is taken
     assert main.parse(["xsmae", "--config=configs/fmow.py"]).config.method
-    assert main.parse(["xsmae", "--config", "configs/fmow.py:mae"]).config.seed == 0
+    assert (
+        main.parse(["xsmae", "--config", "configs/fmow.py:method=mae"]).config.seed == 0
+    )
 
 
 def test_help_lists_the_flags(capsys):

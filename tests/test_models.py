@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xsmae.methods import METHODS, build_encoder
+from xsmae.methods import METHODS
 from xsmae.models.cross_scale_mae import PositionBatchNorm
 from xsmae.models.mae import Views
 from xsmae.models.masking import random_masking, take_tokens
@@ -23,6 +23,7 @@ from xsmae.models.vit import (
     stacked_blocks,
     unpatchify,
 )
+from xsmae.networks import build_encoder
 from xsmae.ops.attention import attention
 
 MODEL = {
@@ -52,7 +53,7 @@ MODEL = {
 
 def build(method="cross_scale_mae", seed=0, **changes):
     model = {**MODEL, **changes}
-    return METHODS[method].build(model, view_size=16, rngs=nnx.Rngs(seed))
+    return METHODS[method].build(model, channels=3, view_size=16, rngs=nnx.Rngs(seed))
 
 
 def some_views(batch=3, num_views=2, seed=0):
@@ -231,13 +232,13 @@ def test_unknown_options_are_refused():
         Block(8, 3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="expected one of"):
         build(predictor_norm="none")
-    encoder = build_encoder(MODEL, rngs=nnx.Rngs(0))
+    encoder = build_encoder(MODEL, channels=3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="17x16 px"):
         encoder(jnp.ones((1, 17, 16, 3)))
 
 
 def test_the_encoder_sees_the_visible_patches_alone():
-    encoder = build_encoder(MODEL, rngs=nnx.Rngs(0))
+    encoder = build_encoder(MODEL, channels=3, rngs=nnx.Rngs(0))
     images = some_views(2, 1).images[:, 0]
     ids = jnp.array([[3, 7, 9], [0, 1, 15]])
     tokens = encoder(images, ids_keep=ids)
@@ -251,7 +252,7 @@ def test_the_encoder_sees_the_visible_patches_alone():
 
 
 def test_all_patches_kept_equals_no_mask():
-    encoder = build_encoder(MODEL, rngs=nnx.Rngs(0))
+    encoder = build_encoder(MODEL, channels=3, rngs=nnx.Rngs(0))
     images = some_views(2, 1).images[:, 0]
     order = jnp.tile(jnp.arange(16), (2, 1))
     np.testing.assert_allclose(
@@ -359,7 +360,7 @@ def test_published_parameter_counts(size, millions):
     config = common.get_common("published", size)
     model = nnx.eval_shape(
         lambda: METHODS["cross_scale_mae"].build(
-            config.model, view_size=128, rngs=nnx.Rngs(0)
+            config.model, channels=3, view_size=128, rngs=nnx.Rngs(0)
         )
     )
     count = sum(x.size for x in jax.tree.leaves(nnx.state(model.mae, nnx.Param))) / 1e6

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -71,6 +73,46 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
         )["state"]
+
+    def restore_weights(self, like: Mapping[str, Any]) -> dict[str, Any]:
+        """`params` and `batch_stats` of the newest step, whatever else it holds.
+
+        `like` holds them as arrays. Raises UserError with the names of the weights that
+        are missing, left over or of another shape.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise UserError(f"{self.manager.directory} holds no checkpoint")
+        path = self.manager.directory / str(step) / "state"
+        handler = ocp.PyTreeCheckpointHandler()
+        with ocp.Checkpointer(handler) as checkpointer:
+            saved = checkpointer.metadata(path).item_metadata.tree
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
+            found, expected = (
+                {
+                    jax.tree_util.keystr(keys, simple=True, separator="."): leaf.shape
+                    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+                }
+                for tree in ({name: saved.get(name, {}) for name in like}, abstract)
+            )
+            wrong = sorted(
+                f"{name}: expected {expected.get(name, 'nothing')}, found "
+                f"{found.get(name, 'nothing')}"
+                for name in found.keys() | expected.keys()
+                if found.get(name) != expected.get(name)
+            )
+            if wrong:
+                raise UserError(
+                    f"{path} does not fit the config's network: {'; '.join(wrong)}"
+                )
+            return checkpointer.restore(
+                path,
+                ocp.args.PyTreeRestore(
+                    abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=True,
+                ),
+            )
 
     def close(self) -> None:
         """Wait until everything is on disk."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from xsmae.errors import UserError
-from xsmae.methods import NUM_CHANNELS, build_encoder
+from xsmae.layouts import collect, encoder_weights, load
 from xsmae.models.position import patch_positions
 from xsmae.models.vit import Encoder
+from xsmae.networks import Config, build_encoder, channel_groups
 from xsmae.workdir import write_json
 
 if TYPE_CHECKING:
@@ -32,85 +32,35 @@ ARCHITECTURE = (
     "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_style",
     "norm_epsilon", "encoder_norm", "position", "reference_gsd",
 )  # fmt: skip
+GROUPS = ("channel_groups", "group_dim")  # SatMAE's
 REQUIRED = ("architecture", "bands", "mean", "std", "pooling")
 
-# timm's name within a block, and ours; a linear weight is our kernel transposed.
-BLOCK_NAMES = {
-    "norm1": "norm1",
-    "attn.qkv": "qkv",
-    "attn.proj": "proj",
-    "norm2": "norm2",
-    "mlp.fc1": "fc1",
-    "mlp.fc2": "fc2",
-}
 
-
-def to_timm(encoder: Encoder, *, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+def to_timm(
+    encoder: Encoder, model: Config, *, grid: tuple[int, int]
+) -> dict[str, np.ndarray]:
     """The encoder's weights as timm's `VisionTransformer` names and shapes them.
 
     `pos_embed` is that of a `grid` at the reference GSD, zeros for the class token.
+    With groups of bands the names are SatMAE's, and there is no `pos_embed`.
     """
-    tensors = {
-        "cls_token": encoder.cls_token[...],
-        "patch_embed.proj.weight": rearrange(
-            encoder.patch_embed.kernel[...],
-            "(p q c) d -> d c p q",
-            p=encoder.patch_size,
-            q=encoder.patch_size,
-        ),
-        "patch_embed.proj.bias": encoder.patch_embed.bias[...],
-        "norm.weight": encoder.norm.scale[...],
-        "norm.bias": encoder.norm.bias[...],
-    }
-    position = patch_positions(grid, encoder.embed_dim)
-    tensors["pos_embed"] = jnp.pad(position, [(0, 0), (1, 0), (0, 0)])
-    for theirs, ours in BLOCK_NAMES.items():
-        module = getattr(encoder.blocks, ours)
-        weight = module.scale if hasattr(module, "scale") else module.kernel
-        for index in range(weight.shape[0]):
-            prefix = f"blocks.{index}.{theirs}"
-            tensors[f"{prefix}.weight"] = weight[index].T
-            tensors[f"{prefix}.bias"] = module.bias[index]
-    # safetensors writes the memory as it lies: transposed views must be made real.
-    return {k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}
+    tensors = collect(encoder, encoder_weights(model))
+    if not channel_groups(model):
+        position = patch_positions(grid, encoder.embed_dim)
+        position = jnp.pad(position, [(0, 0), (1, 0), (0, 0)])
+        tensors["pos_embed"] = np.asarray(position)
+    return tensors
 
 
-def from_timm(encoder: Encoder, tensors: Mapping[str, np.ndarray]) -> None:
-    """Put timm's tensors into `encoder`, in place.
+def from_timm(
+    encoder: Encoder, model: Config, tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Put `to_timm`'s tensors into `encoder`, in place.
 
     Raises UserError with the names that are missing, extra or of another shape.
     """
-    patch = encoder.patch_size
-    expected = {k: v.shape for k, v in to_timm(encoder, grid=(1, 1)).items()}
-    del expected["pos_embed"]  # computed, not learned
-    found = {k: v.shape for k, v in tensors.items() if k != "pos_embed"}
-    if found != expected:
-        wrong = sorted(
-            f"{name}: expected {expected.get(name, 'nothing')}, found "
-            f"{found.get(name, 'nothing')}"
-            for name in expected.keys() | found.keys()
-            if expected.get(name) != found.get(name)
-        )
-        raise UserError(f"the weights do not fit encoder.json: {'; '.join(wrong)}")
-    encoder.cls_token[...] = jnp.asarray(tensors["cls_token"])
-    encoder.patch_embed.kernel[...] = jnp.asarray(
-        rearrange(
-            tensors["patch_embed.proj.weight"], "d c p q -> (p q c) d", p=patch, q=patch
-        )
-    )
-    encoder.patch_embed.bias[...] = jnp.asarray(tensors["patch_embed.proj.bias"])
-    encoder.norm.scale[...] = jnp.asarray(tensors["norm.weight"])
-    encoder.norm.bias[...] = jnp.asarray(tensors["norm.bias"])
-    for theirs, ours in BLOCK_NAMES.items():
-        module = getattr(encoder.blocks, ours)
-        weight = module.scale if hasattr(module, "scale") else module.kernel
-        layers = range(weight.shape[0])
-        weight[...] = jnp.stack(
-            [jnp.asarray(tensors[f"blocks.{i}.{theirs}.weight"].T) for i in layers]
-        )
-        module.bias[...] = jnp.stack(
-            [jnp.asarray(tensors[f"blocks.{i}.{theirs}.bias"]) for i in layers]
-        )
+    tensors = {k: v for k, v in tensors.items() if k != "pos_embed"}  # is computed
+    load(encoder, encoder_weights(model), tensors)
 
 
 def write_encoder(
@@ -131,13 +81,15 @@ def write_encoder(
     directory.mkdir(parents=True, exist_ok=True)
     grid = (image_size // encoder.patch_size,) * 2
     temporary = directory / "encoder.safetensors.tmp"
-    save_file(to_timm(encoder, grid=grid), temporary, metadata={"format": "pt"})
+    save_file(to_timm(encoder, model, grid=grid), temporary, metadata={"format": "pt"})
     temporary.replace(directory / "encoder.safetensors")
     write_json(
         directory / "encoder.json",
         {
             "schema": SCHEMA,
-            "architecture": {name: model[name] for name in ARCHITECTURE},
+            "architecture": {
+                name: model[name] for name in (*ARCHITECTURE, *GROUPS) if name in model
+            },
             "image_size": image_size,
             "bands": list(bands),
             "units": "digital numbers 0-255 divided by 255",
@@ -154,11 +106,12 @@ def write_encoder(
 class LoadedEncoder:
     """An encoder with all that it must be told: `encoder(images, gsd=...)` -> features.
 
-    info: the content of `encoder.json`.
+    info: the content of `encoder.json`. encoder: the network, of normalised images.
     """
 
     def __init__(self, encoder: Encoder, info: Mapping[str, Any]):
         self.info = info
+        self.encoder = encoder
         graphdef, state = nnx.split(encoder)
         mean, std = (jnp.array(info[name], jnp.float32) for name in ("mean", "std"))
 
@@ -278,10 +231,11 @@ def load_encoder(directory: str | Path) -> LoadedEncoder:
     ]
     if missing:
         raise UserError(f"{path} lacks {', '.join(map(repr, missing))}")
-    for name in ("bands", "mean", "std"):
-        if len(info[name]) != NUM_CHANNELS:
+    channels = len(info["bands"])
+    for name in ("mean", "std"):
+        if len(info[name]) != channels:
             raise UserError(
-                f"{path} has {len(info[name])} {name}, expected {NUM_CHANNELS}"
+                f"{path} has {len(info[name])} {name}, expected {channels}, one a band"
             )
     model = {
         **info["architecture"],
@@ -290,6 +244,9 @@ def load_encoder(directory: str | Path) -> LoadedEncoder:
         "scan": True,
         "dtype": "float32",
     }
-    encoder = build_encoder(model, rngs=nnx.Rngs(0))
-    from_timm(encoder, tensors)
+    try:
+        encoder = build_encoder(model, channels=channels, rngs=nnx.Rngs(0))
+    except ValueError as error:
+        raise UserError(f"{path} does not fit together: {error}") from None
+    from_timm(encoder, model, tensors)
     return LoadedEncoder(encoder, info)

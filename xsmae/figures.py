@@ -9,20 +9,19 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from einops import rearrange
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from xsmae.losses import patch_statistics
-
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from matplotlib.axes import Axes
+
+    from xsmae.methods import Pictures
 
 # A colour a view, the same in every picture: Okabe and Ito's blue, orange, green and
 # purple, which stay apart for colour-blind readers.
@@ -36,100 +35,58 @@ LOSS_UNITS = {
     "loss/reconstruction": "mean squared error",
     "loss/contrastive": "nats",
     "loss/cross_prediction": "mean squared error",
+    "loss/low_frequency": "squared error, summed over the bands",
+    "loss/high_frequency": "error, summed over the bands",
 }
-
-
-def put_back(
-    pred: Float[np.ndarray, "... patches values"],
-    target: Float[np.ndarray, "... patches values"],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    norm_pix_loss: bool,
-) -> Float[np.ndarray, "... patches values"]:
-    """Predicted patches in image space, 0-1 but not clipped.
-
-    `target` holds the true patches of the normalised image: with `norm_pix_loss` the
-    prediction lacks each patch's mean and standard deviation, which are taken from it.
-    """
-    pred = np.asarray(pred, np.float32)
-    if norm_pix_loss:
-        patch_mean, patch_std = patch_statistics(np.asarray(target, np.float32))
-        pred = pred * np.asarray(patch_std) + np.asarray(patch_mean)
-    # The bands are the fastest axis of a patch's values.
-    pixels = rearrange(pred, "... (pixels bands) -> ... pixels bands", bands=len(mean))
-    pixels = pixels * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
-    return rearrange(pixels, "... pixels bands -> ... (pixels bands)")
-
-
-def reconstruction_panels(
-    images: Float[np.ndarray, "n views height width bands"],
-    pred: Float[np.ndarray, "n views patches values"],
-    mask: Float[np.ndarray, "n views patches"],
-    *,
-    patch_size: int,
-    **space: Any,
-) -> Float[np.ndarray, "panels n views height width bands"]:
-    """The input, the input with hidden patches grey, the prediction in those patches.
-
-    `images` are normalised, `mask` is 1 where hidden; the panels are in 0-1. `space` is
-    what `put_back` needs: mean, std, norm_pix_loss.
-    """
-    target = rearrange(
-        np.asarray(images, np.float32),
-        "n v (h p) (w q) c -> n v (h w) (p q c)",
-        p=patch_size,
-        q=patch_size,
-    )
-    shown = put_back(target, target, **(space | {"norm_pix_loss": False}))
-    predicted = put_back(pred, target, **space)
-    hidden = np.asarray(mask)[..., None] > 0.5
-    masked = np.where(hidden, HIDDEN_GREY, shown)
-    pasted = np.where(hidden, predicted, shown)
-    return rearrange(
-        # A diverged model predicts NaN: black.
-        np.nan_to_num(np.stack([shown, masked, pasted])).clip(0, 1),
-        "panels n v (h w) (p q c) -> panels n v (h p) (w q) c",
-        p=patch_size,
-        q=patch_size,
-        h=images.shape[2] // patch_size,
-    )
 
 
 def reconstructions(
     path: str | os.PathLike,
-    images: Float[np.ndarray, "n views height width bands"],
-    pred: Float[np.ndarray, "n views patches values"],
-    mask: Float[np.ndarray, "n views patches"],
+    pictures: Pictures,
     gsd: Float[np.ndarray, "n views 2"],
     *,
-    patch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    norm_pix_loss: bool,
 ) -> None:
-    """A row a sample, for each view its input, what the encoder saw, the prediction.
+    """A row a sample, for each view its input, what the encoder saw, the predictions.
 
-    Arrays as in `reconstruction_panels`; `gsd` in metres per pixel, (y, x).
+    `gsd` in metres per pixel, (y, x); `mean` and `std` of the bands, in 0-1.
     """
-    space = {"mean": mean, "std": std, "norm_pix_loss": norm_pix_loss}
-    panels = reconstruction_panels(images, pred, mask, patch_size=patch_size, **space)
-    _, num_rows, num_views = panels.shape[:3]
-    titles = ("input", f"{100 * np.mean(mask):.0f} % hidden", "prediction")
+    hidden = np.asarray(pictures.hidden)
+    shown = to_pixels(pictures.images, mean, std)
+    panels = {
+        "input": shown,
+        f"{100 * hidden.mean():.0f} % hidden": np.where(hidden, HIDDEN_GREY, shown),
+        **{
+            title: to_pixels(images, mean, std)
+            for title, images in zip(pictures.titles, pictures.panels, strict=True)
+        },
+    }
+    num_rows, num_views = shown.shape[:2]
     # A narrow empty column keeps the views apart.
-    widths = ([1, 1, 1, 0.08] * num_views)[:-1]
+    widths = ([*[1] * len(panels), 0.08] * num_views)[:-1]
     size = (1.75 * sum(widths), 1.75 * num_rows + 0.3)
     fig = Figure(figsize=size, layout="compressed")
     grid = fig.add_gridspec(num_rows, len(widths), width_ratios=widths)
-    for panel, row, view in np.ndindex(panels.shape[:3]):
-        ax = fig.add_subplot(grid[row, 4 * view + panel])
-        _show(ax, panels[panel, row, view])
-        if row == 0:
-            ax.set_title(f"View {view + 1}: {titles[panel]}", fontsize=10)
-        if panel == 0:
-            gsd_text = _number(_geometric_mean(gsd[row, view]))
-            ax.set_ylabel(f"{gsd_text} m/px", fontsize=9)
+    for row, view in np.ndindex(num_rows, num_views):
+        for column, (name, images) in enumerate(panels.items()):
+            ax = fig.add_subplot(grid[row, (len(panels) + 1) * view + column])
+            _show(ax, images[row, view])
+            if row == 0:
+                title = f"View {view + 1}: {name}" if num_views > 1 else name
+                ax.set_title(title, fontsize=10)
+            if column == 0:
+                gsd_text = _number(_geometric_mean(gsd[row, view]))
+                ax.set_ylabel(f"{gsd_text} m/px", fontsize=9)
     _save(fig, path)
+
+
+def to_pixels(
+    images: Float[np.ndarray, "... bands"], mean: Sequence[float], std: Sequence[float]
+) -> Float[np.ndarray, "... bands"]:
+    """Normalised images in 0-1; what a diverged model predicts, NaN, is black."""
+    pixels = np.asarray(images, np.float32) * np.float32(std) + np.float32(mean)
+    return np.nan_to_num(pixels).clip(0, 1)
 
 
 def crops(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
+from xsmae.ops import resize
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
@@ -30,21 +32,58 @@ def patch_statistics(
 def reconstruction(
     pred: Float[Array, "batch views patches values"],
     target: Float[Array, "batch views patches values"],
-    mask: Float[Array, "batch views patches"],
+    mask: Float[Array, "batch views ..."],
     *,
     norm_pix_loss: bool,
+    channel_groups: tuple[tuple[int, ...], ...] = (),
+    channels: int = 1,
 ) -> Float[Array, views]:
     """Mean squared error on the hidden patches, a value per view.
 
     `target` holds the patches of the normalised images; with `norm_pix_loss` each is
-    compared after its own mean and standard deviation are taken out.
+    compared after its own mean and standard deviation are taken out. With
+    `channel_groups` the mask is [batch, views, groups, patches], of the error that is
+    the mean over a group's bands; `channels` is then how many bands there are, the
+    fastest axis of the values.
     """
     pred, target = pred.astype(jnp.float32), target.astype(jnp.float32)
     if norm_pix_loss:
         mean, std = patch_statistics(target)
         target = (target - mean) / std
-    per_patch = jnp.square(pred - target).mean(axis=-1)
-    return (per_patch * mask).sum(axis=(0, 2)) / mask.sum(axis=(0, 2))
+    error = jnp.square(pred - target)
+    if channel_groups:
+        error = rearrange(error, "b v l (p c) -> c b v l p", c=channels).mean(axis=-1)
+        groups = [error[jnp.array(group)].mean(axis=0) for group in channel_groups]
+        error = jnp.stack(groups, axis=2)
+    else:
+        error = error.mean(axis=-1)
+    return _masked_mean(error, mask)
+
+
+def frequency_band(
+    pred: Float[Array, "batch views height width channels"],
+    target: Float[Array, "batch views height width channels"],
+    mask: Float[Array, "batch views patches"],
+    *,
+    absolute: bool,
+    grid: tuple[int, int],
+) -> Float[Array, views]:
+    """Squared (or absolute) error on the pixels of hidden patches, a value per view.
+
+    Scale-MAE's: the SUM over the bands, the mean over the pixels (official
+    models_mae.py, forward_loss). `grid` is that of the mask, (rows, columns).
+    """
+    error = pred.astype(jnp.float32) - target.astype(jnp.float32)
+    error = (jnp.abs(error) if absolute else jnp.square(error)).sum(axis=-1)
+    mask = rearrange(mask, "b v (h w) -> b v h w 1", h=grid[0], w=grid[1])
+    mask = resize.nearest(mask, error.shape[2:])[..., 0]
+    return _masked_mean(error, mask)
+
+
+def _masked_mean(error, mask):
+    """Of [batch, views, ...], over all axes but the views', where the mask is 1."""
+    axes = (0, *range(2, error.ndim))
+    return (error * mask).sum(axes) / mask.sum(axes)
 
 
 def over_views(per_view: Float[Array, views], reduction: str) -> Float[Array, ""]:

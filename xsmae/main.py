@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -101,6 +102,12 @@ def parse(argv: list[str]) -> flags.FlagValues:
     return values
 
 
+def given_fields(argv: list[str]) -> list[str]:
+    """The fields of the config that the command sets, dotted."""
+    flag = re.compile(r"--?config\.([\w.]+)")
+    return [m[1] for m in map(flag.match, argv) if m]
+
+
 def _joined(argv: list[str]) -> list[str]:
     """`--config FILE` as `--config=FILE`."""
     argv = list(argv)
@@ -122,8 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         values = parse(argv)
         # After the flags, so that a wrong one is told at once.
-        from xsmae import report, train
+        from xsmae import init, report, train
 
+        if values.config.init:
+            for change in init.adopt(values.config, given_fields(argv)):
+                print(f"as the weights have it: {change}")
         if values.dry_run:
             print(report.dry_run(values.config))
             return 0

@@ -21,6 +21,7 @@ from xsmae.data.sources import Source
 from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
+from xsmae.init import load_weights
 from xsmae.metrics import MetricsWriter, Progress, read_metrics
 from xsmae.report import describe, summary
 from xsmae.sharding import by_batch, put_batch
@@ -81,6 +82,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     start = checkpoints.latest_step()
     if start is None:
         state = trainer.initial_state()
+        if config.init:
+            state = dataclasses.replace(state, **load_weights(config.init, state))
+            print(f"starting from the weights in {config.init}", flush=True)
     else:
         state = checkpoints.restore(
             start, trainer.state_shapes(), fingerprint=source.fingerprint
@@ -237,7 +241,9 @@ def _monitor_start(run: Run, state: TrainState, start: int) -> None:
     if run.monitor is None:
         return
     if start == 0:
-        encode = functools.partial(run.trainer.encode, state.params)
+        # Not of `state`, which may hold the weights of `config.init`.
+        untrained = run.trainer.initial_state().params
+        encode = functools.partial(run.trainer.encode, untrained)
         run.writer.write(0, _named("knn/", run.monitor.controls(encode)))
     elif _monitored(run, start):
         rows = read_metrics(run.workdir / "metrics.jsonl")
@@ -291,17 +297,12 @@ def _draw_progress(run: Run, state: TrainState, step: int) -> None:
     config, folder = run.config, run.workdir / "figures"
     batch = first_samples(config, run.source, run.sampler, config.figures.samples)
     batch = {name: batch[name] for name in STEP_FIELDS}
-    images, pred, mask = jax.device_get(run.trainer.predict(state, batch))
     figures.reconstructions(
         folder / f"reconstructions_{step:07}.png",
-        images,
-        pred,
-        mask,
-        batch["gsd"],
-        patch_size=config.model.patch_size,
+        jax.device_get(run.trainer.predict(state, batch)),
+        _gsd_seen(run, batch["gsd"]),
         mean=config.mean,
         std=config.std,
-        norm_pix_loss=config.loss.reconstruction.norm_pix_loss,
     )
     rows = read_metrics(run.workdir / "metrics.jsonl")
     figures.loss_curves(folder / "losses.png", rows)
@@ -315,9 +316,14 @@ def _draw_gsds(run: Run, seen: list[dict[str, np.ndarray]]) -> None:
     heights = box[:, 0, 2] - box[:, 0, 0]
     figures.gsd_histogram(
         run.workdir / "figures" / "gsd.png",
-        gsd,
-        source_gsd=gsd[:, 0, 0] * run.config.views.size / heights,
+        _gsd_seen(run, gsd),
+        source_gsd=gsd[:, 0, 0] * run.sampler.size / heights,
     )
+
+
+def _gsd_seen(run: Run, gsd: np.ndarray) -> np.ndarray:
+    """The GSD that the model sees of crops of `gsd`, which may be a finer target."""
+    return gsd * (run.sampler.size // run.config.views.size)
 
 
 def _due(step: int, every: int) -> bool:

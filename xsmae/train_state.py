@@ -15,6 +15,7 @@ from flax import nnx
 
 from xsmae.models.mae import Views
 from xsmae.models.position import relative_box
+from xsmae.ops import resize
 from xsmae.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -62,27 +63,35 @@ def create_train_state(
 
 
 def prepare_views(
-    batch: Mapping[str, Array], *, mean: tuple[float, ...], std: tuple[float, ...]
+    batch: Mapping[str, Array],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    target_scale: int = 1,
 ) -> Views:
     """What the pipeline read, as the model takes it: normalised, boxes relative.
 
-    `mean` and `std` per band are of values in 0-1.
+    `mean` and `std` per band are of values in 0-1. With `target_scale` > 1 what was
+    read is the target, and the model's images are its means over that many pixels.
     """
     mean, std = (255 * jnp.array(x, jnp.float32) for x in (mean, std))
+    images, target = (batch["image"].astype(jnp.float32) - mean) / std, None
+    if target_scale > 1:
+        target, (height, width) = images, images.shape[2:4]
+        images = resize.area(target, (height // target_scale, width // target_scale))
     return Views(
-        images=(batch["image"].astype(jnp.float32) - mean) / std,
-        gsd=batch["gsd"],
+        images=images,
+        gsd=batch["gsd"] * target_scale,
         box=relative_box(batch["box"], batch["flip"]),
+        target=target,
     )
 
 
 def draw_noise(
-    key: Key[Array, ""], views: Views, patch_size: int
-) -> Float[Array, "batch views patches"]:
+    key: Key[Array, ""], views: Views, noise_size: int
+) -> Float[Array, "batch views numbers"]:
     """The uniform numbers whose order decides the masks, independent for each view."""
-    batch, num_views, height, width, _ = views.images.shape
-    patches = (height // patch_size) * (width // patch_size)
-    return jax.random.uniform(key, (batch, num_views, patches))
+    return jax.random.uniform(key, (*views.images.shape[:2], noise_size))
 
 
 def train_step(
@@ -93,25 +102,27 @@ def train_step(
     losses: Callable[..., tuple[dict[str, Array], dict[str, Array]]],
     weights: Mapping[str, float],
     optimizer: Optimizer,
-    patch_size: int,
+    noise_size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    target_scale: int = 1,
     accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update from one global batch, and its metrics.
 
     `losses(output, views)` gives the terms and the reported extras; the total is the
-    sum of the terms times `weights`. With `accumulation_steps` > 1 the gradient is the
-    mean over that many parts of the batch. The masks are those of the whole batch, so
-    for losses that are means over samples it equals the large batch's gradient. Not so
-    where samples meet: the contrastive loss finds its negatives, and batch norm its
-    statistics, in one part alone.
+    sum of the terms times `weights`. `noise_size` and `target_scale` are the model's.
+    With `accumulation_steps` > 1 the gradient is the mean over that many parts of the
+    batch. The masks are those of the whole batch, so for losses that are means over
+    samples it equals the large batch's gradient. Not so where samples meet: the
+    contrastive loss finds its negatives, and batch norm its statistics, in one part
+    alone.
 
     A total or a gradient that is not finite leaves parameters, optimiser and batch
     statistics as they were, and is counted.
     """
-    views = prepare_views(batch, mean=mean, std=std)
-    noise = draw_noise(jax.random.fold_in(state.key, state.step), views, patch_size)
+    views = prepare_views(batch, mean=mean, std=std, target_scale=target_scale)
+    noise = draw_noise(jax.random.fold_in(state.key, state.step), views, noise_size)
 
     def loss_fn(params, batch_stats, views, noise):
         # Variables may only be written to in the trace that made them: make them here.

@@ -16,12 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from xsmae.data.catalogue import build_source
+from xsmae.data.images import BANDS
 from xsmae.data.multiscale import ViewSampler
 from xsmae.data.pipeline import make_batches
 from xsmae.data.sources import Source
 from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
-from xsmae.methods import METHODS, NUM_CHANNELS, Method
+from xsmae.methods import METHODS, Method, Pictures
 from xsmae.optim import Optimizer, create_optimizer
 from xsmae.sharding import by_batch, create_mesh, replicated
 from xsmae.train_state import (
@@ -67,6 +68,11 @@ RANGES = {
     "model.norm_epsilon": (0, 1),
     "loss.contrastive.temperature": (TINY, math.inf),
     "loss.contrastive.groups": (1, math.inf),
+    "loss.low_frequency.through": (0, math.inf),
+    "loss.high_frequency.cutoff": (TINY, 1),
+    "model.target_scale": (1, math.inf),
+    "model.head_dim": (4, math.inf),
+    "model.head_depth": (0, math.inf),
 }
 
 # What of a batch the step reads; the rest is the host's account of the images.
@@ -90,7 +96,7 @@ class Trainer:
 
     step(state, batch) -> (state, metrics). initial_state() -> the state of step 0;
     state_shapes() -> its shapes and placement.
-    predict(state, batch) -> (images, pred, mask) of the batch, for figures.
+    predict(state, batch) -> the `Pictures` of the batch.
     encode(params, images, gsd) -> {"cls", "mean"} features of whole uint8 images.
     """
 
@@ -100,17 +106,23 @@ class Trainer:
     step: Callable
     initial_state: Callable[[], TrainState]
     state_shapes: Callable[[], TrainState]
-    predict: Callable
+    predict: Callable[..., Pictures]
     encode: Callable
 
 
 def create_sampler(config: ml_collections.ConfigDict) -> ViewSampler:
     """The views of `config.views`; raises UserError where a field is off."""
     num_views = _method(config).num_views
+    views = config.views.to_dict() | {"size": crop_size(config)}
     try:
-        return ViewSampler(num_views=num_views, **config.views.to_dict())
+        return ViewSampler(num_views=num_views, **views)
     except (ValueError, TypeError) as error:
         raise UserError(f"config.{error}") from None
+
+
+def crop_size(config: ml_collections.ConfigDict) -> int:
+    """The pixels of a crop: a view's, or those of the larger target of the method."""
+    return config.views.size * _method(config).target_scale(config.model)
 
 
 def create_schedule(config: ml_collections.ConfigDict, *, num_images: int) -> Schedule:
@@ -140,16 +152,20 @@ def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Tra
     schedule = create_schedule(config, num_images=num_images)
     optimizer = _optimizer(config, schedule)
     model, loss = config.model.to_dict(), config.loss.to_dict()
-    normalization = {"mean": config.mean, "std": config.std}
-    patch_size = config.model.patch_size
+    size, channels = config.views.size, len(config.bands)
+    preparation = {
+        "mean": config.mean,
+        "std": config.std,
+        "target_scale": method.target_scale(model),
+    }
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
-        return method.build(model, view_size=config.views.size, rngs=rngs)
+        return method.build(model, channels=channels, view_size=size, rngs=rngs)
 
     with _as_user_error():
-        graphdef, _, _ = nnx.split(
-            nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, nnx.BatchStat
-        )
+        abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        graphdef, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+        noise_size = abstract.noise_size(size, size)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def initial_state():
@@ -158,26 +174,26 @@ def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Tra
     step = functools.partial(
         train_step,
         graphdef=graphdef,
-        losses=functools.partial(method.losses, patch_size=patch_size, loss=loss),
+        losses=functools.partial(method.losses, model=model, loss=loss),
         weights={name: term["weight"] for name, term in loss.items()},
         optimizer=optimizer,
-        patch_size=patch_size,
+        noise_size=noise_size,
         accumulation_steps=config.optim.accumulation_steps,
-        **normalization,
+        **preparation,
     )
 
     @jax.jit
     def predict(state, batch):
-        views = prepare_views(batch, **normalization)
-        model = nnx.merge(graphdef, state.params, state.batch_stats)
-        output = model(views, draw_noise(jax.random.key(0), views, patch_size))
-        return views.images, output.pred, output.mask
+        views = prepare_views(batch, **preparation)
+        network = nnx.merge(graphdef, state.params, state.batch_stats)
+        output = network(views, draw_noise(jax.random.key(0), views, noise_size))
+        return method.pictures(output, views, model=model, loss=loss)
 
     @functools.partial(
         jax.jit, in_shardings=(replicated(mesh), by_batch(mesh), by_batch(mesh))
     )
     def features(params, images, gsd):
-        mean, std = (255 * jnp.array(normalization[n]) for n in ("mean", "std"))
+        mean, std = (255 * jnp.array(config[n]) for n in ("mean", "std"))
         stats = jax.tree.map(jnp.zeros_like, shapes.batch_stats)
         encoder = nnx.merge(graphdef, params, stats).encoder
         tokens = encoder((images.astype(jnp.float32) - mean) / std, gsd=gsd)
@@ -248,9 +264,9 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The fields of a batch that the step reads: shapes and dtypes."""
     views = (config.batch_size, _method(config).num_views)
-    size = config.views.size
+    size, channels = crop_size(config), len(config.bands)
     return {
-        "image": jax.ShapeDtypeStruct((*views, size, size, 3), np.uint8),
+        "image": jax.ShapeDtypeStruct((*views, size, size, channels), np.uint8),
         "gsd": jax.ShapeDtypeStruct((*views, 2), np.float32),
         "box": jax.ShapeDtypeStruct((*views, 4), np.float32),
         "flip": jax.ShapeDtypeStruct((config.batch_size, 2), bool),
@@ -356,8 +372,9 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
             "--config.model.reference_gsd=METRES"
         )
     for name in ("bands", "mean", "std"):
-        if len(config[name]) != NUM_CHANNELS:
+        if len(config[name]) != len(BANDS):
             raise UserError(
                 f"{name}={config[name]} has {len(config[name])} values, expected "
-                f"{NUM_CHANNELS}, one a band"
+                f"{len(BANDS)}, one for each of {', '.join(BANDS)}, which is what the "
+                "sources read"
             )

@@ -38,6 +38,7 @@ from PIL import Image, ImageOps
 
 from xsmae.errors import BadImageError
 
+BANDS = ("red", "green", "blue")  # of every decoded image, in this order
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MIN_SIDE = 32

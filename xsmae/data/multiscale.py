@@ -127,15 +127,16 @@ class ViewSampler:
     num_views: int
     size: int
     area: tuple[float, float]
-    area2: tuple[float, float]
     ratio: tuple[float, float]
     area_distribution: str
-    view2_from: str
-    view2_box: str
     interpolation: str
-    interpolation2: str
     horizontal_flip: float
     vertical_flip: float
+    # Of view 2; a sampler of one view has no use for them.
+    area2: tuple[float, float] = (0.25, 0.75)
+    view2_from: str = "source"
+    view2_box: str = "sample"
+    interpolation2: str = "bicubic"
 
     def __post_init__(self):
         for name, known in (

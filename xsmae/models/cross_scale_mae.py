@@ -133,6 +133,10 @@ class CrossScaleMAE(nnx.Module):
             parts["projection"] = self.projection
         return parts
 
+    def noise_size(self, height: int, width: int) -> int:
+        """How many uniform numbers decide the mask of a view."""
+        return self.mae.noise_size(height, width)
+
     def __call__(
         self, views: Views, noise: Float[Array, "batch two patches"]
     ) -> CrossScaleMAEOutput:

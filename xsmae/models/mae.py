@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from xsmae.models.masking import random_masking, take_tokens
-from xsmae.models.position import patch_positions
-from xsmae.models.vit import Encoder, LayerNorm, linear, run_blocks, stacked_blocks
+from xsmae.models.masking import Masking, random_masking, take_tokens
+from xsmae.models.position import TokenPositions
+from xsmae.models.vit import Block, Encoder, LayerNorm, linear, run_blocks, token
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float, Int, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +28,13 @@ class Views:
     gsd: [batch, views, 2], metres per pixel of the view, (y, x).
     box: [batch, views, 4], the view's (top, left, bottom, right) as fractions of view 1
         as it is displayed; (0, 0, 1, 1) for view 1.
+    target: the same ground at a finer GSD, for methods that predict it.
     """
 
     images: Float[Array, "batch views height width channels"]
     gsd: Float[Array, "batch views 2"]
     box: Float[Array, "batch views 4"]
+    target: Float[Array, "batch views tall wide channels"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -39,67 +42,74 @@ class Views:
 class MAEOutput:
     """What a masked autoencoder computes for every view.
 
-    pred: [batch, views, patches, values], the predicted patches.
-    mask: [batch, views, patches], 1 = hidden.
+    pred: what the decoder's head predicts: [batch, views, patches, values], or what
+        the head of another method says of its own.
+    mask: [batch, views, patches], 1 = hidden; SatMAE has a mask a group of bands,
+        [batch, views, groups, patches].
     encoder_tokens: [batch, views, 1 + kept, embed_dim], class token first.
-    decoder_tokens: [batch, views, 1 + patches, decoder_embed_dim], after the norm.
+    decoder_tokens: [batch, views, 1 + patches, decoder_embed_dim], after the norm; one
+        less where the decoder takes no class token.
     """
 
-    pred: Float[Array, "batch views patches values"]
-    mask: Float[Array, "batch views patches"]
+    pred: PyTree[Float[Array, "batch views ..."]]
+    mask: Float[Array, "batch views ..."]
     encoder_tokens: Float[Array, "batch views kept width"]
     decoder_tokens: Float[Array, "batch views tokens decoder_width"]
 
 
-class Decoder(nnx.Module):
-    """The MAE decoder: visible tokens and mask tokens in, every patch's values out."""
+class PatchHead(nnx.Module):
+    """The values of each patch, in `patchify`'s order, by one dense layer."""
 
     def __init__(
         self,
         *,
         patch_size: int,
         channels: int,
-        encoder_dim: int,
         embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        norm_style: str = "pre",
-        norm_epsilon: float = 1e-6,
-        position: str = "fixed",
-        reference_gsd: float | None = None,
-        attention_implementation: str = "xla",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.pred = linear(
+            embed_dim, patch_size * patch_size * channels, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self, tokens: Float[Array, "batch patches width"], *, grid: tuple[int, int]
+    ) -> Float[Array, "batch patches values"]:
+        return self.pred(tokens)
+
+
+class Decoder(nnx.Module):
+    """The MAE decoder: visible tokens and mask tokens in, a prediction out.
+
+    `head(tokens, grid=...)` makes the prediction of the patches' tokens. With
+    `use_cls_token=False` the class token is left out (Scale-MAE's decoder).
+    """
+
+    def __init__(
+        self,
+        blocks: Block,
+        head: nnx.Module,
+        *,
+        encoder_dim: int,
+        positions: TokenPositions,
+        use_cls_token: bool = True,
         remat: str = "none",
         scan: bool = True,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.embed_dim = embed_dim
-        self.position = position
-        self.reference_gsd = reference_gsd
+        self.embed_dim = positions.embed_dim
+        self.positions = positions
+        self.use_cls_token = use_cls_token
         self.remat = remat
         self.scan = scan
         self.dtype = dtype
-        self.embed = linear(encoder_dim, embed_dim, dtype=dtype, rngs=rngs)
-        # std 0.02: as the class token, see Encoder.
-        self.mask_token = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (1, 1, embed_dim))
-        )
-        self.blocks = stacked_blocks(
-            depth,
-            embed_dim,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            norm_style=norm_style,
-            norm_epsilon=norm_epsilon,
-            attention_implementation=attention_implementation,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.norm = LayerNorm(embed_dim, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
-        self.pred = linear(
-            embed_dim, patch_size * patch_size * channels, dtype=dtype, rngs=rngs
-        )
+        self.embed = linear(encoder_dim, self.embed_dim, dtype=dtype, rngs=rngs)
+        self.mask_token = token(self.embed_dim, rngs=rngs)
+        self.blocks = blocks
+        self.norm = LayerNorm(self.embed_dim, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
+        self.head = head
 
     def __call__(
         self,
@@ -109,28 +119,23 @@ class Decoder(nnx.Module):
         grid: tuple[int, int],
         gsd: Float[Array, "batch 2"] | None = None,
         offset: Float[Array, "batch 2"] | None = None,
-    ) -> tuple[
-        Float[Array, "batch patches values"], Float[Array, "batch tokens width"]
-    ]:
-        """The predicted patches and the normalised tokens, class token first."""
+    ) -> tuple[PyTree[Array], Float[Array, "batch tokens width"]]:
+        """The prediction, and the normalised tokens, class token first."""
         x = self.embed(encoder_tokens)
         cls_token, visible = x[:, :1], x[:, 1:]
         hidden = ids_restore.shape[1] - visible.shape[1]
         mask_token = self.mask_token[...].astype(self.dtype)
         mask_tokens = jnp.broadcast_to(mask_token, (x.shape[0], hidden, self.embed_dim))
         x = take_tokens(jnp.concatenate([visible, mask_tokens], axis=1), ids_restore)
-        position = patch_positions(
-            grid,
-            self.embed_dim,
-            position=self.position,
-            gsd=gsd,
-            reference_gsd=self.reference_gsd,
-            offset=offset,
-        )
-        x = jnp.concatenate([cls_token, x + position.astype(self.dtype)], axis=1)
+        position = self.positions(grid, gsd=gsd, offset=offset)
+        x = x + position.astype(self.dtype)
+        if self.use_cls_token:
+            cls_position = self.positions.of_class_token()
+            x = jnp.concatenate([cls_token + cls_position.astype(self.dtype), x], 1)
         x = run_blocks(self.blocks, x, remat=self.remat, scan=self.scan)
         tokens = self.norm(x)
-        return self.pred(tokens[:, 1:]), tokens
+        of_patches = tokens[:, 1:] if self.use_cls_token else tokens
+        return self.head(of_patches, grid=grid), tokens
 
 
 class MAE(nnx.Module):
@@ -145,12 +150,20 @@ class MAE(nnx.Module):
         """The networks it is made of, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
+    def noise_size(self, height: int, width: int) -> int:
+        """How many uniform numbers decide the mask of a view."""
+        return math.prod(self.encoder.grid(height, width))
+
+    def random_masking(self, noise: Float[Array, "batch numbers"]) -> Masking:
+        """Which tokens are seen, by the order of `noise`."""
+        return random_masking(noise, self.mask_ratio)
+
     def __call__(
-        self, views: Views, noise: Float[Array, "batch views patches"]
+        self, views: Views, noise: Float[Array, "batch views numbers"]
     ) -> MAEOutput:
         """Mask by the order of `noise`, encode what is left, predict every patch."""
         batch, num_views, height, width, _ = views.images.shape
-        patch_size = self.encoder.patch_size
+        encoder = self.encoder
 
         # Samples first: a batch sharded over devices stays where it is.
         def merge(x):
@@ -160,24 +173,24 @@ class MAE(nnx.Module):
             return rearrange(x, "(b v) ... -> b v ...", b=batch, v=num_views)
 
         gsd, offset = merge(views.gsd), None
-        if self.encoder.position == "gsd":
+        if encoder.positions.position == "gsd":
             # From view 1's corner to the view's, in patches of the reference GSD.
             extent = views.gsd[:, :1] * jnp.array([height, width], jnp.float32)
-            unit = patch_size * self.encoder.reference_gsd
+            unit = encoder.patch_size * encoder.positions.reference_gsd
             offset = merge(views.box[..., :2] * extent / unit)
-        masking = random_masking(merge(noise), self.mask_ratio)
-        encoder_tokens = self.encoder(
+        masking = self.random_masking(merge(noise))
+        encoder_tokens = encoder(
             merge(views.images), gsd=gsd, offset=offset, ids_keep=masking.ids_keep
         )
         pred, decoder_tokens = self.decoder(
             encoder_tokens,
             masking.ids_restore,
-            grid=(height // patch_size, width // patch_size),
+            grid=encoder.grid(height, width),
             gsd=gsd,
             offset=offset,
         )
         return MAEOutput(
-            pred=divide(pred),
+            pred=jax.tree.map(divide, pred),
             mask=divide(masking.mask),
             encoder_tokens=divide(encoder_tokens),
             decoder_tokens=divide(decoder_tokens),

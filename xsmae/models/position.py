@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+from einops import rearrange
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -76,6 +78,57 @@ def patch_positions(
     if offset is not None:
         y, x = y + offset[:, :1], x + offset[:, 1:]
     return sincos_2d(y, x, embed_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenPositions:
+    """The position embeddings of a network's tokens, of width `embed_dim`.
+
+    position, reference_gsd: as in `patch_positions`. With `groups` > 0 a patch has a
+    token per group of bands, all tokens of a group in a row; the last `group_dim` of
+    the channels then encode the group and the others the patch (SatMAE, Cong et al.
+    2022, section 3.3).
+    """
+
+    embed_dim: int
+    position: str = "fixed"
+    reference_gsd: float | None = None
+    groups: int = 0
+    group_dim: int = 0
+
+    def __call__(
+        self,
+        grid: tuple[int, int],
+        *,
+        gsd: Float[Array, "batch 2"] | None = None,
+        offset: Float[Array, "batch 2"] | None = None,
+    ) -> Float[Array, "one_or_batch tokens embed_dim"]:
+        """Those of the tokens of a `grid` (rows, columns), the class token left out."""
+        of_patches = patch_positions(
+            grid,
+            self.embed_dim - self.group_dim,
+            position=self.position,
+            gsd=gsd,
+            reference_gsd=self.reference_gsd,
+            offset=offset,
+        )
+        if not self.groups:
+            return of_patches
+        of_groups = sincos_1d(jnp.arange(self.groups), self.group_dim)
+        shape = (of_patches.shape[0], self.groups, of_patches.shape[1])
+        both = [
+            jnp.broadcast_to(x, (*shape, x.shape[-1]))
+            for x in (of_patches[:, None], of_groups[None, :, None])
+        ]
+        return rearrange(jnp.concatenate(both, axis=-1), "b g l d -> b (g l) d")
+
+    def of_class_token(self) -> Float[Array, "one one embed_dim"]:
+        """Zeros; in the channels of the groups the position after the last group."""
+        zeros = jnp.zeros((1, 1, self.embed_dim - self.group_dim))
+        if not self.groups:
+            return zeros
+        after = sincos_1d(jnp.full((1, 1), self.groups), self.group_dim)
+        return jnp.concatenate([zeros, after], axis=-1)
 
 
 def relative_box(

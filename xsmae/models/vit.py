@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 
 from xsmae.models.masking import take_tokens
-from xsmae.models.position import patch_positions
+from xsmae.models.position import TokenPositions
 from xsmae.ops.attention import attention
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ def linear(
         kernel_init=nnx.initializers.xavier_uniform(),
         rngs=rngs,
     )
+
+
+def token(width: int, *, rngs: nnx.Rngs) -> nnx.Param:
+    """A learned token; std 0.02 as in the official models_mae.py."""
+    return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width)))
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -190,6 +195,36 @@ def run_blocks(
     return x
 
 
+class PatchEmbed(nnx.Module):
+    """Square patches to tokens, by one dense layer."""
+
+    def __init__(
+        self,
+        *,
+        patch_size: int,
+        channels: int,
+        embed_dim: int,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.patch_size = patch_size
+        self.proj = linear(
+            patch_size * patch_size * channels, embed_dim, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        ids_keep: Int[Array, "batch kept"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        """A token a patch, row by row; only those of `ids_keep` where it is given."""
+        patches = patchify(images, self.patch_size).astype(self.proj.dtype)
+        if ids_keep is not None:
+            # Gathered before they are embedded: a quarter of the embedding's work.
+            patches = take_tokens(patches, ids_keep)
+        return self.proj(patches)
+
+
 class Encoder(nnx.Module):
     """The ViT encoder on (visible) patches. Tokens come out with the class token first.
 
@@ -199,52 +234,37 @@ class Encoder(nnx.Module):
 
     def __init__(
         self,
+        patch_embed: PatchEmbed,
+        blocks: Block,
         *,
-        patch_size: int,
-        channels: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        norm_style: str = "pre",
-        norm_epsilon: float = 1e-6,
+        positions: TokenPositions,
         use_norm: bool = True,
-        position: str = "fixed",
-        reference_gsd: float | None = None,
-        attention_implementation: str = "xla",
         remat: str = "none",
         scan: bool = True,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.patch_size = patch_size
-        self.embed_dim = embed_dim
+        self.patch_size = patch_embed.patch_size
+        self.embed_dim = positions.embed_dim
+        self.positions = positions
         self.use_norm = use_norm
-        self.position = position
-        self.reference_gsd = reference_gsd
         self.remat = remat
         self.scan = scan
         self.dtype = dtype
-        self.patch_embed = linear(
-            patch_size * patch_size * channels, embed_dim, dtype=dtype, rngs=rngs
-        )
-        # std 0.02: He et al. 2022, official models_mae.py, initialize_weights.
-        self.cls_token = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (1, 1, embed_dim))
-        )
-        self.blocks = stacked_blocks(
-            depth,
-            embed_dim,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            norm_style=norm_style,
-            norm_epsilon=norm_epsilon,
-            attention_implementation=attention_implementation,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.patch_embed = patch_embed
+        self.cls_token = token(self.embed_dim, rngs=rngs)
+        self.blocks = blocks
         # The official encoders keep 1e-6 here whatever the blocks' epsilon is.
-        self.norm = LayerNorm(embed_dim, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(self.embed_dim, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """How many patches an image has, (rows, columns); ValueError if not whole."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"an image of {height}x{width} px, expected multiples of the patch "
+                f"size {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
 
     def __call__(
         self,
@@ -254,27 +274,12 @@ class Encoder(nnx.Module):
         offset: Float[Array, "batch 2"] | None = None,
         ids_keep: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """Encode normalised images; only the patches `ids_keep` where it is given."""
-        height, width = images.shape[1:3]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"an image of {height}x{width} px, expected multiples of the patch "
-                f"size {self.patch_size}"
-            )
-        patches = patchify(images, self.patch_size).astype(self.dtype)
-        position = patch_positions(
-            (height // self.patch_size, width // self.patch_size),
-            self.embed_dim,
-            position=self.position,
-            gsd=gsd,
-            reference_gsd=self.reference_gsd,
-            offset=offset,
-        )
+        """Encode normalised images; only the tokens `ids_keep` where it is given."""
+        grid = self.grid(*images.shape[1:3])
+        position = self.positions(grid, gsd=gsd, offset=offset)
         if ids_keep is not None:
-            # Gathered before they are embedded: a quarter of the embedding's work.
-            patches = take_tokens(patches, ids_keep)
             position = take_tokens(position, ids_keep)
-        x = self.patch_embed(patches) + position.astype(self.dtype)
+        x = self.patch_embed(images, ids_keep) + position.astype(self.dtype)
         # The class token's position is zero (official models_mae.py).
         cls_token = self.cls_token[...].astype(self.dtype)
         cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.embed_dim))

@@ -1,0 +1,254 @@
+"""Scale-MAE (Reed et al. 2023): its decoder's head predicts two frequency bands."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from xsmae.models.vit import LayerNorm
+from xsmae.ops import resize
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+# A head's two steps make STEP times `stride` pixels of one of the pyramid's, whose
+# finer level has PYRAMID times the patches' grid.
+STEP, PYRAMID = 2, 4
+
+# What PyTorch starts its convolutions with.
+torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frequencies:
+    """What is predicted of the target image.
+
+    low: [..., height / 2, width / 2, channels], the image at half the target's size.
+    high: [..., height, width, channels], what a low-pass copy of the target lacks.
+    """
+
+    low: Float[Array, "... half_height half_width channels"]
+    high: Float[Array, "... height width channels"]
+
+
+def low_pass(
+    images: Float[Array, "... height width channels"],
+    cutoff: int,
+    size: tuple[int, int],
+) -> Float[Array, "... new_height new_width channels"]:
+    """Averaged down to `cutoff` pixels a side, and drawn back up to `size`."""
+    return resize.bilinear(resize.area(images, (cutoff, cutoff)), size)
+
+
+def combine(
+    pred: Frequencies, cutoff: int
+) -> Float[Array, "... height width channels"]:
+    """The target image that the two bands add up to (official split_pred)."""
+    return low_pass(pred.low, cutoff, pred.high.shape[-3:-1]) + pred.high
+
+
+def mix(
+    in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A 1x1 convolution."""
+    return nnx.Linear(
+        in_features, out_features, dtype=dtype, kernel_init=torch_uniform, rngs=rngs
+    )
+
+
+class GroupedConv(nnx.Module):
+    """A 3x3 convolution of groups of channels, one channel out of each, same size.
+
+    Written as nine shifted products: XLA's own grouped convolution takes a hundred
+    times as long for its gradient on a CPU.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        shape = (3, 3, in_features // out_features, out_features)
+        self.dtype = dtype
+        self.kernel = nnx.Param(torch_uniform(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros((out_features,)))
+
+    def __call__(self, x: Float[Array, "batch rows columns in_features"]):
+        rows, columns = x.shape[1:3]
+        _, _, in_group, groups = self.kernel.shape
+        kernel = self.kernel[...].astype(self.dtype)
+        x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        # The channels of a group lie side by side.
+        x = rearrange(x, "b h w (g i) -> b h w g i", g=groups, i=in_group)
+        products = [
+            (x[:, i : i + rows, j : j + columns] * kernel[i, j].T).sum(axis=-1)
+            for i in range(3)
+            for j in range(3)
+        ]
+        return sum(products) + self.bias[...].astype(self.dtype)
+
+
+class Upsample(nnx.Module):
+    """A transposed convolution that makes `stride` pixels a side of each pixel.
+
+    Its kernel is as large as its stride, so that it is a dense layer whose outputs are
+    laid out as pixels; that is several times as fast on a CPU.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        stride: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        kernel = torch_uniform(rngs.params(), (in_features, stride**2 * out_features))
+        shape = (in_features, stride, stride, out_features)
+        self.kernel = nnx.Param(kernel.reshape(shape))
+        self.bias = nnx.Param(jnp.zeros((out_features,)))
+
+    def __call__(self, x: Float[Array, "batch rows columns in_features"]):
+        kernel = self.kernel[...].astype(self.dtype)
+        x = jnp.einsum("bhwi,ipqo->bhpwqo", x.astype(self.dtype), kernel)
+        x = x + self.bias[...].astype(self.dtype)
+        return rearrange(x, "b h p w q o -> b (h p) (w q) o")
+
+
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+class Pyramid(nnx.Module):
+    """The patches' tokens as maps of two and of four times the grid.
+
+    `progressive`: the finer map continues from the coarser; else both start from the
+    tokens.
+    """
+
+    def __init__(
+        self, width: int, *, progressive: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        new = functools.partial(Upsample, width, width, 2, dtype=dtype, rngs=rngs)
+        self.double = new()
+        self.first = None if progressive else new()
+        self.norm = LayerNorm(width, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
+        self.second = new()
+
+    def __call__(
+        self, x: Float[Array, "batch rows columns width"]
+    ) -> tuple[Float[Array, "batch ..."], Float[Array, "batch ..."]]:
+        """The coarser map, the finer map."""
+        double = self.double(x)
+        first = double if self.first is None else self.first(x)
+        return double, self.second(gelu(self.norm(first)))
+
+
+class ConvBlock(nnx.Module):
+    """A grouped 3x3 and a 1x1 convolution beside a 1x1 shortcut."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.grouped = GroupedConv(width, width // 2, **options)
+        self.mix = mix(width // 2, width, **options)
+        self.residual = mix(width, width, **options)
+
+    def __call__(self, x: Float[Array, "batch rows columns width"]):
+        return self.mix(gelu(self.grouped(gelu(x)))) + self.residual(x)
+
+
+class ConvHead(nnx.Module):
+    """A map of the pyramid to an image of 2 * `stride` times its sides."""
+
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        *,
+        depth: int,
+        stride: int,
+        channels: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        options = {"dtype": dtype, "rngs": rngs}
+        self.proj = mix(in_features, width, **options)
+        self.blocks = nnx.List(ConvBlock(width, **options) for _ in range(depth))
+        self.norm = LayerNorm(width, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
+        self.up1 = Upsample(width, width // 2, stride, **options)
+        self.grouped = GroupedConv(width // 2, width // 4, **options)
+        self.mix = mix(width // 4, width // 2, **options)
+        self.up2 = Upsample(width // 2, channels, STEP, **options)
+
+    def __call__(self, x: Float[Array, "batch rows columns width"]):
+        x = self.proj(x)
+        for block in self.blocks:
+            x = block(x)
+        x = gelu(self.up1(self.norm(x)))
+        return self.up2(gelu(self.mix(gelu(self.grouped(x)))))
+
+
+class ScaleHead(nnx.Module):
+    """Decoder tokens to the two bands of an image `target_scale` times as large.
+
+    The low band is half as large. One convolutional head a band, or one for both
+    (`independent_heads=False`).
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        width: int,
+        depth: int,
+        patch_size: int,
+        target_scale: int,
+        channels: int,
+        independent_heads: bool,
+        progressive: bool,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        # 4 for patches of 16 px and twice the size: the official heads' constant.
+        stride, rest = divmod(patch_size * target_scale, STEP * PYRAMID)
+        if rest or not stride:
+            raise ValueError(
+                f"patch_size {patch_size} times target_scale {target_scale}, expected "
+                f"a multiple of {STEP * PYRAMID}"
+            )
+        if width % 4:
+            raise ValueError(f"head_dim={width}, expected a multiple of 4")
+        self.pyramid = Pyramid(
+            embed_dim, progressive=progressive, dtype=dtype, rngs=rngs
+        )
+        new = functools.partial(
+            ConvHead,
+            embed_dim,
+            width,
+            depth=depth,
+            stride=stride,
+            channels=channels,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.low = new()
+        self.high = new() if independent_heads else None
+
+    def __call__(
+        self, tokens: Float[Array, "batch patches width"], *, grid: tuple[int, int]
+    ) -> Frequencies:
+        x = rearrange(tokens, "b (h w) d -> b h w d", h=grid[0], w=grid[1])
+        coarse, fine = self.pyramid(x)
+        high = self.low if self.high is None else self.high
+        return Frequencies(low=self.low(coarse), high=high(fine))
