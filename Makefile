@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
+PEERS := $(VENV)-peers
 WORKDIR ?= runs/quickstart
 
 # XLA's large temporary arrays in huge pages that stay mapped (Linux, glibc): steps on a
@@ -10,7 +11,7 @@ WORKDIR ?= runs/quickstart
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
-.PHONY: quickstart test test-core lint format clean
+.PHONY: quickstart test test-core test-peers lint format clean
 
 quickstart: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) \
@@ -21,10 +22,15 @@ test: lint
 
 # What depends most on the versions of jax and flax.
 test-core: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests/test_models.py tests/test_losses.py \
+	$(BIN)/python -m pytest tests/test_models.py tests/test_methods.py \
+		tests/test_parity.py tests/test_losses.py \
 		tests/test_train_state.py tests/test_multiscale.py tests/test_pipeline.py \
 		tests/test_sources.py tests/test_images.py tests/test_fmow.py \
 		tests/test_tfds.py tests/test_synthetic.py
+
+# Our networks and exports against Hugging Face transformers and timm, on PyTorch.
+test-peers: $(PEERS)/installed
+	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest --durations=5 tests/peers
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -34,8 +40,8 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/bin/python:
-	python=$$(sh .ci/find_python $(PYTHON)) && $$python -m venv $(VENV)
+$(VENV)/bin/python $(PEERS)/bin/python:
+	export PATH && python=$$(sh .ci/find_python $(PYTHON)) && $$python -m venv $(@D:/bin=)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -46,6 +52,17 @@ $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/installed
+
+# timm asks for torchvision besides, whose wheels fit torch's builds for CUDA alone;
+# tests/peers/test_timm.py says why it does without.
+$(PEERS)/installed: $(PEERS)/bin/python pyproject.toml constraints.txt \
+		constraints-peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --constraint constraints-peers.txt \
+		--editable '.[test]' torch transformers
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints-peers.txt --no-deps timm
+	touch $@
 
 clean:
 	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache .hypothesis .coverage
