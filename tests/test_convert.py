@@ -439,6 +439,8 @@ KEYS = [
     ("sat_mae_groups", "decoder_channel_embed"),
     ("sat_mae_groups", "decoder_pred.0.weight"),
     ("scale_mae", "fpn.fpn1.0.weight"),
+    ("scale_mae", "fpn.fpn1.3.bias"),
+    ("scale_mae_one_head", "fcn.proj.bias"),
     ("scale_mae", "fcn_low.pred.1.weight"),
     ("scale_mae", "fcn_high.conv_blocks.1.convs.3.weight"),
     ("scale_mae", "decoder_pos_embed"),
