@@ -17,10 +17,17 @@ class Checkpoints:
     """The checkpoints of a workdir, `<directory>/<step>/`.
 
     keep: how many of the newest stay. keep_every: and every one whose step is a
-    multiple of it, 0 for none.
+    multiple of it, 0 for none. read_only: for looking into another run's workdir.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 3, keep_every: int = 0):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ):
         self.manager = ocp.CheckpointManager(
             directory.absolute(),
             item_handlers={
@@ -28,7 +35,9 @@ class Checkpoints:
                 "position": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, keep_period=keep_every or None
+                max_to_keep=None if read_only else keep,
+                keep_period=keep_every or None,
+                read_only=read_only,
             ),
         )
 
@@ -48,11 +57,13 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, step: int, like: TrainState, *, fingerprint: str) -> TrainState:
+    def restore(
+        self, step: int, like: TrainState, *, fingerprint: str | None
+    ) -> TrainState:
         """The state saved at `step`, with the shapes and placement of `like`.
 
         `like` holds arrays or `jax.ShapeDtypeStruct`s with shardings. Raises UserError
-        where the checkpoint is of other data.
+        where the checkpoint is of other data; a fingerprint of None is any data's.
         """
         where = f"{self.manager.directory / str(step)}"
         position = self.manager.restore(
@@ -63,7 +74,7 @@ class Checkpoints:
                 f"{where} holds the position of step {position['batches']}: remove it "
                 "to go on from the one before"
             )
-        if position["source"] != fingerprint:
+        if fingerprint is not None and position["source"] != fingerprint:
             raise UserError(
                 f"{where} was trained on data with fingerprint {position['source']}, "
                 f"found {fingerprint}: give the same images, or a new --workdir"

@@ -250,3 +250,26 @@ def load_encoder(directory: str | Path) -> LoadedEncoder:
         raise UserError(f"{path} does not fit together: {error}") from None
     from_timm(encoder, model, tensors)
     return LoadedEncoder(encoder, info)
+
+
+def write_random_encoder(
+    directory: Path, info: Mapping[str, Any], *, seed: int
+) -> None:
+    """Write an encoder as `info` (an `encoder.json`) describes it, before training."""
+    model = {
+        **info["architecture"],
+        "attention": "xla",
+        "remat": "none",
+        "scan": True,
+        "dtype": "float32",
+    }
+    write_encoder(
+        directory,
+        build_encoder(model, rngs=nnx.Rngs(seed)),
+        model=model,
+        image_size=info["image_size"],
+        bands=tuple(info["bands"]),
+        mean=tuple(info["mean"]),
+        std=tuple(info["std"]),
+        run={"method": "none: random weights", "seed": seed},
+    )

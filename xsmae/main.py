@@ -49,8 +49,11 @@ def default_workdir(argv: list[str]) -> Path:
     return Path("runs") / "-".join(filter(None, parts))
 
 
-def find_config(argv: list[str]) -> list[str]:
-    """`argv` with a config file that is not here replaced by the installed one."""
+def find_config(argv: list[str], name: str = "config") -> list[str]:
+    """`argv` with a config file that is not here replaced by the installed one.
+
+    name: of the flag that takes it.
+    """
     found = []
     for argument in argv:
         flag, _, value = argument.partition("=")
@@ -58,12 +61,12 @@ def find_config(argv: list[str]) -> list[str]:
         installed = INSTALLED_CONFIGS / Path(path).name
         known = {p.name for p in INSTALLED_CONFIGS.glob("[a-z]*.py")} - {"common.py"}
         ours = Path(path).parent in (Path(), Path("configs"))
-        if flag.lstrip("-") == "config" and (
+        if flag.lstrip("-") == name and (
             not Path(path).exists() or (ours and Path(path).name == "common.py")
         ):
             if not ours or Path(path).name not in known:
                 raise UserError(
-                    f"--config={value}: there is no config {path}; those that come "
+                    f"--{name}={value}: there is no config {path}; those that come "
                     f"with xsmae: {', '.join(f'configs/{n}' for n in sorted(known))}"
                 )
             argument = f"{flag}={installed}{colon}{rest}"

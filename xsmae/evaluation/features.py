@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,6 +15,19 @@ from xsmae.data.sources import Source
 from xsmae.errors import BadImageError, UserError
 
 FEATURES = ("cls", "mean")
+THUMBNAIL_SIZE = 8  # pixels; the smallest scale in use, 12.5 % of 64, is not enlarged
+
+# From images [n, size, size, 3] uint8 and their GSDs [n, 2] to features [n, width].
+Encode = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
+
+
+# How whole images are brought to a size. Pillow's BOX weighs every source pixel of an
+# output pixel's square alike, exactly so where the sides divide; it would repeat pixels
+# where the image is enlarged, hence bicubic there.
+RESIZES = {
+    "area": "area-averaged (Pillow BOX); bicubic where enlarged",
+    "bicubic": "bicubic, antialiased (Pillow BICUBIC)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +35,15 @@ class EvalBatch:
     """Whole images at the size of evaluation.
 
     images: [n, size, size, 3] uint8. gsd: [n, 2] metres per pixel after resizing.
-    labels: [n]. index: [n], where they lie in the source.
+    labels: [n]. index: [n], where they lie in the source. pixels: [n, 16] uint8, a
+    digest of the pixels before resizing.
     """
 
     images: np.ndarray
     gsd: np.ndarray
     labels: np.ndarray
     index: np.ndarray
+    pixels: np.ndarray
 
 
 def spread(total: int, most: int) -> np.ndarray:
@@ -36,21 +53,34 @@ def spread(total: int, most: int) -> np.ndarray:
     return np.arange(most) * total // most
 
 
-def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]:
-    """The largest central square, resized with antialiasing (bicubic), and its GSD."""
+def square(
+    image: np.ndarray, gsd: float, size: int, *, resize: str = "bicubic"
+) -> tuple[np.ndarray, float]:
+    """The largest central square, resized with antialiasing, and its GSD.
+
+    resize: one of `RESIZES`.
+    """
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
+    area = resize == "area" and size <= side
     resized = Image.fromarray(image).resize(
         (size, size),
-        Image.Resampling.BICUBIC,
+        Image.Resampling.BOX if area else Image.Resampling.BICUBIC,
         box=(left, top, left + side, top + side),
+        reducing_gap=None,  # one step: no coarser first reduction
     )
     return np.asarray(resized), gsd * side / size
 
 
 def read_images(
-    source: Source, indices: np.ndarray, *, size: int, batch_size: int, threads: int = 4
+    source: Source,
+    indices: np.ndarray,
+    *,
+    size: int,
+    batch_size: int,
+    resize: str = "bicubic",
+    threads: int = 4,
 ) -> Iterator[EvalBatch]:
     """The images at `indices`, in order; those that cannot be used are left out."""
 
@@ -59,53 +89,81 @@ def read_images(
             record = source[int(index)]
         except BadImageError:
             return None
-        image, gsd = square(record.image, record.gsd, size)
+        image, gsd = square(record.image, record.gsd, size, resize=resize)
         label = -1 if record.label is None else record.label
-        return image, gsd, label, index
+        content = hashlib.blake2b(repr(record.image.shape).encode(), digest_size=16)
+        content.update(np.ascontiguousarray(record.image))
+        return image, gsd, label, index, np.frombuffer(content.digest(), np.uint8)
 
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(indices), batch_size):
-            rows = pool.map(load, indices[start : start + batch_size])
-            rows = [row for row in rows if row is not None]
+        starts = range(0, len(indices), batch_size)
+        parts = [indices[start : start + batch_size] for start in starts]
+        ahead = pool.map(load, parts[0]) if parts else ()
+        for number in range(len(parts)):
+            rows = [row for row in ahead if row is not None]
+            # Read while the caller computes.
+            following = parts[number + 1 : number + 2]
+            ahead = pool.map(load, following[0]) if following else ()
             if rows:
-                images, gsd, labels, index = zip(*rows, strict=True)
+                images, gsd, labels, index, pixels = zip(*rows, strict=True)
                 yield EvalBatch(
                     images=np.stack(images),
                     gsd=np.repeat(np.array(gsd, np.float32)[:, None], 2, axis=1),
                     labels=np.array(labels),
                     index=np.array(index),
+                    pixels=np.stack(pixels),
                 )
 
 
-def extract(
-    encode: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
+def encode_batches(
+    encode: Encode,
     source: Source,
     indices: np.ndarray,
     *,
     size: int,
     batch_size: int,
+    resize: str = "bicubic",
+    gsd_factor: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """`encode(images, gsd)` of the images of a source, by feature, and their labels.
+) -> Iterator[tuple[EvalBatch, dict[str, np.ndarray]]]:
+    """Each batch of images of a source, and `encode(images, gsd)` of it, by feature.
 
-    The last batch is padded, so that `encode` sees one shape. Raises KeyboardInterrupt
-    between two batches once `should_stop()`, UserError where no image can be used.
+    What `encode` is told, and the batch's `gsd` says, is the GSD after resizing times
+    `gsd_factor`. Batches are padded, so that `encode` sees one shape. Raises
+    KeyboardInterrupt between two batches once `should_stop()`.
     """
-    features, labels = [], []
-    for batch in read_images(source, indices, size=size, batch_size=batch_size):
+    for batch in read_images(
+        source, indices, size=size, batch_size=batch_size, resize=resize
+    ):
         if should_stop():
             raise KeyboardInterrupt
+        batch = dataclasses.replace(batch, gsd=batch.gsd * np.float32(gsd_factor))
         count = len(batch.images)
         padding = [(0, batch_size - count)]
         images = np.pad(batch.images, padding + [(0, 0)] * 3)
         gsd = np.pad(batch.gsd, [*padding, (0, 0)], constant_values=1.0)
         encoded = encode(images, gsd)
-        features.append({k: np.asarray(v)[:count] for k, v in encoded.items()})
-        labels.append(batch.labels)
-    if not features:
+        yield batch, {k: np.asarray(v)[:count] for k, v in encoded.items()}
+
+
+def extract(
+    encode: Encode,
+    source: Source,
+    indices: np.ndarray,
+    **options: Any,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """`encode(images, gsd)` of the images of a source, by feature, and their labels.
+
+    `options` are those of `encode_batches`. Raises KeyboardInterrupt as it does,
+    UserError where no image can be used.
+    """
+    batches = encode_batches(encode, source, indices, **options)
+    found = [(batch.labels, encoded) for batch, encoded in batches]
+    if not found:
         raise UserError(
             f"none of the {len(indices)} images asked for of {source!r} can be used"
         )
+    labels, features = zip(*found, strict=True)
     joined = {n: np.concatenate([f[n] for f in features]) for n in features[0]}
     return joined, np.concatenate(labels)
 
@@ -124,3 +182,13 @@ def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nda
     """Both to zero mean and unit variance a feature, by the training part's numbers."""
     mean, std = train.mean(axis=0), train.std(axis=0) + 1e-6
     return (train - mean) / std, (test - mean) / std
+
+
+def thumbnail(images: np.ndarray, gsd: np.ndarray) -> dict[str, np.ndarray]:
+    """The pixels of the image at 8 x 8, in 0-1: what a layout of colours tells.
+
+    images: [n, size, size, channels]; returns {"thumbnail": [n, 64 * channels]}.
+    """
+    small = [square(image, 1.0, THUMBNAIL_SIZE, resize="area")[0] for image in images]
+    flat = np.reshape(small, (len(images), -1))
+    return {"thumbnail": flat.astype(np.float32) / 255}

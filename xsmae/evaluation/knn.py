@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from xsmae.data.sources import Source
 from xsmae.errors import UserError
@@ -19,57 +20,155 @@ from xsmae.evaluation.features import (
     spread,
     standardize,
 )
+from xsmae.sharding import by_batch, replicated
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Float, Int
 
 
-def normalize(features: Float[Array, "n width"]) -> Float[Array, "n width"]:
-    """To unit length; a zero vector stays zero."""
-    features = jnp.asarray(features, jnp.float32)
-    norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
-    return features / jnp.maximum(norm, 1e-12)
+def normalize(features: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
+    """To unit length, float64; a zero vector stays zero."""
+    features = np.asarray(features, np.float64)
+    return features / _lengths(features)[:, None]
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "k"))
-def _vote(queries, bank, bank_labels, *, num_classes, k, temperature):
-    similarity = jnp.einsum("qd,nd->qn", queries, bank)
-    nearest, index = jax.lax.top_k(similarity, k)
-    votes = jax.nn.one_hot(bank_labels[index], num_classes)
+def _lengths(features: np.ndarray) -> np.ndarray:
+    """Of each row, in float64; 1 for a zero vector, which so stays one."""
+    # Row by row in numpy, so that a row's length does not depend on its neighbours.
+    parts = np.array_split(features, max(1, len(features) // 4096))
+    parts = [part.astype(np.float64) for part in parts]
+    length = np.sqrt(np.concatenate([np.einsum("nd,nd->n", p, p) for p in parts]))
+    return np.where(length < 1e-12, 1.0, length)
+
+
+def _fixed_point(features, lengths):
+    """Unit vectors as multiples of 2**-26, whose dot products float64 holds exactly.
+
+    A product of two is a multiple of 2**-52 and no partial sum exceeds 1 by more than
+    rounding, so no addition rounds: the order of summation, hence the tiling, the
+    devices and the library, changes no bit. The error is below float32's own.
+    """
+    unit = features.astype(jnp.float64) / lengths[:, None]
+    return jnp.round(unit * 2.0**26) * 2.0**-26
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _merge_nearest(queries, bank, start, count, found, *, k):
+    """The k nearest of `found` and of the tile `bank`, whose rows begin at `start`.
+
+    queries and bank: (features, lengths); rows of the tile from `count` on are padding.
+    found: similarities, best first, and rows. Of equal similarities the lower row goes
+    first: `top_k` keeps the order of equals, and `found` holds lower rows.
+    """
+    exact = jnp.einsum("qd,nd->qn", _fixed_point(*queries), _fixed_point(*bank))
+    # `top_k` holds -0 for less than 0.
+    similarity = jnp.where(exact == 0, 0, exact).astype(jnp.float32)
+    similarity = jnp.where(jnp.arange(exact.shape[1]) < count, similarity, -jnp.inf)
+    best, row = jax.lax.top_k(similarity, min(k, similarity.shape[1]))
+    similarity = jnp.concatenate([found[0], best], axis=1)
+    rows = jnp.concatenate([found[1], row + start], axis=1)
+    best, place = jax.lax.top_k(similarity, k)
+    return best, jnp.take_along_axis(rows, place, axis=1)
+
+
+def nearest(
+    bank: Float[np.ndarray, "n width"],
+    queries: Float[np.ndarray, "m width"],
+    *,
+    k: int,
+    chunk: int = 1024,
+    bank_chunk: int = 4096,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
+    """The k rows of `bank` most similar by cosine to each query, and how similar.
+
+    Similarities are exact, rounded to float32 once; best first, of equal ones the lower
+    row. Works through `bank_chunk` rows by `chunk` queries a device, the queries
+    divided over the devices, and keeps no more than that in memory beside its
+    arguments; neither number nor the devices change a bit. A bank smaller than k is
+    given whole. Raises KeyboardInterrupt between two tiles once `should_stop()`.
+    """
+    bank, queries = np.asarray(bank), np.asarray(queries)
+    k = min(k, len(bank))
+    # TPUs have no float64 dot product of their own.
+    cpu = jax.default_backend() == "tpu"
+    devices = jax.local_devices(backend="cpu") if cpu else jax.local_devices()
+    chunk = -(-min(chunk, len(queries)) // len(devices)) * len(devices)
+    bank_chunk = min(bank_chunk, len(bank))
+    mesh = Mesh(np.array(devices), ("data",))
+    bank_lengths, query_lengths = _lengths(bank), _lengths(queries)
+    similarity = np.full((len(queries), k), -np.inf, np.float32)
+    rows = np.zeros((len(queries), k), np.int32)
+    with jax.enable_x64(True):
+        for start in range(0, len(bank), bank_chunk):
+            part = slice(start, start + bank_chunk)
+            tile = _padded((bank[part], bank_lengths[part]), bank_chunk)
+            tile = jax.device_put(tile, replicated(mesh))
+            count = min(bank_chunk, len(bank) - start)
+            for first in range(0, len(queries), chunk):
+                if should_stop():
+                    raise KeyboardInterrupt
+                part = slice(first, first + chunk)
+                several = (queries[part], query_lengths[part])
+                found = (similarity[part], rows[part])
+                several, found = jax.device_put(
+                    (_padded(several, chunk), _padded(found, chunk)), by_batch(mesh)
+                )
+                found = _merge_nearest(
+                    several, tile, np.int32(start), np.int32(count), found, k=k
+                )
+                length = len(queries[part])
+                similarity[part], rows[part] = (np.asarray(x)[:length] for x in found)
+    return similarity, rows
+
+
+def _padded(arrays: tuple[np.ndarray, ...], rows: int) -> tuple[np.ndarray, ...]:
+    """Ones below, so that every tile has one shape and none a zero length."""
+    missing = rows - len(arrays[0])
+    return tuple(
+        np.pad(a, [(0, missing), *[(0, 0)] * (a.ndim - 1)], constant_values=1)
+        for a in arrays
+    )
+
+
+def vote(
+    similarity: Float[np.ndarray, "m k"],
+    labels: Int[np.ndarray, "m k"],
+    *,
+    num_classes: int,
+    temperature: float,
+) -> Int[np.ndarray, " m"]:
+    """The class with the largest sum of exp(similarity / t); of equal ones the lower.
+
+    Neighbours best first. Summed in float64 in their order.
+    """
     # Divided by the nearest one's weight, which changes no vote and cannot overflow.
-    weights = jnp.exp((nearest - nearest[:, :1]) / temperature)
-    return jnp.einsum("qk,qkc->qc", weights, votes).argmax(-1)
+    similarity = np.asarray(similarity, np.float64)
+    weights = np.exp((similarity - similarity[:, :1]) / temperature)
+    votes = np.zeros((len(similarity), num_classes))
+    for weight, label in zip(weights.T, labels.T, strict=True):
+        votes[np.arange(len(votes)), label] += weight
+    return votes.argmax(axis=1)
 
 
 def knn_predict(
-    bank: Float[Array, "n width"],
-    bank_labels: Int[Array, n],
-    queries: Float[Array, "m width"],
+    bank: Float[np.ndarray, "n width"],
+    bank_labels: Int[np.ndarray, " n"],
+    queries: Float[np.ndarray, "m width"],
     *,
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int = 1024,
-) -> np.ndarray:
+    **tiling: Any,
+) -> Int[np.ndarray, " m"]:
     """The class of each query: its k most similar by cosine vote with exp(sim / t).
 
-    k = 20 and t = 0.07: Wu et al. 2018 as Scale-MAE (Reed et al. 2023) uses it. Works
-    through `chunk` queries at a time. A bank smaller than k votes whole.
+    k = 20 and t = 0.07: Wu et al. 2018 as Scale-MAE (Reed et al. 2023) uses it. A bank
+    smaller than k votes whole. `tiling` is what `nearest` takes.
     """
-    bank, queries = normalize(bank), normalize(queries)
-    bank_labels = jnp.asarray(bank_labels)
-    predicted = [
-        _vote(
-            queries[start : start + chunk],
-            bank,
-            bank_labels,
-            num_classes=num_classes,
-            k=min(k, len(bank)),
-            temperature=temperature,
-        )
-        for start in range(0, len(queries), chunk)
-    ]
-    return np.concatenate([np.asarray(p) for p in predicted])
+    similarity, rows = nearest(bank, queries, k=k, **tiling)
+    labels = np.asarray(bank_labels)[rows]
+    return vote(similarity, labels, num_classes=num_classes, temperature=temperature)
 
 
 class KnnMonitor:

@@ -1,0 +1,303 @@
+"""The vote against scikit-learn, ties, tiling and devices; the kNN binary."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from xsmae import knn
+from xsmae.evaluation.knn import knn_predict, nearest, vote
+from xsmae.evaluation.protocol import read
+
+ROOT = Path(__file__).parent.parent
+
+
+# The vote
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (20, 1.0)])
+def test_vote_is_scikit_learns(k, temperature):
+    rng = np.random.default_rng(k)
+    bank, queries = rng.normal(size=(700, 12)), rng.normal(size=(150, 12))
+    labels = rng.integers(0, 7, len(bank))
+    theirs = KNeighborsClassifier(
+        k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    ).fit(bank, labels)
+    found = knn_predict(
+        bank, labels, queries, num_classes=7, k=k, temperature=temperature
+    )
+    np.testing.assert_array_equal(found, theirs.predict(queries))
+    similarity, rows = nearest(bank, queries, k=k)
+    distance, their_rows = theirs.kneighbors(queries)
+    np.testing.assert_array_equal(rows, their_rows)
+    np.testing.assert_allclose(similarity, 1 - distance, atol=2e-7)
+
+
+@pytest.mark.parametrize("bank_chunk", [1, 3, 4, 5, 4096])
+def test_of_equal_similarities_the_lower_row_is_nearer(bank_chunk):
+    bank = np.tile([[1.0, 0], [0, 1], [-1, 0]], (5, 1))
+    _, rows = nearest(bank, [[2.0, 0], [0, 3]], k=7, bank_chunk=bank_chunk)
+    assert rows.tolist() == [[0, 3, 6, 9, 12, 1, 4], [1, 4, 7, 10, 13, 0, 2]]
+
+
+def test_equal_images_are_equally_similar_wherever_they_lie():
+    """The same vector at every place of a tile, where a float32 product may differ."""
+    rng = np.random.default_rng(0)
+    bank = np.tile(rng.normal(size=(1, 501)).astype(np.float32), (200, 1))
+    queries = rng.normal(size=(37, 501)).astype(np.float32)
+    similarity, rows = nearest(bank, queries, k=20, bank_chunk=67)
+    assert (similarity == similarity[:, :1]).all()
+    np.testing.assert_array_equal(rows, np.tile(np.arange(20), (37, 1)))
+
+
+def test_of_equal_votes_the_lower_class_wins():
+    similarity = np.array([[0.5, 0.5, 0.3, 0.3], [0.9, 0.5, 0.5, 0.1]])
+    labels = np.array([[3, 1, 1, 3], [2, 0, 2, 0]])
+    found = vote(similarity, labels, num_classes=4, temperature=0.07)
+    assert found.tolist() == [1, 2]
+
+
+def test_tiling_changes_no_bit():
+    rng = np.random.default_rng(1)
+    bank, queries = rng.normal(size=(333, 40)), rng.normal(size=(77, 40))
+    bank[200:260] = bank[:60]
+    expected = nearest(bank, queries, k=20)
+    for chunk, bank_chunk in ((1, 333), (7, 10), (76, 332), (500, 21), (32, 64)):
+        found = nearest(bank, queries, k=20, chunk=chunk, bank_chunk=bank_chunk)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_devices_change_no_bit():
+    found = {}
+    for devices in (1, 4):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.knn_on_devices"],
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            },
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found[devices] = json.loads(done.stdout.splitlines()[-1])
+    assert [found[n].pop("devices") for n in (1, 4)] == [1, 4]
+    assert found[1] == found[4]
+
+
+def test_stops_between_two_tiles():
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        return len(asked) > 3
+
+    with pytest.raises(KeyboardInterrupt):
+        nearest(
+            np.ones((9, 2)), np.ones((4, 2)), k=1, bank_chunk=1, should_stop=should_stop
+        )
+    assert len(asked) == 4
+
+
+# The binary
+
+
+@pytest.fixture
+def data(image_folder):
+    """Flags for the folder of images, of which one is in both parts by its pixels."""
+    copied = (image_folder / "roof" / "00.jpg").read_bytes()
+    (image_folder / "roof" / "02.jpg").write_bytes(copied)
+    names = sorted(p.relative_to(image_folder) for p in image_folder.glob("*/*.jpg"))
+    split = {"train": [], "test": []}
+    for name in names:
+        split["test" if int(name.stem) in (2, 3, 6, 9) else "train"].append(str(name))
+    flags = [
+        "--data=configs/folder.py",
+        f"--data.root={image_folder}",
+        "--data.gsd=0.5",
+    ]
+    for part, ids in split.items():
+        path = image_folder.parent / f"{part}.txt"
+        path.write_text("\n".join(ids))
+        flags.append(f"--{part}.split={path}")
+    return flags
+
+
+def call(tmp_path, *arguments):
+    return knn.main(
+        [
+            "knn",
+            f"--results={tmp_path / 'results.jsonl'}",
+            f"--cache={tmp_path / 'cache'}",
+            *arguments,
+        ]
+    )
+
+
+SMALL = "--encoder=random:tiny,embed_dim=16,num_heads=2,depth=1,patch_size=4"
+
+
+def test_rows_of_an_encoder_and_its_controls(tmp_path, data, capsys):
+    assert call(tmp_path, SMALL, *data, "--scales=20,50,100", "--k=3") == 0
+    printed = capsys.readouterr().out
+    rows = read(tmp_path / "results.jsonl")
+    # Three scales and their average, of two features and two controls from pixels.
+    assert len(rows) == 4 * 4
+    assert {row.encoder["kind"] for row in rows} == {
+        "random", "statistics", "thumbnail",
+    }  # fmt: skip
+    assert len({row.protocol.key for row in rows}) == 1
+    assert len({row.identity for row in rows}) == len(rows)
+    for row in rows:
+        assert row.low <= row.value <= row.high
+        assert row.num_train == 20
+        assert row.num_test == 4
+        assert row.leaks["pixel_identical_test_images"] == 1
+        assert row.leaks["example"] == {"test": "roof/02.jpg", "train": "roof/00.jpg"}
+    assert "1 test image(s) equal a training image" in printed
+    of = {(r.encoder["kind"], r.feature, r.scale): r for r in rows}
+    statistics = of["statistics", "statistics", 100.0]
+    assert statistics.value == 1.0  # the class is the colour
+    assert statistics.confusion == [[2, 0], [0, 2]]
+    assert statistics.gsd_told is None
+    # 40 px of 0.5 m, to 20, 40, 100 % of the base size, which is theirs.
+    told = {s: of["random", "cls", s].gsd_told for s in (20.0, 50.0, 100.0)}
+    assert told == pytest.approx({20.0: 2.5, 50.0: 1.0, 100.0: 0.5})
+    average = of["random", "mean", "average"]
+    values = [of["random", "mean", s].value for s in (20.0, 50.0, 100.0)]
+    assert average.value == pytest.approx(np.mean(values))
+    assert average.size == [8, 20, 40]
+    # The same again adds no row, and computes nothing.
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert call(tmp_path, SMALL, *data, "--scales=20,50,100", "--k=3") == 0
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    again = capsys.readouterr().out
+    assert "images/s" not in again
+    assert again.count("its rows of this protocol are in") == 3
+
+
+def test_fixed_gsd_is_another_protocol(tmp_path, data):
+    arguments = (SMALL, *data, "--scales=50,100", "--k=3")
+    assert call(tmp_path, *arguments) == 0
+    assert call(tmp_path, *arguments, "--gsd=fixed") == 0
+    rows = [r for r in read(tmp_path / "results.jsonl") if r.feature == "mean"]
+    assert [r.gsd_told for r in rows] == [
+        1.0, 0.5, [1.0, 0.5], 0.5, 0.5, [0.5, 0.5],
+    ]  # fmt: skip
+    assert len({r.protocol.key for r in rows}) == 2
+
+
+def test_k_and_data_are_other_protocols(tmp_path, data):
+    arguments = ("--encoder=statistics", *data, "--scales=100")
+    for more in ([], ["--k=3"], ["--temperature=1"], ["--data.gsd=0.6"]):
+        assert call(tmp_path, *arguments, *more) == 0
+    rows = read(tmp_path / "results.jsonl")
+    assert len({row.protocol.key for row in rows}) == 4
+    assert len(rows) == 2 * 4  # a thumbnail beside each
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--scales=5,100"], "a scale of 5 % of 40 px is 2 px, less than one patch of"),
+        (["--scales=50,52"], "two scales have one size"),
+        (["--scales=x"], "scales=x, expected percent"),
+        (["--scales=0"], "expected percent above 0"),
+        (["--scales="], "expected percent above 0"),
+        (["--k=0"], "k=0, temperature=0.07, expected k of 1 or more"),
+        (["--temperature=nan"], "temperature above 0"),
+        (["--feature=cls,no"], "feature=cls,no, expected one or both of cls,mean"),
+        (["--batch_size=0"], "batch_size=0, expected 1 or more"),
+        (["--encoder=nowhere"], "encoder=nowhere: no such folder"),
+        (["--encoder=random:giant"], "size 'giant', expected one of tiny"),
+        (["--encoder=random:tiny,x=1"], "'x' is no field of the encoder"),
+        (["--train.split=all"], "4 images are in the training and the test part"),
+        (["--train.nothing=1"], "--train.nothing=1: "),
+        (["--no_such=1"], "no_such"),
+        (["--data.gsd=-1"], "the train part: .*GSD is -1.0.*--train.gsd"),
+        (["--gsd=some"], "gsd"),
+    ],
+)
+def test_what_is_refused_in_one_line(tmp_path, data, capsys, arguments, said):
+    assert call(tmp_path, SMALL, *data, *arguments) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert error.startswith("xsmae: ")
+    assert re.search(said, error), error
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_without_data_or_encoder(tmp_path, data, capsys):
+    assert call(tmp_path, SMALL) == 2
+    assert "--data is given 0 times" in capsys.readouterr().err
+    assert call(tmp_path, *data) == 2
+    assert "--encoder is missing" in capsys.readouterr().err
+    assert call(tmp_path, SMALL, "--data=configs/nothing.py") == 2
+    assert "--data=configs/nothing.py: there is no config" in capsys.readouterr().err
+
+
+def test_images_without_labels_are_refused(tmp_path, capsys):
+    root = tmp_path / "flat"
+    root.mkdir()
+    for index in range(20):
+        pixels = np.full((40, 40, 3), index, np.uint8)
+        Image.fromarray(pixels).save(root / f"{index}.png")
+    flags = ["--data=configs/folder.py", f"--data.root={root}", "--data.gsd=1"]
+    assert call(tmp_path, SMALL, *flags) == 2
+    assert "has 0 class(es)" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert knn.main(["knn", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for flag in ("--encoder", "--data", "--scales", "--k", "--temperature", "--gsd"):
+        assert flag in printed
+
+
+def test_signal_stops_it_and_the_same_command_goes_on(tmp_path, data):
+    """SIGTERM from within, after some batches; then no image is encoded again."""
+    results, cache = tmp_path / "results.jsonl", tmp_path / "cache"
+    code = f"""
+import os, signal, sys
+from xsmae import knn
+from xsmae.evaluation import features, frozen
+calls = []
+encode = features.image_statistics
+def counted(images, gsd):
+    calls.append(len(images))
+    if len(calls) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return encode(images, gsd)
+frozen.PIXEL_CONTROLS["statistics"] = (counted, "")
+del frozen.PIXEL_CONTROLS["thumbnail"]
+status = knn.main(["knn", "--encoder=statistics", "--scales=100", "--batch_size=4",
+                   "--results={results}", "--cache={cache}", *{data!r}])
+print(len(calls))
+sys.exit(status)
+"""
+    statuses, calls = [], []
+    for stop_after in (3, 0):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(stop_after)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        statuses.append(done.returncode)
+        calls.append(int(done.stdout.splitlines()[-1]))
+    assert statuses == [143, 0]
+    assert calls == [3, 3]  # six batches of 20 + 4 images
+    assert len(read(results)) == 1

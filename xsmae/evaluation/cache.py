@@ -1,0 +1,193 @@
+"""Features on disk: computed once, batch by batch, and checked when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from xsmae.data.sources import Source
+from xsmae.errors import UserError
+from xsmae.evaluation.features import encode_batches
+from xsmae.evaluation.frozen import FrozenEncoder
+from xsmae.evaluation.scales import Scale
+
+VERSION = 1  # raise it whenever the same encoder and images give other features
+EVERY = 10.0  # seconds between two lines of progress
+
+
+class Features:
+    """The features of a part at a scale, of the images that can be used, in order.
+
+    positions: [n], where they lie in the source. gsd: [n, 2] metres per pixel, as the
+    encoder was told. pixels: [n, 16] digests of the images before resizing.
+    computed, seconds: how many were computed now rather than read, and in what time.
+    """
+
+    def __init__(self, folder: Path, *, computed: int, seconds: float):
+        self._files = sorted(folder.glob("[0-9]*.safetensors"))
+        # What was computed again for a damaged file may lie behind later images.
+        self._order = np.argsort(self._joined("positions"), kind="stable")
+        self.positions, self.gsd, self.pixels = (
+            self.feature(name) for name in ("positions", "gsd", "pixels")
+        )
+        self.computed, self.seconds = computed, seconds
+
+    def feature(self, name: str) -> np.ndarray:
+        """[n, width] float32, read from the disk: one at a time, to save memory."""
+        joined = self._joined(name)
+        in_order = (np.diff(self._order) == 1).all()
+        return joined if in_order else joined[self._order]
+
+    def _joined(self, name: str) -> np.ndarray:
+        shapes = [_shape(file, name) for file in self._files]
+        rows = np.cumsum([0, *(shape[0] for shape in shapes)])
+        joined = None
+        for file, start, stop in zip(self._files, rows, rows[1:], strict=False):
+            part = _read(file, name)
+            if joined is None:
+                joined = np.empty((rows[-1], *part.shape[1:]), part.dtype)
+            joined[start:stop] = part
+        return joined
+
+
+def cached_features(
+    encoder: FrozenEncoder,
+    source: Source,
+    scale: Scale,
+    *,
+    cache: Path,
+    batch_size: int = 64,
+    resize: str = "area",
+    title: str = "features",
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> Features:
+    """The features of every image of `source` at `scale`, computed where not yet kept.
+
+    They lie in `cache` by the encoder's digest, the source's fingerprint, size, resize
+    and GSD, a file a batch, each written whole or not at all: an extraction that was
+    stopped or killed goes on behind its last batch. A file that is not as it was
+    written is computed again, and said to be. `say` takes the lines of progress, which
+    begin with `title`. Raises KeyboardInterrupt between two batches once
+    `should_stop()`, UserError where no image can be used or a feature is not finite.
+    """
+    gsd = f"gsd{scale.gsd_factor:.6g}" if encoder.reads_gsd else "nogsd"
+    key = f"v{VERSION}-{source.fingerprint}-{scale.size}px-{resize}-{gsd}"
+    folder = cache / encoder.digest / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache {cache}: {error.strerror}; give another --cache"
+        ) from None
+    missing = _missing(folder, len(source), say)
+    begin = last = time.monotonic()
+    computed = 0
+    batches = encode_batches(
+        encoder.encode,
+        source,
+        missing,
+        size=scale.size,
+        batch_size=batch_size,
+        resize=resize,
+        gsd_factor=scale.gsd_factor,
+        should_stop=should_stop,
+    )
+    # Batches of unusable images alone do not come: they are no file, and looked at
+    # again the next time.
+    for batch, encoded in batches:
+        place = np.searchsorted(missing, batch.index[0]) // batch_size
+        covered = missing[place * batch_size : (place + 1) * batch_size]
+        for name, value in encoded.items():
+            if not np.isfinite(value).all():
+                where = source.id(int(batch.index[0]))
+                raise UserError(
+                    f"{encoder.name} gives {name} features that are not finite in the "
+                    f"batch that begins with {where!r}: give another checkpoint"
+                )
+        _write(
+            folder / f"{covered[0]:09}.safetensors",
+            {
+                **{k: np.asarray(v, np.float32) for k, v in encoded.items()},
+                "positions": batch.index.astype(np.int64),
+                "covered": covered.astype(np.int64),
+                "gsd": batch.gsd,
+                "pixels": batch.pixels,
+            },
+        )
+        computed += len(batch.index)
+        now = time.monotonic()
+        if now - last > EVERY:
+            done = (
+                len(source) - len(missing) + min((place + 1) * batch_size, len(missing))
+            )
+            rate = computed / (now - begin)
+            say(f"{title}: {done}/{len(source)}, {rate:.0f} images/s")
+            last = now
+    seconds = time.monotonic() - begin
+    if not any(folder.glob("[0-9]*.safetensors")):
+        raise UserError(f"none of the images of {source!r} can be used")
+    rate = f", {computed / seconds:.0f} images/s" if computed else " (cached)"
+    say(f"{title}: {len(source)}/{len(source)}{rate}")
+    return Features(folder, computed=computed, seconds=seconds)
+
+
+def _missing(folder: Path, total: int, say: Callable[[str], None]) -> np.ndarray:
+    """The positions without features, ascending; damaged files are removed."""
+    done = np.zeros(total, bool)
+    for file in sorted(folder.glob("[0-9]*.safetensors")):
+        try:
+            with safe_open(file, framework="np") as content:
+                names = content.keys()
+                tensors = {name: content.get_tensor(name) for name in names}
+                written = (content.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError, ValueError):
+            written, tensors = None, {}
+        if written is None or written != _digest(tensors):
+            say(f"{file} is damaged: its features are computed again")
+            file.unlink()
+            continue
+        done[tensors["covered"]] = True
+    return np.flatnonzero(~done)
+
+
+def _digest(tensors: dict[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(array)
+    return found.hexdigest()
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Whole or not at all, with a digest of the content."""
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache {path.parent}: {error.strerror}; free space "
+            "or give another --cache"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _shape(file: Path, name: str) -> tuple[int, ...]:
+    with safe_open(file, framework="np") as content:
+        return tuple(content.get_slice(name).get_shape())
+
+
+def _read(file: Path, name: str) -> np.ndarray:
+    with safe_open(file, framework="np") as content:
+        return content.get_tensor(name)

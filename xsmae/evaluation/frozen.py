@@ -1,0 +1,278 @@
+"""What is evaluated: an encoder that a run left, or a control, with one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from flax import nnx
+
+from xsmae.checkpoint import Checkpoints
+from xsmae.configs import common
+from xsmae.encoder import (
+    ARCHITECTURE,
+    load_encoder,
+    write_encoder,
+    write_random_encoder,
+)
+from xsmae.errors import UserError
+from xsmae.evaluation.features import (
+    FEATURES,
+    THUMBNAIL_SIZE,
+    Encode,
+    image_statistics,
+    thumbnail,
+)
+from xsmae.trainer import create_trainer
+
+# The controls that need no architecture: how they see images, and what they are.
+PIXEL_CONTROLS = {
+    "statistics": (image_statistics, "mean, std, min, max of each band"),
+    "thumbnail": (thumbnail, f"pixels at {THUMBNAIL_SIZE}x{THUMBNAIL_SIZE}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenEncoder:
+    """A way from images to features, and all that a result row says of it.
+
+    name: what a table calls it. kind: `encoder`, `random`, `statistics`, `thumbnail`.
+    digest: 16 hexadecimal digits of weights and description; equal ones give equal
+    features. origin: where it comes from. info: its `encoder.json`, None for controls
+    from pixels. features: the names that `encode` gives. patch_size: what the side of
+    an image must be a multiple of. reads_gsd: whether the features depend on it.
+    standardize: whether the features have to be brought to one scale before they are
+    compared, by the training part's mean and standard deviation.
+    encode(images [n, size, size, 3] uint8, gsd [n, 2]) -> {feature: [n, width]}.
+    """
+
+    name: str
+    kind: str
+    digest: str
+    origin: Mapping[str, Any]
+    info: Mapping[str, Any] | None
+    features: tuple[str, ...]
+    patch_size: int
+    reads_gsd: bool
+    standardize: bool
+    encode: Encode
+
+    @property
+    def normalization(self) -> str:
+        """How images come in, in words."""
+        if self.info is None:
+            return "none"
+        mean, std = (self.info[name] for name in ("mean", "std"))
+        return f"(x / 255 - {list(mean)}) / {list(std)}"
+
+
+def open_encoder(
+    text: str,
+    *,
+    config: ml_collections.ConfigDict,
+    seed: int = 0,
+    name: str | None = None,
+) -> FrozenEncoder:
+    """What `--encoder` names.
+
+    text: a folder that `load_encoder` takes (`RUN/encoder`, `RUN`); a checkpoint
+    `RUN/checkpoints/STEP`; `random:SIZE[,FIELD=VALUE...]`, seeded by `seed`, otherwise
+    the encoder that `config` describes; `statistics`; `thumbnail`. name: instead of the
+    one that follows from the text. Raises UserError where there is no such thing.
+    """
+    if text in PIXEL_CONTROLS:
+        return pixel_control(text, name=name)
+    kind, _, argument = text.partition(":")
+    if kind == "random":
+        return random_encoder(_info_of_size(argument, config), seed=seed, name=name)
+    path = Path(text)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        with tempfile.TemporaryDirectory() as folder:
+            _export_checkpoint(path, Path(folder))
+            run = path.parent.parent.name
+            return _exported(Path(folder), name or f"{run}@{path.name}", {"path": text})
+    if not path.is_dir():
+        raise UserError(
+            f"encoder={text}: no such folder, expected an exported encoder, a workdir, "
+            "RUN/checkpoints/STEP, random:SIZE, statistics or thumbnail"
+        )
+    if not (path / "encoder.json").exists():
+        if not (path / "encoder" / "encoder.json").exists():
+            raise UserError(_no_encoder(path))
+        path = path / "encoder"
+    run = path.absolute()
+    run = run.parent.name if run.name == "encoder" else run.name
+    return _exported(path, name or run, {"path": text})
+
+
+def pixel_control(kind: str, *, name: str | None = None) -> FrozenEncoder:
+    """Image statistics or a thumbnail: what needs no network."""
+    encode, description = PIXEL_CONTROLS[kind]
+    return FrozenEncoder(
+        name=name or f"{kind} ({description})",
+        kind=kind,
+        digest=_digest(kind.encode(), description.encode()),
+        origin={"kind": kind},
+        info=None,
+        features=(kind,),
+        patch_size=1,
+        reads_gsd=False,
+        standardize=True,
+        encode=encode,
+    )
+
+
+def random_encoder(
+    info: Mapping[str, Any], *, seed: int, name: str | None = None
+) -> FrozenEncoder:
+    """An encoder of the architecture and normalisation of `info`, never trained."""
+    shape = info["architecture"]
+    name = name or (
+        f"random encoder ({shape['embed_dim']} wide, {shape['depth']} deep, patch "
+        f"{shape['patch_size']})"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_encoder(Path(folder), info, seed=seed)
+        return _exported(Path(folder), name, {"random_seed": seed}, kind="random")
+
+
+def _exported(
+    path: Path, name: str, origin: Mapping[str, Any], *, kind: str = "encoder"
+) -> FrozenEncoder:
+    """The encoder of a folder with `encoder.json` and `encoder.safetensors`."""
+    encoder = load_encoder(path)
+    # Who made it and under which licence changes no feature.
+    told = {k: v for k, v in encoder.info.items() if k not in ("run", "licence")}
+    weights = (path / "encoder.safetensors").read_bytes()
+    shape = encoder.info["architecture"]
+
+    def encode(images, gsd):
+        tokens = encoder.tokens(images, gsd=gsd)
+        return dict(zip(FEATURES, (tokens[:, 0], tokens[:, 1:].mean(1)), strict=True))
+
+    return FrozenEncoder(
+        name=name,
+        kind=kind,
+        digest=_digest(json.dumps(told, sort_keys=True).encode(), weights),
+        origin={**origin, "run": encoder.info.get("run")},
+        info=encoder.info,
+        features=FEATURES,
+        patch_size=shape["patch_size"],
+        reads_gsd=shape["position"] != "fixed",
+        standardize=False,
+        encode=encode,
+    )
+
+
+def _export_checkpoint(path: Path, directory: Path) -> None:
+    """Write the encoder of `RUN/checkpoints/STEP` as a run does at its end."""
+    workdir, step = path.parent.parent, int(path.name)
+    try:
+        config = ml_collections.ConfigDict(
+            json.loads((workdir / "config.json").read_text())
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{workdir / 'config.json'} cannot be read ({error}): a checkpoint is read "
+            "with the config.json of its workdir; put it back, or give the folder "
+            "`encoder` of a finished run"
+        ) from None
+    if not path.is_dir():
+        raise UserError(_no_encoder(workdir))
+    # Only the shapes matter here, and any number of devices must do.
+    devices, parts = jax.device_count(), config.optim.accumulation_steps
+    config.batch_size = math.lcm(config.batch_size, devices * parts)
+    trainer = create_trainer(config, num_images=config.batch_size)
+    checkpoints = Checkpoints(path.parent, read_only=True)
+    try:
+        state = checkpoints.restore(step, trainer.state_shapes(), fingerprint=None)
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, for a damaged or another model's one
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path} cannot be restored ({reason[0]}): give another checkpoint of "
+            f"{path.parent}"
+        ) from None
+    finally:
+        checkpoints.close()
+    model = nnx.merge(trainer.graphdef, state.params, state.batch_stats)
+    write_encoder(
+        directory,
+        model.encoder,
+        model=config.model,
+        image_size=config.views.size,
+        bands=tuple(config.bands),
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        run={"method": config.method, "seed": config.seed, "steps": step},
+    )
+
+
+def _info_of_size(
+    argument: str, config: ml_collections.ConfigDict
+) -> Mapping[str, Any]:
+    """What `encoder.json` would say of the config's encoder in another size.
+
+    argument: `SIZE[,FIELD=VALUE...]`, the fields those of `config.model`.
+    """
+    size, *fields = argument.split(",")
+    if size not in common.SIZES:
+        raise UserError(
+            f"encoder=random:{argument}: size {size!r}, expected one of "
+            f"{', '.join(common.SIZES)}, as in random:tiny"
+        )
+    shape = {name: config.model[name] for name in ARCHITECTURE}
+    (shape["embed_dim"], shape["depth"], shape["num_heads"]), _ = common.SIZES[size]
+    for field in fields:
+        name, _, value = field.partition("=")
+        if name not in ARCHITECTURE:
+            raise UserError(
+                f"encoder=random:{argument}: {name!r} is no field of the encoder, "
+                f"expected {', '.join(ARCHITECTURE)}"
+            )
+        try:
+            shape[name] = json.loads(value)
+        except json.JSONDecodeError:
+            shape[name] = value
+    if shape["position"] != "fixed" and not shape["reference_gsd"]:
+        raise UserError(
+            f"encoder=random:{argument} has positions scaled by the GSD and the config "
+            "no reference_gsd: give random:SIZE,reference_gsd=METRES or position=fixed"
+        )
+    return {
+        "architecture": shape,
+        "image_size": config.views.size,
+        "bands": list(config.bands),
+        "mean": list(config.mean),
+        "std": list(config.std),
+    }
+
+
+def _no_encoder(workdir: Path) -> str:
+    found = sorted(int(p.name) for p in workdir.glob("checkpoints/[0-9]*"))
+    if not found:
+        return (
+            f"encoder={workdir} holds neither encoder.json nor checkpoints: give an "
+            "exported encoder or the workdir of a run"
+        )
+    return (
+        f"encoder={workdir} holds no exported encoder (the run is not finished) but "
+        f"checkpoints: give {workdir}/checkpoints/STEP with STEP one of "
+        f"{', '.join(map(str, found))}"
+    )
+
+
+def _digest(*parts: bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(hashlib.sha256(part).digest())
+    return found.hexdigest()[:16]

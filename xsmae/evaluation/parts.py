@@ -1,0 +1,114 @@
+"""The labelled images of an evaluation: a training part and a test part that differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xsmae.data.catalogue import build_source
+from xsmae.data.records import fingerprint
+from xsmae.data.sources import Source
+from xsmae.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The two parts, and what a result row says of them.
+
+    name: of the data. class_names: of both.
+    """
+
+    name: str
+    train: Source
+    test: Source
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+    def describe(self) -> dict[str, Any]:
+        """Names, numbers and digests, for `Protocol.data`.
+
+        The fingerprints are the sources' own (ids, sizes in bytes, labels, GSDs); the
+        splits' digests are over the ids in their order.
+        """
+        found = {"name": self.name, "classes": len(self.class_names)}
+        for part in ("train", "test"):
+            source = getattr(self, part)
+            found[part] = {
+                "images": len(source),
+                "fingerprint": source.fingerprint,
+                "split": fingerprint((source.id(i),) for i in range(len(source))),
+            }
+        return found
+
+
+def open_parts(name: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> Parts:
+    """The sources of two `config.data`, checked against each other.
+
+    Raises UserError where they have no labels, other classes than each other, or an
+    image in common.
+    """
+    parts = Parts(name, _build("train", train), _build("test", test))
+    if len(parts.train.class_names) < 2 or len(parts.test.class_names) < 2:
+        raise UserError(
+            f"{name} has {len(parts.train.class_names)} class(es) in its training and "
+            f"{len(parts.test.class_names)} in its test part, expected labels of 2 or "
+            "more: put the images into a folder per class, or add a label column"
+        )
+    if parts.train.class_names != parts.test.class_names:
+        odd = sorted(set(parts.train.class_names) ^ set(parts.test.class_names))
+        what = f"{', '.join(odd)} only in one of them" if odd else "in another order"
+        raise UserError(
+            f"the training and the test part of {name} have different classes ({what})"
+            ": give two splits of one data set with --train.split and --test.split"
+        )
+    common = _places(parts.train) & _places(parts.test)
+    if common:
+        raise UserError(
+            f"{len(common)} images are in the training and the test part of {name}, "
+            f"e.g. {min(common)!r}: give splits that have none in common with "
+            "--train.split and --test.split"
+        )
+    return parts
+
+
+def _build(part: str, data: Mapping[str, Any]) -> Source:
+    try:
+        return build_source(data)
+    except UserError as error:
+        message = str(error).replace("--config.data.", f"--{part}.")
+        raise UserError(f"the {part} part: {message}") from None
+
+
+def _places(source: Source) -> set[str]:
+    """Which images: their real files where there are files, else their ids."""
+    if hasattr(source, "path"):
+        return {os.path.realpath(source.path(i)) for i in range(len(source))}
+    return {source.id(i) for i in range(len(source))}
+
+
+def labels_of(source: Source, index: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The labels of the images at `index`."""
+    return np.asarray(source.labels)[index]
+
+
+def identical_images(
+    train: UInt8[np.ndarray, "n 16"], test: UInt8[np.ndarray, "m 16"]
+) -> list[tuple[int, int]]:
+    """Pairs (test row, training row) of images with the same pixels, by their digests.
+
+    A test image is named once, with the first training image that equals it.
+    """
+    first: dict[bytes, int] = {}
+    for row, digest in enumerate(train):
+        first.setdefault(digest.tobytes(), row)
+    found = ((row, first.get(digest.tobytes())) for row, digest in enumerate(test))
+    return [(row, other) for row, other in found if other is not None]

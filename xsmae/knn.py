@@ -1,0 +1,100 @@
+"""kNN accuracy over scales: `python -m xsmae.knn --encoder=RUN --data=configs/X.py`.
+
+Each image's features vote with exp(cosine / temperature) for the classes of the k
+training images most like it. The same is measured of the controls: image statistics,
+a thumbnail, and the encoder's architecture with random weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from xsmae.errors import UserError
+from xsmae.evaluation import commandline
+from xsmae.evaluation.features import FEATURES, RESIZES
+from xsmae.evaluation.frozen import PIXEL_CONTROLS, pixel_control, random_encoder
+from xsmae.evaluation.knn import knn_predict
+from xsmae.evaluation.measure import (
+    INTERVAL,
+    Measurement,
+    check_features,
+    measure,
+)
+from xsmae.evaluation.protocol import Protocol, Result
+from xsmae.evaluation.table import terminal_table
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this binary alone."""
+    flags.DEFINE_integer("k", 20, "Neighbours that vote.", flag_values=values)
+    flags.DEFINE_float(
+        "temperature", 0.07, "A vote weighs exp(cosine / it).", flag_values=values
+    )
+    flags.DEFINE_list(
+        "feature", list(FEATURES), "Class token, mean patch, or both.",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
+    """Measure what the flags name, and its controls; prints the table."""
+    values, config = commandline.parse(argv, define_flags)
+    if values.k < 1 or not values.temperature > 0:
+        raise UserError(
+            f"k={values.k}, temperature={values.temperature}, expected k of 1 or more "
+            "and a temperature above 0"
+        )
+    setup = commandline.open_setup(values, config)
+    protocol = Protocol(
+        task="knn",
+        metric="accuracy",
+        data=setup.parts.describe(),
+        base_size=setup.base_size,
+        resize=RESIZES["area"],
+        gsd_policy=values.gsd,
+        options={"k": values.k, "temperature": values.temperature},
+        interval=INTERVAL,
+    )
+    encoders = [setup.encoder]
+    if setup.encoder.kind == "encoder":
+        encoders.append(random_encoder(setup.encoder.info, seed=values.seed))
+    encoders += [pixel_control(k) for k in PIXEL_CONTROLS if k != setup.encoder.kind]
+    rows = []
+    for encoder in encoders:
+        predict = functools.partial(
+            knn_predict,
+            k=values.k,
+            temperature=values.temperature,
+            should_stop=should_stop,
+        )
+        rows += measure(
+            Measurement(
+                encoder=encoder,
+                parts=setup.parts,
+                scales=setup.scales,
+                protocol=protocol,
+                features=check_features(encoder, values.feature),
+                seed=values.seed,
+                predict=predict,
+                results=Path(values.results),
+                cache=Path(values.cache),
+                batch_size=values.batch_size,
+                should_stop=should_stop,
+            )
+        )
+    print(terminal_table(rows), f"rows: {values.results}", sep="\n", flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return commandline.run(evaluate, argv, doc=__doc__, define=define_flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
