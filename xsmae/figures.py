@@ -78,7 +78,7 @@ def reconstructions(
             if column == 0:
                 gsd_text = _number(_geometric_mean(gsd[row, view]))
                 ax.set_ylabel(f"{gsd_text} m/px", fontsize=9)
-    _save(fig, path)
+    save(fig, path)
 
 
 def to_pixels(
@@ -126,7 +126,7 @@ def crops(
         title_fontsize=9,
         **LEGEND,
     )
-    _save(fig, path)
+    save(fig, path)
 
 
 def loss_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
@@ -151,7 +151,7 @@ def loss_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -
     ax.plot(*_series(rows, "learning_rate"), ".-", color=NEUTRAL, markersize=3)
     ax.ticklabel_format(axis="y", scilimits=(-2, 3))
     _style(ax, "learning rate", "step", "")
-    _save(fig, path)
+    save(fig, path)
 
 
 def gsd_histogram(
@@ -195,7 +195,7 @@ def gsd_histogram(
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     fig.legend(loc="outside lower center", ncols=3, **LEGEND)
-    _save(fig, path)
+    save(fig, path)
 
 
 def _share(ax: Axes, gsd: np.ndarray, edges: np.ndarray, name: str, **style) -> None:
@@ -325,7 +325,7 @@ def _number(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
-def _save(fig: Figure, path: str | os.PathLike) -> None:
+def save(fig: Figure, path: str | os.PathLike) -> None:
     """Write a PNG whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
