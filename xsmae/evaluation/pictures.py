@@ -7,9 +7,9 @@ import os
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from xsmae.evaluation.protocol import AVERAGE, Result
+from xsmae.evaluation.protocol import AVERAGE, Protocol, Result
 from xsmae.evaluation.table import FEATURE_NAMES, Line, Table, label
 from xsmae.figures import LEGEND, VIEW_COLOURS, save
 
@@ -55,14 +55,7 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
         _axis(ax, percents, table)
         ax.set_title(FEATURE_NAMES.get(feature, ""), fontsize=11)
     axes[0].set_ylabel(f"{table.protocol.metric} (%)", fontsize=10)
-    data, level = table.protocol.data, table.protocol.interval["level"]
-    told = "true" if table.protocol.gsd_policy == "true" else "that of 100 %"
-    fig.suptitle(
-        f"{data['name']}: {table.protocol.task} {table.protocol.metric} over scales, "
-        f"{data['train']['images']:,} training and {data['test']['images']:,} test "
-        f"images\nbars: {100 * level:g} % intervals; GSD told to the encoder: {told}",
-        fontsize=11,
-    )
+    fig.suptitle(_title(table.protocol), fontsize=11)
     handles = dict(
         (text, handle)
         for ax in axes
@@ -71,6 +64,18 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=2, **LEGEND)
     save(fig, path)
     return True
+
+
+def _title(protocol: Protocol) -> str:
+    data, level = protocol.data, protocol.interval["level"]
+    options = ", ".join(f"{k}={v}" for k, v in protocol.options.items())
+    told = "its own" if protocol.gsd_policy == "true" else "that of 100 %"
+    return (
+        f"{data['name']}: {protocol.task} {protocol.metric} over scales, "
+        f"{data['train']['images']:,} training and {data['test']['images']:,} test "
+        f"images\n{options}; at each scale the encoder is told {told} GSD; bars: "
+        f"{100 * level:g} % intervals"
+    )
 
 
 def _line(ax: Axes, line: Line, shift: float, **style) -> None:
@@ -91,16 +96,23 @@ def _line(ax: Axes, line: Line, shift: float, **style) -> None:
 
 
 def _axis(ax: Axes, percents: list[float], table: Table) -> None:
-    """Scales a constant ratio apart, with the pixels under the percent."""
+    """Scales a constant ratio apart; under the percent the pixels and the GSD told."""
     sizes = {p: sorted({c[1] for c in table.columns if c[0] == p}) for p in percents}
+    told: dict[float, set[str]] = {percent: set() for percent in percents}
+    for line in table.lines:
+        for column, row in line.cells.items():
+            if column[0] != AVERAGE and row.gsd_told:
+                told[column[0]].add(f"{row.gsd_told:.3g} m/px")
+
+    def tick(percent: float) -> str:
+        pixels = "/".join(map(str, sizes[percent]))
+        return "\n".join([f"{percent:g} %", f"{pixels} px", *sorted(told[percent])])
+
     ax.set_xscale("log", base=2)
     ax.set_xticks(percents)
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(
-        FuncFormatter(
-            lambda p, _: f"{p:g} %\n{'/'.join(map(str, sizes.get(p, ())))} px"
-        )
-    )
+    ax.set_xticklabels([tick(percent) for percent in percents])
+    ax.set_xlim(percents[0] / 1.25, percents[-1] * 1.25)
     ax.set_xlabel("scale: side of the image that the encoder sees", fontsize=9)
     ax.tick_params(labelsize=9)
     ax.grid(alpha=0.25)

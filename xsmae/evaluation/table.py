@@ -157,12 +157,14 @@ def statements(table: Table) -> list[str]:
             for c in table.columns
             if c[0] != AVERAGE and c in line.cells and line.cells[c].gsd_told
         ]
-        facts.append(
-            f"{label(line, table)}, {FEATURE_NAMES.get(line.feature, line.feature)}: "
-            f"digest {line.digest}, images {row.encoder['normalization']}, features "
-            f"{row.feature_scaling}, seed {line.seed}, "
+        fact = (
+            f"{label(line, table)}: digest {line.digest}, images "
+            f"{row.encoder['normalization']}, features {row.feature_scaling}, seed "
+            f"{line.seed}, "
             + (f"median GSD told {', '.join(told)} m" if told else "reads no GSD")
         )
+        if fact not in facts:
+            facts.append(fact)
     return facts
 
 
