@@ -10,23 +10,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import flags
 
 from xsmae.errors import UserError
 from xsmae.evaluation import commandline
-from xsmae.evaluation.features import FEATURES, RESIZES
-from xsmae.evaluation.frozen import PIXEL_CONTROLS, pixel_control, random_encoder
+from xsmae.evaluation.features import RESIZES
 from xsmae.evaluation.knn import knn_predict
-from xsmae.evaluation.measure import (
-    INTERVAL,
-    Measurement,
-    check_features,
-    measure,
-)
+from xsmae.evaluation.measure import INTERVAL
 from xsmae.evaluation.protocol import Protocol, Result
-from xsmae.evaluation.table import terminal_table
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -35,10 +27,6 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "temperature", 0.07, "A vote weighs exp(cosine / it).", flag_values=values
     )
-    flags.DEFINE_list(
-        "feature", list(FEATURES), "Class token, mean patch, or both.",
-        flag_values=values,
-    )  # fmt: skip
 
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
@@ -60,35 +48,15 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
         options={"k": values.k, "temperature": values.temperature},
         interval=INTERVAL,
     )
-    encoders = [setup.encoder]
-    if setup.encoder.kind == "encoder":
-        encoders.append(random_encoder(setup.encoder.info, seed=values.seed))
-    encoders += [pixel_control(k) for k in PIXEL_CONTROLS if k != setup.encoder.kind]
-    rows = []
-    for encoder in encoders:
-        predict = functools.partial(
-            knn_predict,
-            k=values.k,
-            temperature=values.temperature,
-            should_stop=should_stop,
-        )
-        rows += measure(
-            Measurement(
-                encoder=encoder,
-                parts=setup.parts,
-                scales=setup.scales,
-                protocol=protocol,
-                features=check_features(encoder, values.feature),
-                seed=values.seed,
-                predict=predict,
-                results=Path(values.results),
-                cache=Path(values.cache),
-                batch_size=values.batch_size,
-                should_stop=should_stop,
-            )
-        )
-    print(terminal_table(rows), f"rows: {values.results}", sep="\n", flush=True)
-    return rows
+    predict = functools.partial(
+        knn_predict,
+        k=values.k,
+        temperature=values.temperature,
+        should_stop=should_stop,
+    )
+    return commandline.measure_all(
+        setup, values, protocol, lambda encoder: predict, should_stop=should_stop
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,8 +15,23 @@ from ml_collections import config_flags
 
 from xsmae.errors import UserError
 from xsmae.evaluation import scales as scales_of
-from xsmae.evaluation.frozen import FrozenEncoder, open_encoder
+from xsmae.evaluation.features import FEATURES
+from xsmae.evaluation.frozen import (
+    PIXEL_CONTROLS,
+    FrozenEncoder,
+    open_encoder,
+    pixel_control,
+    random_encoder,
+)
+from xsmae.evaluation.measure import (
+    Measurement,
+    Predict,
+    check_features,
+    measure,
+)
 from xsmae.evaluation.parts import Parts, open_parts
+from xsmae.evaluation.protocol import Protocol, Result
+from xsmae.evaluation.table import terminal_table
 from xsmae.main import find_config
 from xsmae.signals import StopRequest
 
@@ -76,6 +91,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "that of 100 % at every scale.",
         flag_values=values,
     )
+    flags.DEFINE_list(
+        "feature",
+        list(FEATURES),
+        "Class token, mean patch, or both.",
+        flag_values=values,
+    )
     integer("seed", 0, "Of the random encoders and of the intervals.")
     integer("batch_size", 64, "Images that the encoder gets at a time.")
     string("results", "results.jsonl", "Where the rows are added.")
@@ -131,6 +152,44 @@ def open_setup(values: flags.FlagValues, config: ml_collections.ConfigDict) -> S
         percents, base=base, patch_size=encoder.patch_size, gsd_policy=values.gsd
     )
     return Setup(encoder, parts, scales, base)
+
+
+def measure_all(
+    setup: Setup,
+    values: flags.FlagValues,
+    protocol: Protocol,
+    predict_with: Callable[[FrozenEncoder], Predict],
+    *,
+    should_stop: Callable[[], bool],
+) -> list[Result]:
+    """The rows of the encoder and of its controls; prints their table.
+
+    The controls are the encoder's architecture with random weights, and what needs no
+    network. `predict_with(encoder)` is the classifier of its features.
+    """
+    encoders = [setup.encoder]
+    if setup.encoder.kind == "encoder":
+        encoders.append(random_encoder(setup.encoder.info, seed=values.seed))
+    encoders += [pixel_control(k) for k in PIXEL_CONTROLS if k != setup.encoder.kind]
+    rows = []
+    for encoder in encoders:
+        rows += measure(
+            Measurement(
+                encoder=encoder,
+                parts=setup.parts,
+                scales=setup.scales,
+                protocol=protocol,
+                features=check_features(encoder, values.feature),
+                seed=values.seed,
+                predict=predict_with(encoder),
+                results=Path(values.results),
+                cache=Path(values.cache),
+                batch_size=values.batch_size,
+                should_stop=should_stop,
+            )
+        )
+    print(terminal_table(rows), f"rows: {values.results}", sep="\n", flush=True)
+    return rows
 
 
 def run(

@@ -1,0 +1,148 @@
+"""Linear probes of frozen features: the classifier, and how it is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from xsmae.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+# L2 penalties, a factor of about 10 apart, from none to one that decides alone.
+PENALTIES = tuple(float(x) for x in np.logspace(-6, 1, 8))
+VALIDATION = 0.2  # of the training part, of each class
+MAX_ITERATIONS = 500
+# The largest entry of the gradient at which a fit has converged.
+TOLERANCE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearClassifier:
+    """`features @ kernel + bias` of standardised features."""
+
+    mean: Float[np.ndarray, " width"]
+    std: Float[np.ndarray, " width"]
+    kernel: Float[Array, "width classes"]
+    bias: Float[Array, " classes"]
+
+    def predict(self, features: Float[np.ndarray, "n width"]) -> np.ndarray:
+        """The class of each; of equal scores the lower."""
+        scores = (features - self.mean) / self.std @ np.asarray(self.kernel)
+        return (scores + np.asarray(self.bias)).argmax(axis=1)
+
+
+def fit(
+    features: Float[np.ndarray, "n width"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    num_classes: int,
+    penalties: Sequence[float],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[LinearClassifier]:
+    """Multinomial logistic regression, one classifier for each L2 penalty.
+
+    What is minimised is the mean cross-entropy + penalty / 2 * the squared norm of the
+    kernel, the bias left free: scikit-learn's with C = 1 / (penalty * n). By L-BFGS
+    (optax), from zero, so that the result depends on the data alone. Raises
+    KeyboardInterrupt between two iterations once `should_stop()`.
+    """
+    mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
+    x = jnp.asarray((features - mean) / std, jnp.float32)
+    y = jnp.asarray(labels)
+    classifiers = []
+    for penalty in penalties:
+        kernel, bias = _minimise(x, y, num_classes, penalty, should_stop)
+        classifiers.append(LinearClassifier(mean, std, kernel, bias))
+    return classifiers
+
+
+def _minimise(x, y, num_classes, penalty, should_stop):
+    params = (jnp.zeros((x.shape[1], num_classes)), jnp.zeros(num_classes))
+    state = optax.lbfgs().init(params)
+    for iteration in range(MAX_ITERATIONS):
+        if should_stop():
+            raise KeyboardInterrupt
+        params, state, largest = _lbfgs_step(params, state, x, y, penalty)
+        # Read now and then: each reading waits for the device.
+        if iteration % 10 == 9 and float(largest) < TOLERANCE:
+            break
+    return params
+
+
+@jax.jit
+def _lbfgs_step(params, state, x, y, penalty):
+    loss = functools.partial(_objective, x=x, y=y, penalty=penalty)
+    optimizer = optax.lbfgs()
+    value, grad = optax.value_and_grad_from_state(loss)(params, state=state)
+    updates, state = optimizer.update(
+        grad, state, params, value=value, grad=grad, value_fn=loss
+    )
+    largest = jnp.max(jnp.array([jnp.abs(g).max() for g in jax.tree.leaves(grad)]))
+    return optax.apply_updates(params, updates), state, largest
+
+
+def _objective(params, *, x, y, penalty):
+    kernel, bias = params
+    losses = optax.softmax_cross_entropy_with_integer_labels(x @ kernel + bias, y)
+    return losses.mean() + penalty / 2 * jnp.square(kernel).sum()
+
+
+def hold_out(
+    labels: Int[np.ndarray, " n"], *, fraction: float, seed: int
+) -> np.ndarray:
+    """Which images of the training part are for choosing: of each class a fraction.
+
+    A class of one image is left to the training.
+    """
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        at = np.flatnonzero(labels == label)
+        count = min(max(1, round(fraction * len(at))), len(at) - 1)
+        held[rng.permutation(at)[:count]] = True
+    return held
+
+
+def sweep_predict(
+    bank: Float[np.ndarray, "n width"],
+    bank_labels: Int[np.ndarray, " n"],
+    queries: Float[np.ndarray, "m width"],
+    *,
+    num_classes: int,
+    penalties: Sequence[float] = PENALTIES,
+    validation: float = VALIDATION,
+    seed: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
+) -> np.ndarray:
+    """The class of each query by the logistic regression of the best penalty.
+
+    The penalty is the one that is right most often on a part of the TRAINING images
+    that is held out; of equal ones the strongest. Then all training images are fitted
+    with it. No test label is seen.
+    """
+    held = hold_out(bank_labels, fraction=validation, seed=seed)
+    if not held.any():
+        raise UserError(
+            "no class has two training images, expected some to choose the penalty by"
+        )
+    new = functools.partial(fit, num_classes=num_classes, should_stop=should_stop)
+    candidates = new(bank[~held], bank_labels[~held], penalties=penalties)
+    right = [(c.predict(bank[held]) == bank_labels[held]).mean() for c in candidates]
+    best = max(range(len(penalties)), key=lambda i: (right[i], penalties[i]))
+    edge = " (at the end of the grid)" if best in (0, len(penalties) - 1) else ""
+    say(
+        f"penalty {penalties[best]:g}{edge}: {100 * right[best]:.1f} % of "
+        f"{held.sum()} held-out training images"
+    )
+    (classifier,) = new(bank, bank_labels, penalties=[penalties[best]])
+    return classifier.predict(queries)
