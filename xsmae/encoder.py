@@ -237,36 +237,29 @@ def load_encoder(directory: str | Path) -> LoadedEncoder:
             raise UserError(
                 f"{path} has {len(info[name])} {name}, expected {channels}, one a band"
             )
-    model = {
-        **info["architecture"],
-        "attention": "xla",
-        "remat": "none",
-        "scan": True,
-        "dtype": "float32",
-    }
     try:
-        encoder = build_encoder(model, channels=channels, rngs=nnx.Rngs(0))
+        encoder = _network(info)
     except ValueError as error:
         raise UserError(f"{path} does not fit together: {error}") from None
-    from_timm(encoder, model, tensors)
+    from_timm(encoder, info["architecture"], tensors)
     return LoadedEncoder(encoder, info)
+
+
+def _network(info: Mapping[str, Any], *, seed: int = 0) -> Encoder:
+    """A new encoder as an `encoder.json` describes it."""
+    execution = {"attention": "xla", "remat": "none", "scan": True, "dtype": "float32"}
+    model = {**info["architecture"], **execution}
+    return build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(seed))
 
 
 def write_random_encoder(
     directory: Path, info: Mapping[str, Any], *, seed: int
 ) -> None:
     """Write an encoder as `info` (an `encoder.json`) describes it, before training."""
-    model = {
-        **info["architecture"],
-        "attention": "xla",
-        "remat": "none",
-        "scan": True,
-        "dtype": "float32",
-    }
     write_encoder(
         directory,
-        build_encoder(model, rngs=nnx.Rngs(seed)),
-        model=model,
+        _network(info, seed=seed),
+        model=info["architecture"],
         image_size=info["image_size"],
         bands=tuple(info["bands"]),
         mean=tuple(info["mean"]),

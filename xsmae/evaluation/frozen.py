@@ -19,6 +19,7 @@ from xsmae.checkpoint import Checkpoints
 from xsmae.configs import common
 from xsmae.encoder import (
     ARCHITECTURE,
+    GROUPS,
     load_encoder,
     write_encoder,
     write_random_encoder,
@@ -230,14 +231,15 @@ def _info_of_size(
             f"encoder=random:{argument}: size {size!r}, expected one of "
             f"{', '.join(common.SIZES)}, as in random:tiny"
         )
-    shape = {name: config.model[name] for name in ARCHITECTURE}
+    names = [name for name in (*ARCHITECTURE, *GROUPS) if name in config.model]
+    shape = {name: config.model[name] for name in names}
     (shape["embed_dim"], shape["depth"], shape["num_heads"]), _ = common.SIZES[size]
     for field in fields:
         name, _, value = field.partition("=")
-        if name not in ARCHITECTURE:
+        if name not in names:
             raise UserError(
                 f"encoder=random:{argument}: {name!r} is no field of the encoder, "
-                f"expected {', '.join(ARCHITECTURE)}"
+                f"expected {', '.join(names)}"
             )
         try:
             shape[name] = json.loads(value)
