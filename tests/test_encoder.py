@@ -414,7 +414,7 @@ def test_tampered_tensor_is_named(folder):
     tensors["blocks.1.attn.qkv.weight"] = tensors["blocks.1.attn.qkv.weight"].T.copy()
     save_file(tensors, path)
     said = (
-        r"the weights do not fit encoder.json: blocks\.1\.attn\.qkv\.weight: "
+        r"the weights do not fit the network: blocks\.1\.attn\.qkv\.weight: "
         r"expected \(48, 16\), found \(16, 48\)$"
     )
     refused(said, load_encoder, folder)

@@ -238,7 +238,8 @@ def load_encoder(directory: str | Path) -> LoadedEncoder:
                 f"{path} has {len(info[name])} {name}, expected {channels}, one a band"
             )
     try:
-        encoder = _network(info)
+        # Shapes alone, without the time that random weights take.
+        encoder = nnx.eval_shape(lambda: _network(info))
     except ValueError as error:
         raise UserError(f"{path} does not fit together: {error}") from None
     from_timm(encoder, info["architecture"], tensors)
