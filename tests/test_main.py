@@ -176,7 +176,8 @@ def test_the_same_command_again_changes_nothing(finished, capsys):
 )
 def test_the_other_methods_run_the_same_way(method, flags, terms, tmp_path):
     config = f"--config=configs/quickstart.py:method={method}"
-    run = [*SMALL_RUN, "--config.num_steps=2", "--config.knn.every=-1", *flags]
+    steps = ["--config.num_steps=2", "--config.optim.warmup_steps=1"]
+    run = [*SMALL_RUN, *steps, "--config.knn.every=-1", *flags]
     assert call(config, *run, f"--workdir={tmp_path}") == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")
     found = {n.removeprefix("loss/") for n in rows[-1] if n.startswith("loss/")}

@@ -21,7 +21,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "The run: configs/NAME.py[:preset,size=SIZE]. Its fields, which the file "
+        "The run: configs/NAME.py[:preset,method=METHOD,size=SIZE]. Its fields, which "
         "configs/common.py lists, are set by --config.FIELD=VALUE.",
         lock_config=True,
         flag_values=flag_values,
