@@ -35,8 +35,8 @@ LOSS_UNITS = {
     "loss/reconstruction": "mean squared error",
     "loss/contrastive": "nats",
     "loss/cross_prediction": "mean squared error",
-    "loss/low_frequency": "squared error, summed over the bands",
-    "loss/high_frequency": "error, summed over the bands",
+    "loss/low_frequency": "squared error, sum over bands",
+    "loss/high_frequency": "error, sum over bands",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
