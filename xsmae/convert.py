@@ -218,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(
-            f"xsmae: cannot write {error.filename}: {error.strerror}", file=sys.stderr
+            f"xsmae: cannot write {error.filename or 'the output'}: {error.strerror}",
+            file=sys.stderr,
         )
         return 2
 
