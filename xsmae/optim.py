@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import jax
 import optax
 
 
-def decay_mask(params: optax.Params) -> optax.Params:
+def decay_mask(
+    params: optax.Params, *, exempt: Collection[str] = ("bias", "scale")
+) -> optax.Params:
     """Which parameters are decayed: all but biases and the scales of norms.
 
-    By name rather than by rank, since stacked blocks give every leaf a layer axis.
+    `exempt` are the names that are not. By name rather than by rank, since stacked
+    blocks give every leaf a layer axis.
     """
 
     def decayed(path, _):
         names = [str(getattr(key, "key", key)) for key in path]
-        return not {"bias", "scale"} & set(names)
+        return not set(exempt) & set(names)
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 

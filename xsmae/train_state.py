@@ -19,7 +19,7 @@ from xsmae.ops import resize
 from xsmae.optim import Optimizer
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, Key
+    from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @jax.tree_util.register_dataclass
@@ -147,11 +147,31 @@ def train_step(
         )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    new_state = updated(state, grads, batch_stats, finite=finite, optimizer=optimizer)
+    updates_done = state.step - state.nonfinite
+    metrics |= {
+        "grad_norm": grad_norm,
+        "learning_rate": jnp.asarray(optimizer.learning_rate(updates_done)),
+        "nonfinite": new_state.nonfinite,
+        "nonfinite_in_a_row": new_state.nonfinite_in_a_row,
+    }
+    return new_state, metrics
+
+
+def updated(
+    state: TrainState,
+    grads: optax.Updates,
+    batch_stats: nnx.State,
+    *,
+    finite: Bool[Array, ""],
+    optimizer: Optimizer,
+) -> TrainState:
+    """The state after a step; where not `finite` it is as it was, and that counted."""
     updates, opt_state = optimizer.transform.update(
         grads, state.opt_state, state.params
     )
     keep = functools.partial(jnp.where, finite)
-    new_state = TrainState(
+    return TrainState(
         step=state.step + 1,
         params=jax.tree.map(
             keep, optax.apply_updates(state.params, updates), state.params
@@ -162,14 +182,6 @@ def train_step(
         nonfinite=state.nonfinite + ~finite,
         nonfinite_in_a_row=jnp.where(finite, 0, state.nonfinite_in_a_row + 1),
     )
-    updates_done = state.step - state.nonfinite
-    metrics |= {
-        "grad_norm": grad_norm,
-        "learning_rate": jnp.asarray(optimizer.learning_rate(updates_done)),
-        "nonfinite": new_state.nonfinite,
-        "nonfinite_in_a_row": new_state.nonfinite_in_a_row,
-    }
-    return new_state, metrics
 
 
 def _accumulate(gradient, state: TrainState, inputs: Any, parts: int):

@@ -131,18 +131,25 @@ class Block(nnx.Module):
         self.fc2 = new_linear(hidden, width)
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"]
+        self,
+        x: Float[Array, "batch tokens width"],
+        branch_scale: Float[Array, "2 batch"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
+        """`branch_scale` multiplies what each of the two residuals adds, see
+        `drop_path_scales`."""
         batch = x.shape[0]
         # All tokens in one axis: a dense layer's gradient is then one plain product,
         # not a contraction over two axes, which XLA is slower at on CPUs.
         x = rearrange(x, "b n d -> (b n) d")
+        scale = _unscaled
+        if branch_scale is not None:
+            scale = functools.partial(_scaled, branch_scale.astype(x.dtype))
         if self.norm_style == "pre":
-            x = x + self._attend(self.norm1(x), batch)
-            x = x + self._mlp(self.norm2(x))
+            x = x + scale(self._attend(self.norm1(x), batch), 0)
+            x = x + scale(self._mlp(self.norm2(x)), 1)
         else:
-            x = self.norm1(x + self._attend(x, batch))
-            x = self.norm2(x + self._mlp(x))
+            x = self.norm1(x + scale(self._attend(x, batch), 0))
+            x = self.norm2(x + scale(self._mlp(x), 1))
         return rearrange(x, "(b n) d -> b n d", b=batch)
 
     def _attend(self, x, batch):
@@ -155,6 +162,16 @@ class Block(nnx.Module):
 
     def _mlp(self, x):
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def _unscaled(residual, branch):
+    return residual
+
+
+def _scaled(branch_scale, residual, branch):
+    """The tokens of each sample times that sample's number."""
+    tokens = residual.shape[0] // branch_scale.shape[1]
+    return residual * jnp.repeat(branch_scale[branch], tokens)[:, None]
 
 
 def stacked_blocks(depth: int, *args, rngs: nnx.Rngs, **kwargs) -> Block:
@@ -172,19 +189,22 @@ def run_blocks(
     blocks: Block,
     x: Float[Array, "batch tokens width"],
     *,
+    branch_scales: Float[Array, "depth 2 batch"] | None = None,
     remat: str = "none",
     scan: bool = True,
 ) -> Float[Array, "batch tokens width"]:
-    """Apply stacked blocks one after the other.
+    """Apply stacked blocks one after the other, each with its `branch_scales`.
 
     `scan=False` unrolls the loop: the same numbers, a longer compilation.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat={remat!r}, expected one of {tuple(REMAT_POLICIES)}")
     graphdef, layers = nnx.split(blocks)
+    layers = (layers, branch_scales)  # None has no leaves to scan over
 
     def apply(x, layer):
-        return nnx.merge(graphdef, layer)(x), None
+        params, branch_scale = layer
+        return nnx.merge(graphdef, params)(x, branch_scale), None
 
     if remat != "none":
         apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -273,8 +293,12 @@ class Encoder(nnx.Module):
         gsd: Float[Array, "batch 2"] | None = None,
         offset: Float[Array, "batch 2"] | None = None,
         ids_keep: Int[Array, "batch kept"] | None = None,
+        branch_scales: Float[Array, "depth 2 batch"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """Encode normalised images; only the tokens `ids_keep` where it is given."""
+        """Encode normalised images; only the tokens `ids_keep` where it is given.
+
+        `branch_scales` are `drop_path_scales`, in fine-tuning.
+        """
         grid = self.grid(*images.shape[1:3])
         position = self.positions(grid, gsd=gsd, offset=offset)
         if ids_keep is not None:
@@ -284,5 +308,11 @@ class Encoder(nnx.Module):
         cls_token = self.cls_token[...].astype(self.dtype)
         cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.embed_dim))
         x = jnp.concatenate([cls_token, x], axis=1)
-        x = run_blocks(self.blocks, x, remat=self.remat, scan=self.scan)
+        x = run_blocks(
+            self.blocks,
+            x,
+            branch_scales=branch_scales,
+            remat=self.remat,
+            scan=self.scan,
+        )
         return self.norm(x) if self.use_norm else x
