@@ -1,6 +1,7 @@
 """Result rows on disk, intervals, scales, the features kept on disk, and leaks."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 
@@ -13,7 +14,13 @@ from xsmae.evaluation.cache import cached_features
 from xsmae.evaluation.features import encode_batches, square
 from xsmae.evaluation.frozen import FrozenEncoder, pixel_control
 from xsmae.evaluation.intervals import bootstrap_interval
-from xsmae.evaluation.measure import INTERVAL, Measurement, measure, predictions
+from xsmae.evaluation.measure import (
+    INTERVAL,
+    Measurement,
+    measure,
+    of_frozen_features,
+    predictions,
+)
 from xsmae.evaluation.parts import Parts, identical_images
 from xsmae.evaluation.protocol import Protocol, Result, append, read
 from xsmae.evaluation.scales import Scale, base_size, create_scales
@@ -399,12 +406,13 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
 # From features to rows
 
 
-def job(tmp_path, test, **changes):
-    def predict(bank, labels, queries, *, num_classes):
-        """The class of the nearest."""
-        distance = ((queries[:, None] - bank) ** 2).sum(-1)
-        return labels[distance.argmin(1)]
+def predict_nearest(bank, labels, queries, *, num_classes):
+    """The class of the nearest."""
+    distance = ((queries[:, None] - bank) ** 2).sum(-1)
+    return labels[distance.argmin(1)]
 
+
+def job(tmp_path, test, **changes):
     fields = {
         "encoder": pixel_control("statistics"),
         "parts": Parts("colours", Fingerprinted(30), test),
@@ -412,7 +420,7 @@ def job(tmp_path, test, **changes):
         "protocol": PROTOCOL,
         "features": ["statistics"],
         "seed": 0,
-        "predict": predict,
+        "outcomes": functools.partial(of_frozen_features, predict=predict_nearest),
         "results": tmp_path / "results.jsonl",
         "cache": tmp_path / "cache",
         "say": lambda line: None,
@@ -447,7 +455,9 @@ def test_labels_of_the_test_images_reach_no_prediction(tmp_path):
             )
             for part in (this.parts.train, this.parts.test)
         )
-        found.append(predictions(this, "statistics", train, test))
+        found.append(
+            predictions(this, "statistics", train, test, predict=predict_nearest)
+        )
         values.append([row.value for row in measure(this)])
     np.testing.assert_array_equal(*found)
     assert values == [[1.0] * 3, [0.0] * 3]

@@ -17,7 +17,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation import commandline
 from xsmae.evaluation.features import RESIZES
 from xsmae.evaluation.knn import knn_predict
-from xsmae.evaluation.measure import INTERVAL
+from xsmae.evaluation.measure import INTERVAL, of_frozen_features
 from xsmae.evaluation.protocol import Protocol, Result
 
 
@@ -54,8 +54,9 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
         temperature=values.temperature,
         should_stop=should_stop,
     )
+    outcomes = functools.partial(of_frozen_features, predict=predict)
     return commandline.measure_all(
-        setup, values, protocol, lambda encoder: predict, should_stop=should_stop
+        setup, values, protocol, outcomes, should_stop=should_stop
     )
 
 

@@ -1,9 +1,11 @@
 """Linear probe of frozen features: `python -m xsmae.linear_probe --encoder=RUN ...`.
 
-Features are extracted once, a multinomial logistic regression is fitted for each of a
-grid of L2 penalties, and the penalty is chosen on a part of the training images. The
-same is measured of the controls: image statistics, a thumbnail, and the encoder's
-architecture with random weights.
+--protocol=sweep: features are extracted once, a multinomial logistic regression is
+fitted for each of a grid of L2 penalties, and the penalty is chosen on a part of the
+training images. --protocol=published: the papers' probe, batch norm and a linear layer
+trained by LARS on random crops that are encoded anew in every epoch; its numbers are
+set by --recipe.FIELD=VALUE. The same is measured of the controls: image statistics, a
+thumbnail, and the encoder's architecture with random weights.
 """
 
 from __future__ import annotations
@@ -12,35 +14,68 @@ import functools
 import sys
 from collections.abc import Callable
 
+import ml_collections
 from absl import flags
 
 from xsmae.errors import UserError
-from xsmae.evaluation import commandline
+from xsmae.evaluation import commandline, recipe
 from xsmae.evaluation.features import RESIZES
-from xsmae.evaluation.measure import INTERVAL
+from xsmae.evaluation.measure import INTERVAL, of_frozen_features
 from xsmae.evaluation.probe import PENALTIES, VALIDATION, sweep_predict
 from xsmae.evaluation.protocol import Protocol, Result
+from xsmae.evaluation.published_probe import create_learner
+from xsmae.evaluation.training import forget, of_trained
+
+# The flags that one protocol alone has a use for.
+FLAGS = {"sweep": ("penalties", "validation"), "published": ("num_workers",)}
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this binary alone."""
+    flags.DEFINE_enum(
+        "protocol",
+        "sweep",
+        tuple(FLAGS),
+        "sweep: logistic regression, the penalty chosen on training images. published: "
+        "the papers', by LARS on random crops.",
+        flag_values=values,
+    )
     flags.DEFINE_list(
         "penalties",
         [f"{penalty:g}" for penalty in PENALTIES],
-        "The L2 penalties to choose from.",
+        "The L2 penalties to choose from, of the sweep.",
         flag_values=values,
     )
     flags.DEFINE_float(
         "validation",
         VALIDATION,
-        "The part of each class's training images that the penalty is chosen on.",
+        "The part of each class's training images that the sweep's penalty is chosen "
+        "on.",
         flag_values=values,
     )
+    recipe.define_flags(values)
 
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure what the flags name, and its controls; prints the table."""
-    values, config = commandline.parse(argv, define_flags)
+    values, config = commandline.parse(argv, define_flags, _recipe_of)
+    for protocol, names in FLAGS.items():
+        given = [name for name in names if values[name].present]
+        if given and values.protocol != protocol:
+            raise UserError(
+                f"--{given[0]} has no meaning for protocol={values.protocol}: leave it "
+                f"out, or give --protocol={protocol}"
+            )
+    if values.protocol == "published":
+        return _published(values, config, should_stop)
+    return _sweep(values, config, should_stop)
+
+
+def _recipe_of(values: flags.FlagValues) -> ml_collections.ConfigDict | None:
+    return recipe.published_probe() if values.protocol == "published" else None
+
+
+def _sweep(values, config, should_stop) -> list[Result]:
     try:
         penalties = sorted({float(text) for text in values.penalties})
     except ValueError:
@@ -66,18 +101,47 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
         interval=INTERVAL,
     )
 
-    def predict_with(encoder):
-        return functools.partial(
+    def outcomes(job, scale):
+        predict = functools.partial(
             sweep_predict,
             penalties=penalties,
             validation=values.validation,
             seed=values.seed,
             should_stop=should_stop,
-            say=lambda line: print(f"{encoder.name}: {line}", flush=True),
+            say=lambda line: job.say(f"{job.encoder.name}: {line}"),
         )
+        return of_frozen_features(job, scale, predict=predict)
 
     return commandline.measure_all(
-        setup, values, protocol, predict_with, should_stop=should_stop
+        setup, values, protocol, outcomes, should_stop=should_stop
+    )
+
+
+def _published(values, config, should_stop) -> list[Result]:
+    recipe.check(config.recipe)
+    commandline.default(values, "scales", ["100"])
+    commandline.default(values, "feature", ["cls"])
+    setup = commandline.open_setup(values, config)
+    options = recipe.describe(config.recipe)
+    protocol = Protocol(
+        task="linear_probe_published",
+        metric="accuracy",
+        data=setup.parts.describe(),
+        base_size=setup.base_size,
+        resize=RESIZES["area"],
+        gsd_policy=values.gsd,
+        options={"classifier": "batch norm, linear; LARS on random crops", **options},
+        interval=INTERVAL,
+    )
+    fields = config.recipe.to_dict()
+    outcomes = functools.partial(
+        of_trained,
+        create_learner=functools.partial(create_learner, recipe=fields),
+        recipe=fields,
+        num_workers=values.num_workers,
+    )
+    return commandline.measure_all(
+        setup, values, protocol, outcomes, should_stop=should_stop, finish=forget
     )
 
 

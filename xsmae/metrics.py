@@ -145,7 +145,8 @@ class Progress:
         hours, minutes = divmod(minutes, 60)
         return (
             f"step {step}/{self.num_steps}  epoch {metrics['epoch']:.2f}  "
-            f"loss {metrics['loss']:.4f} ({terms})  "
+            f"loss {metrics['loss']:.4f} "
+            + (f"({terms})  " if terms else " ")
             + (
                 f"{rate:.0f} images/s  {hours}:{minutes:02}:{seconds:02} left"
                 if math.isfinite(rate := metrics["images_per_second"])

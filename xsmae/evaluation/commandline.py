@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -25,7 +25,7 @@ from xsmae.evaluation.frozen import (
 )
 from xsmae.evaluation.measure import (
     Measurement,
-    Predict,
+    Outcome,
     check_features,
     measure,
 )
@@ -75,7 +75,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "scales",
         [f"{percent:g}" for percent in scales_of.SCALES],
-        "Percent of the base size.",
+        "Percent of the base size. Where a classifier is trained, 100 by default.",
         flag_values=values,
     )
     integer(
@@ -94,29 +94,35 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "feature",
         list(FEATURES),
-        "Class token, mean patch, or both.",
+        "Class token, mean patch, or both. By default both; cls where the published "
+        "probe is trained, mean where the encoder is fine-tuned.",
         flag_values=values,
     )
     integer("seed", 0, "Of the random encoders and of the intervals.")
     integer("batch_size", 64, "Images that the encoder gets at a time.")
     string("results", "results.jsonl", "Where the rows are added.")
-    string("cache", ".cache/xsmae/features", "Where the features are kept.")
+    string("cache", ".cache/xsmae/features", "Where features and trainings are kept.")
 
 
 def parse(
-    argv: list[str], define: Callable[[flags.FlagValues], None]
+    argv: list[str],
+    define: Callable[[flags.FlagValues], None],
+    recipe_of: Callable[[flags.FlagValues], ml_collections.ConfigDict | None] = (
+        lambda values: None
+    ),
 ) -> tuple[flags.FlagValues, ml_collections.ConfigDict]:
     """The flags of `argv`, and the config of `--data`, in which `train` and `test` are.
 
-    `define` adds the binary's flags to those of `define_flags`. Raises UserError, in
-    one line, for what is wrong in them.
+    `define` adds the binary's flags to those of `define_flags`. `recipe_of(values)`,
+    where it is not None, is in the config as `recipe`, changed by --recipe.FIELD=VALUE.
+    Raises UserError, in one line, for what is wrong in them.
     """
     argv = find_config(_joined(argv, ("data",)), "data")
     config = _load_config([a for a in argv if re.match("--?data=", a)])
     values = flags.FlagValues()
     define_flags(values)
     define(values)
-    overrides = re.compile(r"--?(data|train|test)\.")
+    overrides = re.compile(r"--?(data|train|test|recipe)\.")
     given = [a for a in argv if overrides.match(a)]
     rest = [a for a in argv if not overrides.match(a)]
     with _as_user_error("flags"):
@@ -127,8 +133,17 @@ def parse(
         raise UserError(
             "--encoder is missing: give a run's workdir, random:tiny, statistics, ..."
         )
+    of = {
+        part: [a for a in given if a.lstrip("-").startswith(f"{part}.")]
+        for part in ("data", *PARTS, "recipe")
+    }
     for part in ("data", *PARTS):
-        config[part] = _part(config, part, [a for a in given if f"{part}." in a[:8]])
+        config[part] = _part(config, part, of[part])
+    recipe = recipe_of(values)
+    if recipe is not None:
+        config.recipe = _overridden("recipe", recipe, of["recipe"])
+    elif of["recipe"]:
+        raise UserError(f"{', '.join(of['recipe'])}: nothing is trained by a recipe")
     return values, config
 
 
@@ -158,38 +173,50 @@ def measure_all(
     setup: Setup,
     values: flags.FlagValues,
     protocol: Protocol,
-    predict_with: Callable[[FrozenEncoder], Predict],
+    outcomes_of: Callable[[Measurement, scales_of.Scale], Iterable[Outcome]],
     *,
     should_stop: Callable[[], bool],
+    random_control: bool = True,
+    pixel_controls: bool = True,
+    finish: Callable[[Measurement], None] = lambda job: None,
 ) -> list[Result]:
     """The rows of the encoder and of its controls; prints their table.
 
     The controls are the encoder's architecture with random weights, and what needs no
-    network. `predict_with(encoder)` is the classifier of its features.
+    network. `outcomes_of` is `Measurement.outcomes`; `finish` is called with every
+    measurement once its rows are written.
     """
     encoders = [setup.encoder]
-    if setup.encoder.kind == "encoder":
+    if random_control and setup.encoder.kind == "encoder":
         encoders.append(random_encoder(setup.encoder.info, seed=values.seed))
-    encoders += [pixel_control(k) for k in PIXEL_CONTROLS if k != setup.encoder.kind]
+    if pixel_controls:
+        kinds = [kind for kind in PIXEL_CONTROLS if kind != setup.encoder.kind]
+        encoders += map(pixel_control, kinds)
     rows = []
     for encoder in encoders:
-        rows += measure(
-            Measurement(
-                encoder=encoder,
-                parts=setup.parts,
-                scales=setup.scales,
-                protocol=protocol,
-                features=check_features(encoder, values.feature),
-                seed=values.seed,
-                predict=predict_with(encoder),
-                results=Path(values.results),
-                cache=Path(values.cache),
-                batch_size=values.batch_size,
-                should_stop=should_stop,
-            )
+        job = Measurement(
+            encoder=encoder,
+            parts=setup.parts,
+            scales=setup.scales,
+            protocol=protocol,
+            features=check_features(encoder, values.feature),
+            seed=values.seed,
+            outcomes=outcomes_of,
+            results=Path(values.results),
+            cache=Path(values.cache),
+            batch_size=values.batch_size,
+            should_stop=should_stop,
         )
+        rows += measure(job)
+        finish(job)
     print(terminal_table(rows), f"rows: {values.results}", sep="\n", flush=True)
     return rows
+
+
+def default(values: flags.FlagValues, name: str, value: Sequence[str]) -> None:
+    """Give a flag another default than `define_flags` does."""
+    if not values[name].present:
+        values[name].value = list(value)
 
 
 def run(
@@ -244,13 +271,20 @@ def _part(
     start = ml_collections.ConfigDict(config.data)
     if part in PARTS:
         start.update(config.knn[part])
+    return _overridden(part, start, given)
+
+
+def _overridden(
+    name: str, config: ml_collections.ConfigDict, given: list[str]
+) -> ml_collections.ConfigDict:
+    """`config` with the fields set that --`name`.FIELD=VALUE of `given` set."""
     values = flags.FlagValues()
     with _as_user_error(", ".join(given)), _arguments(["xsmae", *given]):
-        config_flags.DEFINE_config_dict(part, start, flag_values=values)
+        config_flags.DEFINE_config_dict(name, config, flag_values=values)
         rest = values(["xsmae", *given])[1:]
         if rest:
             raise UserError(f"unknown arguments: {' '.join(rest)}")
-        return values[part].value
+        return values[name].value
 
 
 @contextlib.contextmanager

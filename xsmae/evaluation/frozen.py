@@ -32,6 +32,7 @@ from xsmae.evaluation.features import (
     image_statistics,
     thumbnail,
 )
+from xsmae.models.vit import Encoder
 from xsmae.trainer import create_trainer
 
 # The controls that need no architecture: how they see images, and what they are.
@@ -53,6 +54,7 @@ class FrozenEncoder:
     standardize: whether the features have to be brought to one scale before they are
     compared, by the training part's mean and standard deviation.
     encode(images [n, size, size, 3] uint8, gsd [n, 2]) -> {feature: [n, width]}.
+    network: of normalised images, None where there is none.
     """
 
     name: str
@@ -65,6 +67,7 @@ class FrozenEncoder:
     reads_gsd: bool
     standardize: bool
     encode: Encode
+    network: Encoder | None = None
 
     @property
     def normalization(self) -> str:
@@ -170,6 +173,7 @@ def _exported(
         reads_gsd=shape["position"] != "fixed",
         standardize=False,
         encode=encode,
+        network=encoder.encoder,
     )
 
 

@@ -1,9 +1,9 @@
-"""From features to result rows: what every evaluation of frozen features shares."""
+"""From predictions to result rows: what every evaluation of an encoder shares."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,12 +49,42 @@ class Predict(Protocol):
         """bank [n, width], labels [n], queries [m, width] -> predicted classes [m]."""
 
 
+class Used(Protocol):
+    """The images of a part that were used: `Features`, or the account of a training.
+
+    positions: [n], where they lie in the source. pixels: [n, 16] digests.
+    """
+
+    positions: np.ndarray
+    pixels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a classifier said of the test images of a scale, from one feature.
+
+    predicted: [m], the class of each of `test`. gsd_told, seconds, images_per_second,
+    feature_scaling: as `Result` has them.
+    """
+
+    feature: str
+    feature_scaling: str
+    predicted: np.ndarray
+    train: Used
+    test: Used
+    gsd_told: float | None
+    seconds: float | None
+    images_per_second: float | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """One evaluation of one encoder; `measure` runs it.
 
-    features: which of the encoder's. results: the file the rows go to. `should_stop`
-    and `say` as `cached_features` takes them.
+    features: which of the encoder's. results: the file the rows go to. outcomes(job,
+    scale): one `Outcome` for each of the features, in their order; that of `predict`
+    on frozen features is `of_frozen_features`. `should_stop` and `say` as
+    `cached_features` takes them.
     """
 
     encoder: FrozenEncoder
@@ -63,7 +93,7 @@ class Measurement:
     protocol: ResultProtocol
     features: Sequence[str]
     seed: int
-    predict: Predict
+    outcomes: Callable[[Measurement, Scale], Iterable[Outcome]]
     results: Path
     cache: Path
     batch_size: int = 64
@@ -75,7 +105,7 @@ def measure(job: Measurement) -> list[Result]:
     """The rows of an encoder, a feature and a scale, added to `job.results`.
 
     Then their average over the scales, where there are several. Rows that are in the
-    file already are not computed again. Raises what `cached_features` raises.
+    file already are not computed again. Raises what `job.outcomes` raises.
     """
     encoder = _describe(job.encoder)
     percents, sizes = zip(*((s.percent, s.size) for s in job.scales), strict=True)
@@ -96,12 +126,10 @@ def measure(job: Measurement) -> list[Result]:
         return [known[one] for one in wanted]
     rows, correct = [], {feature: [] for feature in job.features}
     for scale in job.scales:
-        train, test = (_features(job, part, scale) for part in ("train", "test"))
-        shared = _shared(job, encoder, scale, train, test)
-        for feature in job.features:
-            row, right = _classify(job, shared, feature, train, test)
+        for outcome in job.outcomes(job, scale):
+            row, right = _row(job, encoder, scale, outcome)
             rows.append(row)
-            correct[feature].append(right)
+            correct[outcome.feature].append(right)
     if len(job.scales) > 1:
         for feature in job.features:
             of_feature = [row for row in rows if row.feature == feature]
@@ -111,14 +139,37 @@ def measure(job: Measurement) -> list[Result]:
     return rows
 
 
+def of_frozen_features(
+    job: Measurement, scale: Scale, *, predict: Predict
+) -> Iterator[Outcome]:
+    """The outcomes of `predict` on features that are extracted once."""
+    train, test = (_features(job, part, scale) for part in ("train", "test"))
+    gsd = np.concatenate([train.gsd, test.gsd])
+    computed, seconds = train.computed + test.computed, train.seconds + test.seconds
+    standardized = job.encoder.standardize
+    for feature in job.features:
+        yield Outcome(
+            feature=feature,
+            feature_scaling=(
+                "standardised by the training part" if standardized else "none"
+            ),
+            predicted=predictions(job, feature, train, test, predict=predict),
+            train=train,
+            test=test,
+            gsd_told=float(np.median(gsd)) if job.encoder.reads_gsd else None,
+            seconds=seconds if computed else None,
+            images_per_second=computed / seconds if computed else None,
+        )
+
+
 def predictions(
-    job: Measurement, feature: str, train: Features, test: Features
+    job: Measurement, feature: str, train: Features, test: Features, *, predict: Predict
 ) -> np.ndarray:
     """The class of every test image, from features and the training labels alone."""
     bank, queries = train.feature(feature), test.feature(feature)
     if job.encoder.standardize:
         bank, queries = standardize(bank, queries)
-    return job.predict(
+    return predict(
         bank,
         labels_of(job.parts.train, train.positions),
         queries,
@@ -139,57 +190,25 @@ def _features(job: Measurement, part: str, scale: Scale) -> Features:
     )
 
 
-def _shared(
-    job: Measurement,
-    encoder: Mapping[str, Any],
-    scale: Scale,
-    train: Features,
-    test: Features,
-) -> dict[str, Any]:
-    """What the rows of all features at a scale have in common."""
-    gsd = np.concatenate([train.gsd, test.gsd])
-    computed, seconds = train.computed + test.computed, train.seconds + test.seconds
-    parts = job.parts
-    return {
-        "protocol": job.protocol,
-        "encoder": encoder,
-        "scale": scale.percent,
-        "size": scale.size,
-        "gsd_told": float(np.median(gsd)) if job.encoder.reads_gsd else None,
-        "seed": job.seed,
-        "num_train": len(train.positions),
-        "num_test": len(test.positions),
-        "unusable": {
-            "train": len(parts.train) - len(train.positions),
-            "test": len(parts.test) - len(test.positions),
-        },
-        "leaks": leaks(parts, train, test),
-        "seconds": seconds if computed else None,
-        "images_per_second": computed / seconds if computed else None,
-        "run": _run(),
-    }
-
-
-def _classify(
-    job: Measurement,
-    shared: Mapping[str, Any],
-    feature: str,
-    train: Features,
-    test: Features,
+def _row(
+    job: Measurement, encoder: Mapping[str, Any], scale: Scale, outcome: Outcome
 ) -> tuple[Result, np.ndarray]:
     """A row, and for each test image whether it is right."""
-    predicted = predictions(job, feature, train, test)
-    labels, names = labels_of(job.parts.test, test.positions), job.parts.class_names
+    parts, train, test = job.parts, outcome.train, outcome.test
+    labels, names = labels_of(parts.test, test.positions), parts.class_names
     confusion = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
-    right = (predicted == labels).astype(np.float64)
+    np.add.at(confusion, (labels, outcome.predicted), 1)
+    right = (outcome.predicted == labels).astype(np.float64)
     low, high = bootstrap_interval(right, seed=job.seed)
     row = Result(
-        **shared,
-        feature=feature,
-        feature_scaling=(
-            "standardised by the training part" if job.encoder.standardize else "none"
-        ),
+        protocol=job.protocol,
+        encoder=encoder,
+        feature=outcome.feature,
+        feature_scaling=outcome.feature_scaling,
+        scale=scale.percent,
+        size=scale.size,
+        gsd_told=outcome.gsd_told,
+        seed=job.seed,
         value=float(right.mean()),
         low=low,
         high=high,
@@ -201,6 +220,16 @@ def _classify(
             if row.sum()
         },
         confusion=confusion.tolist(),
+        num_train=len(train.positions),
+        num_test=len(test.positions),
+        unusable={
+            "train": len(parts.train) - len(train.positions),
+            "test": len(parts.test) - len(test.positions),
+        },
+        leaks=leaks(parts, train, test),
+        seconds=outcome.seconds,
+        images_per_second=outcome.images_per_second,
+        run=_run(),
     )
     return row, right
 
@@ -228,7 +257,7 @@ def _average(job: Measurement, rows: list[Result], right: np.ndarray) -> Result:
     )
 
 
-def leaks(parts: Parts, train: Features, test: Features) -> dict[str, Any]:
+def leaks(parts: Parts, train: Used, test: Used) -> dict[str, Any]:
     """Test images whose pixels are those of a training image: how many, and one."""
     same = identical_images(train.pixels, test.pixels)
     found: dict[str, Any] = {"pixel_identical_test_images": len(same)}

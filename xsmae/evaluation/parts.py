@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xsmae.data.catalogue import build_source
-from xsmae.data.records import fingerprint
+from xsmae.data.records import Record, fingerprint
 from xsmae.data.sources import Source
 from xsmae.errors import UserError
 
@@ -48,6 +48,35 @@ class Parts:
                 "split": fingerprint((source.id(i),) for i in range(len(source))),
             }
         return found
+
+
+class Subset:
+    """The images of a source at `positions`, in that order; a source itself."""
+
+    def __init__(self, source: Source, positions: Int[np.ndarray, " n"]):
+        self._source, self._positions = source, positions
+        self.labels = labels_of(source, positions)
+        self.class_names = source.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, as `Source` has them."""
+        return fingerprint(
+            (self._source.fingerprint,), *((int(i),) for i in self._positions)
+        )
+
+    def id(self, index: int) -> str:
+        """That of the source."""
+        return self._source.id(int(self._positions[index]))
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._positions[index])]
+
+    def __repr__(self) -> str:
+        return f"{len(self)} of {self._source!r}"
 
 
 def open_parts(name: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> Parts:
