@@ -69,19 +69,17 @@ def mix(
     """
     if not (mixup or cutmix):
         return images, targets
-    switch_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 4)
+    switch_key, share_key, place_key = jax.random.split(key, 3)
     other, other_targets = images[::-1], targets[::-1]
-    if not cutmix:
-        cut = jnp.zeros((), bool)
-    elif not mixup:
-        cut = jnp.ones((), bool)
-    else:
+    cut = jnp.full((), not mixup)
+    if mixup and cutmix:
         cut = jax.random.bernoulli(switch_key, switch)
-    share = jax.random.beta(mixup_key, mixup, mixup) if mixup else jnp.ones(())
+    # One draw for either: the sampler of the beta distribution is slow to compile.
+    alpha = jnp.where(cut, cutmix, mixup)
+    share = jax.random.beta(share_key, alpha, alpha)
     blended = share * images + (1 - share) * other
     if cutmix:
-        drawn = jax.random.beta(cutmix_key, cutmix, cutmix)
-        pasted = cutmix_rectangle(place_key, drawn, *images.shape[1:3])
+        pasted = cutmix_rectangle(place_key, share, *images.shape[1:3])
         blended = jnp.where(cut, jnp.where(pasted[..., None], other, images), blended)
         share = jnp.where(cut, 1 - pasted.mean(), share)
     return blended, share * targets + (1 - share) * other_targets

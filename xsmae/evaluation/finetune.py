@@ -135,7 +135,10 @@ def create_learner(
     }
 
     def build(rngs):
-        encoder = build_encoder(model, channels=len(info["bands"]), rngs=rngs)
+        # Shapes alone, without the time that random weights take.
+        encoder = nnx.eval_shape(
+            lambda: build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(0))
+        )
         # Copied, since the step donates its state.
         nnx.update(encoder, jax.tree.map(jnp.copy, nnx.state(job.encoder.network)))
         return Classifier(
