@@ -185,6 +185,18 @@ def test_pictures_of_many_classes_and_of_one_without_images(tmp_path):
         assert min(picture.size) > 2000
 
 
+def test_a_long_protocol_makes_the_curves_no_wider(tmp_path):
+    sizes = []
+    for options in ({"k": 20}, {"penalties": [10.0**n for n in range(-20, 20)]}):
+        protocol = dataclasses.replace(PROTOCOL, options=options)
+        rows = [dataclasses.replace(row, protocol=protocol) for row in rows_of()]
+        (table,) = create_tables(rows)
+        assert pictures.accuracy_by_scale(tmp_path / "scales.png", table)
+        with Image.open(tmp_path / "scales.png") as picture:
+            sizes.append(picture.size)
+    assert sizes[1][0] < 1.05 * sizes[0][0]
+
+
 def test_one_scale_has_no_curve(tmp_path):
     (table,) = create_tables([some_row()])
     assert not pictures.accuracy_by_scale(tmp_path / "none.png", table)

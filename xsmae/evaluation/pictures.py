@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -55,7 +56,9 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
         _axis(ax, percents, table)
         ax.set_title(FEATURE_NAMES.get(feature, ""), fontsize=11)
     axes[0].set_ylabel(f"{table.protocol.metric} (%)", fontsize=10)
-    fig.suptitle(_title(table.protocol), fontsize=11)
+    # Some eleven characters an inch, so that the title is no wider than the panels.
+    title = _title(table.protocol, int(11 * fig.get_figwidth()))
+    fig.suptitle(title, fontsize=11)
     handles = dict(
         (text, handle)
         for ax in axes
@@ -66,16 +69,18 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
     return True
 
 
-def _title(protocol: Protocol) -> str:
+def _title(protocol: Protocol, width: int) -> str:
     data, level = protocol.data, protocol.interval["level"]
     options = ", ".join(f"{k}={v}" for k, v in protocol.options.items())
     told = "its own" if protocol.gsd_policy == "true" else "that of 100 %"
-    return (
+    lines = (
         f"{data['name']}: {protocol.task} {protocol.metric} over scales, "
         f"{data['train']['images']:,} training and {data['test']['images']:,} test "
-        f"images\n{options}; at each scale the encoder is told {told} GSD; bars: "
-        f"{100 * level:g} % intervals"
+        "images",
+        f"{options}; at each scale the encoder is told {told} GSD; bars: "
+        f"{100 * level:g} % intervals",
     )
+    return "\n".join(textwrap.fill(line, width) for line in lines)
 
 
 def _line(ax: Axes, line: Line, shift: float, **style) -> None:
