@@ -77,8 +77,9 @@ def _title(protocol: Protocol, width: int) -> str:
         f"{data['name']}: {protocol.task} {protocol.metric} over scales, "
         f"{data['train']['images']:,} training and {data['test']['images']:,} test "
         "images",
-        f"{options}; at each scale the encoder is told {told} GSD; bars: "
-        f"{100 * level:g} % intervals",
+        options,
+        f"at each scale the encoder is told {told} GSD; bars: {100 * level:g} % "
+        "intervals",
     )
     return "\n".join(textwrap.fill(line, width) for line in lines)
 
