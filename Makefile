@@ -11,11 +11,15 @@ WORKDIR ?= runs/quickstart
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
-.PHONY: quickstart test test-core test-peers lint format clean
+.PHONY: quickstart notebooks test test-core test-peers lint format clean
 
 quickstart: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) \
 		$(BIN)/python -m xsmae.main --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+# Both anew, with the outputs that are kept: ten minutes or so on two cores.
+notebooks: $(VENV)/installed-test
+	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m tests.execute_notebooks
 
 test: lint
 	$(BIN)/python -m pytest --durations=10 --cov=xsmae --cov-report=term --cov-fail-under=90
