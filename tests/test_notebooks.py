@@ -39,8 +39,8 @@ SETTINGS = {
     "linear_probe": {
         "SCALES": "25,50",
         "IMAGES_PER_CLASS": 6,
-        "PENALTIES": "0.1,1",
-        "STEPS": 15,
+        "PENALTIES": "1",
+        "STEPS": 20,
         "MORE": [*SMALL, "--config.data.num_images=40"],
     },
 }
@@ -83,6 +83,9 @@ def jupyter(tmp_path_factory):
         ):  # fmt: skip
             patch.setenv(name, "")
         install_kernel(tmp_path_factory.mktemp("jupyter"))
+        # Both train the same network: it is compiled once.
+        cache = tmp_path_factory.mktemp("compiled")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
         yield
 
 
