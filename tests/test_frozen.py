@@ -137,3 +137,25 @@ def test_a_size_without_reference_gsd_is_refused(config):
         open_encoder("random:tiny", config=config)
     found = open_encoder("random:tiny,position=fixed", config=config)
     assert not found.reads_gsd
+
+
+def test_bands_that_images_lack_are_refused_or_at_their_mean(config):
+    """An encoder of bands in another order, among them one that no image has."""
+    config.bands = ("near_infrared", "blue", "red", "green")
+    config.mean, config.std = (0.6, 0.3, 0.1, 0.2), (0.1, 0.2, 0.3, 0.4)
+    text = "random:tiny,depth=1"
+    with pytest.raises(UserError, match=r"--missing_bands=mean gives it .* other 1 at"):
+        open_encoder(text, config=config)
+    found = open_encoder(text, config=config, missing_bands="mean")
+    assert found.filled == ("near_infrared",)
+    assert "near_infrared at their mean" in found.normalization
+    features = found.encode(IMAGES, GSD)["mean"]
+    whole = np.stack(
+        [np.full(IMAGES.shape[:3], 0.6), *(IMAGES[..., i] / 255 for i in (2, 0, 1))], -1
+    )
+    normal = (whole - config.mean) / np.array(config.std)
+    tokens = found.network(normal.astype(np.float32), gsd=GSD)
+    np.testing.assert_allclose(features, tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
+    config.bands = ("near_infrared", "blue", "red", "swir")
+    with pytest.raises(UserError, match="expected an encoder with green"):
+        open_encoder(text, config=config, missing_bands="mean")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from absl import flags
 
+from xsmae.data.images import BANDS
 from xsmae.errors import UserError
 from xsmae.evaluation import commandline, recipe
 from xsmae.evaluation.features import RESIZES
@@ -48,6 +49,12 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     commandline.default(values, "scales", ["100"])
     commandline.default(values, "feature", ["mean"])
     setup = commandline.open_setup(values, config)
+    bands = tuple(setup.encoder.info["bands"])
+    if bands != BANDS:
+        raise UserError(
+            f"{setup.encoder.name} reads the bands {', '.join(bands)}, expected those "
+            f"of the images to fine-tune it: {', '.join(BANDS)} in this order"
+        )
     options = recipe.describe(config.recipe)
     protocol = Protocol(
         task="finetune",

@@ -17,6 +17,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation import scales as scales_of
 from xsmae.evaluation.features import FEATURES
 from xsmae.evaluation.frozen import (
+    MISSING_BANDS,
     PIXEL_CONTROLS,
     FrozenEncoder,
     open_encoder,
@@ -98,6 +99,14 @@ def define_flags(values: flags.FlagValues) -> None:
         "probe is trained, mean where the encoder is fine-tuned.",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "missing_bands",
+        "refuse",
+        MISSING_BANDS,
+        "What an encoder of more bands than the images have is given for the others: "
+        "their mean, or it is refused.",
+        flag_values=values,
+    )
     integer("seed", 0, "Of the random encoders and of the intervals.")
     integer("batch_size", 64, "Images that the encoder gets at a time.")
     string("results", "results.jsonl", "Where the rows are added.")
@@ -159,7 +168,11 @@ def open_setup(values: flags.FlagValues, config: ml_collections.ConfigDict) -> S
         if values[name].value < low:
             raise UserError(f"{name}={values[name].value}, expected {low} or more")
     encoder = open_encoder(
-        values.encoder, config=config, seed=values.seed, name=values.name
+        values.encoder,
+        config=config,
+        seed=values.seed,
+        name=values.name,
+        missing_bands=values.missing_bands,
     )
     parts = open_parts(_name(config), config.train.to_dict(), config.test.to_dict())
     base = values.base_size or scales_of.base_size(parts.train)
@@ -188,7 +201,10 @@ def measure_all(
     """
     encoders = [setup.encoder]
     if random_control and setup.encoder.kind == "encoder":
-        encoders.append(random_encoder(setup.encoder.info, seed=values.seed))
+        random = random_encoder(
+            setup.encoder.info, seed=values.seed, missing_bands=values.missing_bands
+        )
+        encoders.append(random)
     if pixel_controls:
         kinds = [kind for kind in PIXEL_CONTROLS if kind != setup.encoder.kind]
         encoders += map(pixel_control, kinds)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from flax import nnx
 
 from xsmae.checkpoint import Checkpoints
 from xsmae.configs import common
+from xsmae.data.images import BANDS
 from xsmae.encoder import (
     ARCHITECTURE,
     GROUPS,
@@ -34,6 +37,9 @@ from xsmae.evaluation.features import (
 )
 from xsmae.models.vit import Encoder
 from xsmae.trainer import create_trainer
+
+# What becomes of the bands of an encoder that images do not have.
+MISSING_BANDS = ("refuse", "mean")
 
 # The controls that need no architecture: how they see images, and what they are.
 PIXEL_CONTROLS = {
@@ -54,7 +60,8 @@ class FrozenEncoder:
     standardize: whether the features have to be brought to one scale before they are
     compared, by the training part's mean and standard deviation.
     encode(images [n, size, size, 3] uint8, gsd [n, 2]) -> {feature: [n, width]}.
-    network: of normalised images, None where there is none.
+    network: of normalised images, None where there is none. filled: the bands that the
+    images lack, which the encoder is given at their mean.
     """
 
     name: str
@@ -68,6 +75,7 @@ class FrozenEncoder:
     standardize: bool
     encode: Encode
     network: Encoder | None = None
+    filled: tuple[str, ...] = ()
 
     @property
     def normalization(self) -> str:
@@ -75,7 +83,8 @@ class FrozenEncoder:
         if self.info is None:
             return "none"
         mean, std = (self.info[name] for name in ("mean", "std"))
-        return f"(x / 255 - {list(mean)}) / {list(std)}"
+        text = f"(x / 255 - {list(mean)}) / {list(std)}"
+        return text + (f", {', '.join(self.filled)} at their mean" * bool(self.filled))
 
 
 def open_encoder(
@@ -84,25 +93,34 @@ def open_encoder(
     config: ml_collections.ConfigDict,
     seed: int = 0,
     name: str | None = None,
+    missing_bands: str = "refuse",
 ) -> FrozenEncoder:
     """What `--encoder` names.
 
     text: a folder that `load_encoder` takes (`RUN/encoder`, `RUN`); a checkpoint
     `RUN/checkpoints/STEP`; `random:SIZE[,FIELD=VALUE...]`, seeded by `seed`, otherwise
     the encoder that `config` describes; `statistics`; `thumbnail`. name: instead of the
-    one that follows from the text. Raises UserError where there is no such thing.
+    one that follows from the text. missing_bands: of `MISSING_BANDS`, what becomes of
+    an encoder's bands that images do not have. Raises UserError where there is no such
+    thing.
     """
+    exported = functools.partial(_exported, missing_bands=missing_bands)
     if text in PIXEL_CONTROLS:
         return pixel_control(text, name=name)
     kind, _, argument = text.partition(":")
     if kind == "random":
-        return random_encoder(_info_of_size(argument, config), seed=seed, name=name)
+        return random_encoder(
+            _info_of_size(argument, config),
+            seed=seed,
+            name=name,
+            missing_bands=missing_bands,
+        )
     path = Path(text)
     if path.parent.name == "checkpoints" and path.name.isdigit():
         with tempfile.TemporaryDirectory() as folder:
             _export_checkpoint(path, Path(folder))
             run = path.parent.parent.name
-            return _exported(Path(folder), name or f"{run}@{path.name}", {"path": text})
+            return exported(Path(folder), name or f"{run}@{path.name}", {"path": text})
     if not path.is_dir():
         raise UserError(
             f"encoder={text}: no such folder, expected an exported encoder, a workdir, "
@@ -114,7 +132,7 @@ def open_encoder(
         path = path / "encoder"
     run = path.absolute()
     run = run.parent.name if run.name == "encoder" else run.name
-    return _exported(path, name or run, {"path": text})
+    return exported(path, name or run, {"path": text})
 
 
 def pixel_control(kind: str, *, name: str | None = None) -> FrozenEncoder:
@@ -135,7 +153,11 @@ def pixel_control(kind: str, *, name: str | None = None) -> FrozenEncoder:
 
 
 def random_encoder(
-    info: Mapping[str, Any], *, seed: int, name: str | None = None
+    info: Mapping[str, Any],
+    *,
+    seed: int,
+    name: str | None = None,
+    missing_bands: str = "refuse",
 ) -> FrozenEncoder:
     """An encoder of the architecture and normalisation of `info`, never trained."""
     shape = info["architecture"]
@@ -145,11 +167,22 @@ def random_encoder(
     )
     with tempfile.TemporaryDirectory() as folder:
         write_random_encoder(Path(folder), info, seed=seed)
-        return _exported(Path(folder), name, {"random_seed": seed}, kind="random")
+        return _exported(
+            Path(folder),
+            name,
+            {"random_seed": seed},
+            kind="random",
+            missing_bands=missing_bands,
+        )
 
 
 def _exported(
-    path: Path, name: str, origin: Mapping[str, Any], *, kind: str = "encoder"
+    path: Path,
+    name: str,
+    origin: Mapping[str, Any],
+    *,
+    kind: str = "encoder",
+    missing_bands: str,
 ) -> FrozenEncoder:
     """The encoder of a folder with `encoder.json` and `encoder.safetensors`."""
     encoder = load_encoder(path)
@@ -157,15 +190,25 @@ def _exported(
     told = {k: v for k, v in encoder.info.items() if k not in ("run", "licence")}
     weights = (path / "encoder.safetensors").read_bytes()
     shape = encoder.info["architecture"]
+    places, filled = _bands(name, encoder.info["bands"], missing_bands)
+    mean = np.array(encoder.info["mean"], np.float32)
 
     def encode(images, gsd):
+        if places != list(range(len(mean))):
+            whole = np.tile(mean, (*images.shape[:3], 1))
+            whole[..., places] = images / np.float32(255)
+            images = whole
         tokens = encoder.tokens(images, gsd=gsd)
         return dict(zip(FEATURES, (tokens[:, 0], tokens[:, 1:].mean(1)), strict=True))
 
     return FrozenEncoder(
         name=name,
         kind=kind,
-        digest=_digest(json.dumps(told, sort_keys=True).encode(), weights),
+        digest=_digest(
+            json.dumps(told, sort_keys=True).encode(),
+            weights,
+            *([b"missing bands at their mean"] if filled else []),
+        ),
         origin={**origin, "run": encoder.info.get("run")},
         info=encoder.info,
         features=FEATURES,
@@ -174,7 +217,32 @@ def _exported(
         standardize=False,
         encode=encode,
         network=encoder.encoder,
+        filled=filled,
     )
+
+
+def _bands(
+    name: str, bands: Sequence[str], missing_bands: str
+) -> tuple[list[int], tuple[str, ...]]:
+    """Where among an encoder's bands those of the images go, and the bands left over.
+
+    Raises UserError where the encoder does not have the images' bands, or where some
+    are left over and `missing_bands` does not say what they are.
+    """
+    lacking = [band for band in BANDS if band not in bands]
+    filled = tuple(band for band in bands if band not in BANDS)
+    what = f"{name} reads the bands {', '.join(bands)}, images have {', '.join(BANDS)}"
+    if lacking:
+        raise UserError(
+            f"{what}: expected an encoder with {', '.join(lacking)}; give it the "
+            "images' names where it has them under others (encoder.json)"
+        )
+    if filled and missing_bands == "refuse":
+        raise UserError(
+            f"{what}: --missing_bands=mean gives it each of the other "
+            f"{len(filled)} at its mean, otherwise give an encoder of the images' bands"
+        )
+    return [list(bands).index(band) for band in BANDS], filled
 
 
 def _export_checkpoint(path: Path, directory: Path) -> None:
