@@ -5,13 +5,14 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PEERS := $(VENV)-peers
 WORKDIR ?= runs/quickstart
+DATA ?= ../shared/data
 
 # XLA's large temporary arrays in huge pages that stay mapped (Linux, glibc): steps on a
 # CPU take about a quarter less processor time.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
-.PHONY: quickstart notebooks test test-core test-peers lint format clean
+.PHONY: quickstart notebooks study test test-core test-peers lint format clean
 
 quickstart: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) \
@@ -20,6 +21,11 @@ quickstart: $(VENV)/installed
 # Both anew, with the outputs that are kept: ten minutes or so on two cores.
 notebooks: $(VENV)/installed-test
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m tests.execute_notebooks
+
+# docs/study.md, from the first run that is not finished; DATA holds the zips and splits.
+study: $(VENV)/installed
+	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m studies.head_to_head --data=$(DATA)
+	$(BIN)/python -m studies.report
 
 test: lint
 	$(BIN)/python -m pytest --durations=10 --cov=xsmae --cov-report=term --cov-fail-under=90

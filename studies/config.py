@@ -1,0 +1,121 @@
+"""The systems of the head-to-head: one config a system, differing in nothing else.
+
+    --config=studies/config.py:SYSTEM --config.data.csv_path=train.csv
+
+The systems are those of `SYSTEMS`, and `corrected` with one change, those of
+`ABLATIONS`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+from xsmae.configs import common
+
+# Views that the encoder reads in a step, of all systems: a sample of Cross-Scale MAE
+# has two, so its batch is half as many.
+VIEWS_A_STEP = 128
+NUM_STEPS = 300
+
+# System -> method, preset and the fields that differ from it.
+SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mae": ("mae", "published", {}),
+    # What SatMAE trains on RGB has no groups of bands, and so is MAE to the bit; with a
+    # group a band it reads three times the tokens.
+    "sat_mae": ("sat_mae", "published", {}),
+    "sat_mae-groups": (
+        "sat_mae",
+        "published",
+        {"model.channel_groups": ((0,), (1,), (2,))},
+    ),
+    "scale_mae": ("scale_mae", "published", {}),
+    # With the official code's timm blocks, which are the encoder of the other systems;
+    # `post` is its xFormers setting, that of the released weights.
+    "published": (
+        "cross_scale_mae",
+        "published",
+        {"model.norm_style": "pre", "model.norm_epsilon": 1e-6},
+    ),
+    "published-post": ("cross_scale_mae", "published", {}),
+    "corrected": ("cross_scale_mae", "corrected", {}),
+}
+
+# One row of the comparison in the design each: `corrected` with that row as published,
+# and then each of the two added losses left out.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "view2": {
+        "views.view2_box": "batch",
+        "views.view2_from": "view1",
+        "views.interpolation2": "bilinear",
+    },
+    "areas": {"views.area_distribution": "uniform"},
+    "position": {"model.position": "fixed"},
+    "encoder_norm": {"model.encoder_norm": False},
+    "norm_style": {"model.norm_style": "post", "model.norm_epsilon": 1e-5},
+    "reconstruction": {
+        "loss.reconstruction.views": "sum",
+        "loss.reconstruction.norm_pix_loss": False,
+    },
+    "contrastive": {
+        "model.projection_dim": 0,
+        "loss.contrastive.positive_in_denominator": False,
+        "loss.contrastive.temperature": 0.5,
+    },
+    "temperature": {"loss.contrastive.temperature": 0.5},
+    "cross_prediction": {
+        "loss.cross_prediction.stop_gradient": False,
+        "loss.cross_prediction.aligned": False,
+    },
+    "predictor": {"model.predictor_norm": "batch_norm"},
+    "no_contrastive": {"loss.contrastive.weight": 0.0},
+    "no_cross_prediction": {"loss.cross_prediction.weight": 0.0},
+}
+SYSTEMS |= {
+    f"corrected-{name}": ("cross_scale_mae", "corrected", changes)
+    for name, changes in ABLATIONS.items()
+}
+
+
+def get_config(system: str) -> ml_collections.ConfigDict:
+    """The config of a system; raises ValueError for one that is not known."""
+    if system not in SYSTEMS:
+        raise ValueError(f"system {system!r}, expected one of {', '.join(SYSTEMS)}")
+    method, preset, changes = SYSTEMS[system]
+    config = common.get_common(preset, "tiny", method)
+    config.data = _data()
+    # Measured over the training images of both data sets, every image alike.
+    config.mean = (0.3550, 0.3888, 0.4110)
+    config.std = (0.2076, 0.1465, 0.1247)
+    config.views.size = 64
+    config.model.patch_size = 8
+    config.model.dtype = "float32"  # what CPUs are fastest in
+    pair = method == "cross_scale_mae"
+    config.batch_size = VIEWS_A_STEP // 2 if pair else VIEWS_A_STEP
+    config.num_steps = NUM_STEPS
+    # The same peak rate and schedule for all: 1e-3, not scaled by the samples a step.
+    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate_batch = config.batch_size
+    config.optim.warmup_steps = NUM_STEPS // 10
+    if preset == "corrected":
+        # For so few negatives in so short a run, see configs/eurosat.py.
+        config.loss.contrastive.temperature = 0.1
+    config.log_every = 20
+    config.checkpoint.every = 50
+    config.figures.every = 0
+    config.knn.every = -1  # the images have no labels here
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _data() -> Mapping[str, Any]:
+    return dict(
+        source="csv",
+        csv_path=placeholder(str),
+        root=placeholder(str),
+        gsd=placeholder(float),
+        split="all",
+        test_fraction=0.1,
+        min_side=32,
+        max_pixels=89_478_485,
+    )

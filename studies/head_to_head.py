@@ -1,0 +1,264 @@
+"""The head-to-head: pretrain every system alike, evaluate all, one after the other.
+
+    python -m studies.head_to_head --data=DIR
+
+DIR holds `eurosat_rgb.zip`, `uc_merced.zip` and the published lists in `splits/`. What
+is finished stands in studies/results/runs.jsonl and is skipped; the same command goes
+on after any stop, on another machine from the next run. docs/study.md says what is
+asked and answered, studies/report.py writes its tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from absl import flags
+
+import xsmae.main
+from studies import config as systems
+from xsmae import knn, linear_probe
+from xsmae.errors import UserError
+from xsmae.evaluation.frozen import open_encoder
+from xsmae.evaluation.protocol import append, now, read
+from xsmae.metrics import read_metrics
+from xsmae.workdir import describe_environment
+
+STUDIES = Path(__file__).parent
+SCHEMA = 1
+SEEDS = (0, 1, 2)
+# What is evaluated: the encoders' own input size is 100 %, so that 12.5 % is one patch.
+BASE_SIZE = 64
+# Task -> its binary, and the scales in percent.
+TASKS = {"knn": (knn, "12.5,25,50,100"), "linear_probe": (linear_probe, "100")}
+BANK_EVERY = 4  # of EuroSAT's training images, the bank's; all of UC Merced's
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A labelled data set: its zip, the folder in it, its lists, its metres per pixel.
+
+    bank_every: of the training images every n-th is in the bank of the evaluations.
+    """
+
+    name: str
+    folder: str
+    gsd: float
+    bank_every: int
+
+    @property
+    def arguments(self) -> list[str]:
+        """The flags of an evaluation but for the lists."""
+        return [f"--data=configs/{self.name.removesuffix('_rgb')}.py"]
+
+
+DATA_SETS = (
+    DataSet("eurosat_rgb", "eurosat_rgb", 10.0, BANK_EVERY),
+    DataSet("uc_merced", "uc_merced_jpeg90", 0.3048, 1),
+)
+
+
+def plan(seeds: tuple[int, ...]) -> list[tuple[str, int]]:
+    """(system, seed) of every run, in order: whole comparisons first."""
+    compared = [s for s in systems.SYSTEMS if "-" not in s]
+    ablated = [s for s in systems.SYSTEMS if "-" in s]
+    first, *others = seeds
+    # Without groups SatMAE's run is MAE's: one seed shows it.
+    again = [s for s in compared if s != "sat_mae"]
+    runs = [(s, first) for s in compared]
+    runs += [(s, seed) for seed in others for s in again]
+    return runs + [(s, first) for s in ablated]
+
+
+def prepare(data: Path, folder: Path) -> Path:
+    """Unpack the images of `data` into `folder`, once; the lists beside them.
+
+    Writes `train.csv` (path, gsd of all training images), and `<name>_bank.txt` and
+    `<name>_test.txt`. Raises UserError where something is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["path,gsd"]
+    for one in DATA_SETS:
+        archive = data / f"{one.name}.zip"
+        lists = {p: data / f"splits/{one.name}_{p}.txt" for p in ("train", "test")}
+        for path in (archive, *lists.values()):
+            if not path.exists():
+                raise UserError(
+                    f"{path} does not exist: give the folder of the zips and their "
+                    "splits with --data"
+                )
+        train, test = (lists[p].read_text().split() for p in ("train", "test"))
+        names = [f"{one.folder}/{name}" for name in (*train, *test)]
+        if not all((folder / name).exists() for name in names):
+            print(f"unpacking {archive.name}", flush=True)
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(folder)
+        rows += [f"{one.folder}/{name},{one.gsd}" for name in train]
+        for part, kept in (("bank", train[:: one.bank_every]), ("test", test)):
+            (folder / f"{one.name}_{part}.txt").write_text("\n".join(kept) + "\n")
+    (folder / "train.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def config_digest(system: str, changes: list[str]) -> str:
+    """16 hexadecimal digits of what decides a run but for its seed and its images."""
+    config = systems.get_config(system).to_json(sort_keys=True)
+    return hashlib.sha256(f"{config}{changes}".encode()).hexdigest()[:16]
+
+
+def read_runs(path: Path) -> list[dict]:
+    """The finished runs of `runs.jsonl`; [] where there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def pretrain(system: str, seed: int, folder: Path, workdir: Path, changes) -> int:
+    """The run itself; returns its exit status."""
+    return xsmae.main.main(
+        [
+            "xsmae.main",
+            f"--config={STUDIES / 'config.py'}:{system}",
+            f"--config.data.csv_path={folder / 'train.csv'}",
+            f"--config.seed={seed}",
+            f"--workdir={workdir}",
+            *changes,
+        ]
+    )
+
+
+def evaluate(name: str, folder: Path, workdir: Path) -> int:
+    """kNN over the scales and the linear probe at 100 %, on both test splits.
+
+    The rows go to `<folder>/rows`, where the next run finds those of the controls.
+    """
+    for one in DATA_SETS:
+        shared = [
+            f"--encoder={workdir / 'encoder'}",
+            f"--name={name}",
+            *one.arguments,
+            f"--data.root={folder / one.folder}",
+            f"--train.split={folder / f'{one.name}_bank.txt'}",
+            f"--test.split={folder / f'{one.name}_test.txt'}",
+            f"--base_size={BASE_SIZE}",
+            f"--cache={folder / 'features'}",
+        ]
+        for task, (binary, scales) in TASKS.items():
+            arguments = [*shared, f"--scales={scales}"]
+            rows = folder / "rows" / f"{task}.jsonl"
+            status = binary.main([task, *arguments, f"--results={rows}"])
+            if status:
+                return status
+    return 0
+
+
+def publish(rows: Path, results: Path, digest: str) -> None:
+    """Add the rows of an encoder and of the controls to `results`.
+
+    Without the paths of the machine that made them, which say nothing elsewhere.
+    """
+    for row in read(rows):
+        if row.encoder["kind"] == "encoder" and row.encoder["digest"] != digest:
+            continue
+        origin = dict(row.encoder["origin"])
+        if "path" in origin:
+            origin["path"] = Path(origin["path"]).parent.name
+        run = {name: value for name, value in row.run.items() if name != "command"}
+        encoder = {**row.encoder, "origin": origin}
+        append(results, dataclasses.replace(row, encoder=encoder, run=run))
+
+
+def account(system: str, seed: int, digest: str, workdir: Path, seconds: float) -> dict:
+    """What `runs.jsonl` says of a finished run."""
+    config = json.loads((workdir / "config.json").read_text())
+    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    method = config["method"]
+    images = config["num_steps"] * config["batch_size"]
+    encoder = open_encoder(str(workdir / "encoder"), config=None)
+    found = describe_environment()
+    return {
+        "schema": SCHEMA,
+        "system": system,
+        "seed": seed,
+        "config": digest,
+        "encoder": encoder.digest,
+        "method": method,
+        "steps": config["num_steps"],
+        "batch_size": config["batch_size"],
+        "images": images,
+        "views": images * (2 if method == "cross_scale_mae" else 1),
+        "first": {k: v for k, v in rows[0].items() if k.startswith("loss")},
+        "last": {k: v for k, v in rows[-1].items() if k.startswith("loss")},
+        # Of the process that finished it; less than the whole where it was stopped.
+        "seconds": round(seconds),
+        "time": now(),
+        **{k: found[k] for k in ("python", "versions", "devices", "git_revision")},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is not finished; returns the exit status."""
+    values = flags.FlagValues()
+    string = lambda *a: flags.DEFINE_string(*a, flag_values=values)  # noqa: E731
+    string("data", None, "The folder of the zips and splits.")
+    string("folder", ".cache/head_to_head", "Where images, features and runs go.")
+    string("results", str(STUDIES / "results"), "Where the rows go.")
+    flags.DEFINE_list(
+        "only", [], "SYSTEM or SYSTEM/SEED; default: all.", flag_values=values
+    )
+    flags.DEFINE_list("seeds", [*map(str, SEEDS)], "The seeds.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "change", [], "A flag for every pretraining, for a trial.", flag_values=values
+    )
+    try:
+        values(sys.argv if argv is None else argv)
+        if values.data is None:
+            raise UserError("--data=DIR is missing: the folder of the zips and splits")
+        runs = plan(tuple(map(int, values.seeds)))
+        known = {name for s, seed in runs for name in (s, f"{s}/{seed}")}
+        unknown = set(values.only) - known
+        if unknown:
+            raise UserError(f"--only={', '.join(unknown)}, expected of {sorted(known)}")
+        return _run_all(values, runs)
+    except (UserError, flags.Error, ValueError) as error:
+        print(f"head_to_head: {error}", file=sys.stderr)
+        return 2
+
+
+def _run_all(values: flags.FlagValues, runs: list[tuple[str, int]]) -> int:
+    results, changes = Path(values.results), values.change
+    folder = prepare(Path(values.data), Path(values.folder).absolute())
+    results.mkdir(parents=True, exist_ok=True)
+    for system, seed in runs:
+        if values.only and not {system, f"{system}/{seed}"} & set(values.only):
+            continue
+        name, digest = f"{system}/{seed}", config_digest(system, changes)
+        done = read_runs(results / "runs.jsonl")
+        if any((r["system"], r["seed"], r["config"]) == (system, seed, digest)
+               for r in done):  # fmt: skip
+            print(f"{name}: finished, see {results / 'runs.jsonl'}", flush=True)
+            continue
+        print(f"== {name}", flush=True)
+        workdir = folder / "runs" / f"{system}-{seed}-{digest[:6]}"
+        start = time.monotonic()
+        status = pretrain(system, seed, folder, workdir, changes)
+        seconds = time.monotonic() - start
+        status = status or evaluate(name, folder, workdir)
+        if status:
+            return status
+        row = account(system, seed, digest, workdir, seconds)
+        for task in TASKS:
+            file = f"{task}.jsonl"
+            publish(folder / "rows" / file, results / file, row["encoder"])
+        with (results / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The tables and the plot of the head-to-head: `python -m studies.report`.
+
+Writes them into docs/study.md between its two marks, and docs/study_scales.png, from
+the committed rows of studies/results alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+
+from studies import config as systems
+from studies.head_to_head import STUDIES, TASKS, read_runs
+from xsmae.errors import UserError
+from xsmae.evaluation.protocol import AVERAGE, Result, read
+
+DOCS = STUDIES.parent / "docs"
+MARKS = ("<!-- tables -->\n", "<!-- end of tables -->\n")
+NAMES = {
+    "mae": "MAE",
+    "sat_mae": "SatMAE (RGB)",
+    "sat_mae-groups": "SatMAE, a group a band",
+    "scale_mae": "Scale-MAE",
+    "published": "Cross-Scale MAE `published`",
+    "published-post": "Cross-Scale MAE `published`, post-norm",
+    "corrected": "Cross-Scale MAE `corrected`",
+}
+FEATURES = {"cls": "class token", "mean": "mean patch"}
+CONTROLS = {"statistics": "image statistics", "thumbnail": "thumbnail of 8 px"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The finished runs, and the rows of `knn` and `linear_probe` by task."""
+
+    runs: list[dict]
+    rows: dict[str, list[Result]]
+
+    def seeds(self, system: str) -> list[dict]:
+        """The runs of a system, by seed."""
+        found = [run for run in self.runs if run["system"] == system]
+        return sorted(found, key=lambda run: run["seed"])
+
+    def find(self, task: str, data: str, digests: Iterable[str], **fields) -> list:
+        """The rows of encoders with `digests` on `data`, whose fields are `fields`."""
+        return [
+            row
+            for row in self.rows[task]
+            if row.protocol.data["name"] == data
+            and row.encoder["digest"] in set(digests)
+            and all(getattr(row, name) == value for name, value in fields.items())
+        ]
+
+    def untrained(self, digest: str) -> str | None:
+        """The digest of the random encoder of the same architecture."""
+        rows = self.rows["knn"]
+        shape = next(
+            r.encoder["architecture"] for r in rows if r.encoder["digest"] == digest
+        )
+        for row in rows:
+            same = row.encoder["architecture"] == shape
+            if row.encoder["kind"] == "random" and same:
+                return row.encoder["digest"]
+        return None
+
+    def control(self, kind: str) -> str:
+        """The digest of a control that has no network."""
+        rows = self.rows["knn"]
+        return next(r.encoder["digest"] for r in rows if r.encoder["kind"] == kind)
+
+    @property
+    def data(self) -> list[str]:
+        """The data sets, in the order of their first rows."""
+        return list(dict.fromkeys(r.protocol.data["name"] for r in self.rows["knn"]))
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales of kNN, in percent."""
+        found = {r.scale for r in self.rows["knn"]} - {AVERAGE}
+        return sorted(found)
+
+
+def load(results: Path) -> Study:
+    """What stands in `results`; raises UserError where no run is finished."""
+    runs = read_runs(results / "runs.jsonl")
+    current = [r for r in runs if r["system"] in systems.SYSTEMS]
+    if not current:
+        raise UserError(f"no finished run in {results}: python -m studies.head_to_head")
+    rows = {task: read(results / f"{task}.jsonl") for task in TASKS}
+    return Study(current, rows)
+
+
+def cell(rows: Sequence[Result]) -> str:
+    """Of several seeds mean ± standard deviation, of one its bootstrap interval."""
+    if not rows:
+        return "-"
+    values = [100 * row.value for row in rows]
+    if len(values) > 1:
+        return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    (row,) = rows
+    return f"{values[0]:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    rows = [header, rule, *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def runs_table(study: Study) -> str:
+    """What each system was given."""
+    lines = []
+    for system in _compared(study):
+        runs = study.seeds(system)
+        one = runs[0]
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        numbers = (one[k] for k in ("steps", "batch_size", "images", "views"))
+        minutes = ", ".join(f"{run['seconds'] / 60:.0f}" for run in runs)
+        loss = f"{one['first']['loss']:.2f} → {one['last']['loss']:.2f}"
+        numbers = [f"{number:,}" for number in numbers]
+        lines.append([NAMES[system], seeds, *numbers, minutes, loss])
+    header = ["system", "seeds", "steps", "samples a step", "images seen"]
+    return table([*header, "views seen", "minutes", "loss"], lines)
+
+
+def comparison_table(study: Study, data: str) -> str:
+    """Every system and control on one data set."""
+    lines = []
+    for system in _compared(study):
+        digests = [run["encoder"] for run in study.seeds(system)]
+        for feature in FEATURES:
+            lines.append(_line(study, data, NAMES[system], digests, feature))
+    for system in _compared(study):
+        untrained = study.untrained(study.seeds(system)[0]["encoder"])
+        if untrained is not None:
+            name = f"untrained, as {NAMES[system]}"
+            for feature in FEATURES:
+                line = _line(study, data, name, [untrained], feature)
+                # Architectures that are equal have one random encoder.
+                if line[1:] not in [other[1:] for other in lines]:
+                    lines.append(line)
+    for kind, name in CONTROLS.items():
+        lines.append(_line(study, data, name, [study.control(kind)], kind))
+    header = ["", "feature", *(f"kNN {scale:g} %" for scale in study.scales)]
+    return table([*header, "kNN average", "probe 100 %"], lines)
+
+
+def _line(study, data, name, digests, feature) -> list[str]:
+    cells = [
+        cell(study.find("knn", data, digests, feature=feature, scale=scale))
+        for scale in (*study.scales, AVERAGE)
+    ]
+    probe = study.find("linear_probe", data, digests, feature=feature, scale=100.0)
+    return [name, FEATURES.get(feature, ""), *cells, cell(probe)]
+
+
+def ablation_table(study: Study) -> str:
+    """`corrected` and each change of it, one seed: the value, and the difference."""
+    baseline = study.seeds("corrected")[:1]
+    header = ["change"]
+    columns = []
+    for data in study.data:
+        for task, scale in (("knn", AVERAGE), ("linear_probe", 100.0)):
+            for feature in FEATURES:
+                columns.append((task, data, scale, feature))
+                short = {"knn": "kNN average", "linear_probe": "probe"}[task]
+                header.append(f"{data.split('_')[0]} {short}, {feature}")
+
+    def values(run) -> list[float]:
+        return [
+            100 * row.value
+            for task, data, scale, feature in columns
+            for row in study.find(
+                task, data, [run["encoder"]], scale=scale, feature=feature
+            )
+        ]
+
+    lines = []
+    base = values(baseline[0]) if baseline else []
+    for system in systems.SYSTEMS:
+        runs = [r for r in study.seeds(system) if baseline]
+        runs = [r for r in runs if r["seed"] == baseline[0]["seed"]]
+        if not runs or not system.startswith("corrected"):
+            continue
+        found = values(runs[0])
+        if system == "corrected":
+            lines.append(["none", *(f"{value:.1f}" for value in found)])
+            continue
+        pairs = zip(found, base, strict=True)
+        name = f"`{system.removeprefix('corrected-')}`"
+        lines.append([name, *(f"{v:.1f} ({v - b:+.1f})" for v, b in pairs)])
+    return table(header, lines)
+
+
+def _compared(study: Study) -> list[str]:
+    return [system for system in NAMES if study.seeds(system)]
+
+
+def tables(study: Study) -> str:
+    """Everything between the marks of docs/study.md."""
+    parts = ["### Runs\n", runs_table(study)]
+    for data in study.data:
+        parts += [f"### {data}\n", comparison_table(study, data)]
+    parts += ["### `corrected`, one change at a time\n", ablation_table(study)]
+    return "\n".join(parts)
+
+
+def replace_tables(document: str, content: str) -> str:
+    """`document` with `content` between its marks."""
+    start, end = MARKS
+    if document.count(start) != 1 or document.count(end) != 1:
+        raise UserError(f"expected one line {start.strip()!r} and one {end.strip()!r}")
+    before, _, rest = document.partition(start)
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def draw(study: Study, path: Path) -> None:
+    """kNN accuracy of the mean patch against the scale: the mean of the seeds."""
+    figure = matplotlib.figure.Figure(figsize=(10, 4.2), dpi=110)
+    axes = figure.subplots(1, len(study.data), squeeze=False)[0]
+    for axis, data in zip(axes, study.data, strict=True):
+        for index, system in enumerate(_compared(study)):
+            digests = [run["encoder"] for run in study.seeds(system)]
+            _curve(axis, study, data, digests, "mean", NAMES[system], f"C{index}")
+        untrained = study.untrained(study.runs[0]["encoder"])
+        if untrained is not None:
+            _curve(axis, study, data, [untrained], "mean", "untrained", "0.6", "--")
+        for (kind, name), style in zip(CONTROLS.items(), (":", "-."), strict=True):
+            _curve(axis, study, data, [study.control(kind)], kind, name, "0.3", style)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(study.scales, [f"{scale:g} %" for scale in study.scales])
+        axis.set_xlabel("scale (100 % is 64 px)")
+        axis.set_ylabel("kNN accuracy, %")
+        axis.set_title(data)
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    labels = [label.replace("`", "") for label in labels]
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
+    figure.set_layout_engine("constrained")
+    figure.savefig(path)
+
+
+def _curve(axis, study, data, digests, feature, name, color, style="-") -> None:
+    found = [
+        [
+            100 * row.value
+            for row in study.find("knn", data, digests, feature=feature, scale=scale)
+        ]
+        for scale in study.scales
+    ]
+    axis.plot(
+        study.scales,
+        [np.mean(values) for values in found],
+        style,
+        color=color,
+        marker="." if style == "-" else None,
+        label=name,
+    )
+    low, high = ([f(values) for values in found] for f in (min, max))
+    axis.fill_between(study.scales, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def main() -> int:
+    """Write tables and plot; returns the exit status."""
+    try:
+        study = load(STUDIES / "results")
+        page = DOCS / "study.md"
+        page.write_text(replace_tables(page.read_text(), tables(study)))
+        draw(study, DOCS / "study_scales.png")
+    except (UserError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The head-to-head: what its systems share, what runs, where its tables come from."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from studies import config as systems
+from studies import head_to_head, report
+from xsmae import knn, linear_probe
+from xsmae.evaluation.protocol import read
+from xsmae.workdir import flatten
+
+ROOT = Path(__file__).parent.parent
+COMPARED = [system for system in systems.SYSTEMS if "-" not in system]
+SHARED = ("data", "mean", "std", "bands", "num_steps", "optim", "input")
+SMALL = (
+    "--change=--config.num_steps=2",
+    "--change=--config.optim.warmup_steps=1",
+    "--change=--config.batch_size=4",
+    "--change=--config.model.depth=1",
+    "--change=--config.model.embed_dim=24",
+    "--change=--config.checkpoint.every=1",
+    "--change=--config.tensorboard=false",
+)
+
+
+def fields(system):
+    return flatten(systems.get_config(system).to_dict())
+
+
+@pytest.mark.parametrize("system", systems.SYSTEMS)
+def test_systems_differ_in_nothing_but_the_method(system):
+    config, mae = systems.get_config(system), systems.get_config("mae")
+    for name in SHARED:
+        theirs, ours = (c.get(name) for c in (mae, config))
+        if name == "optim":
+            theirs, ours = (o.to_dict() for o in (theirs, ours))
+            for one in (theirs, ours):
+                # The peak rate is the rate times batch / this.
+                assert one.pop("learning_rate_batch") in (64, 128)
+            assert config.optim.learning_rate_batch == config.batch_size
+        assert ours == theirs, name
+    views = 2 if config.method == "cross_scale_mae" else 1
+    assert config.batch_size * views == systems.VIEWS_A_STEP
+    for name in ("embed_dim", "depth", "num_heads", "patch_size", "mask_ratio"):
+        assert config.model[name] == mae.model[name]
+    assert (config.views.size, config.model.patch_size) == (64, 8)
+
+
+@pytest.mark.parametrize("name", systems.ABLATIONS)
+def test_an_ablation_is_as_published_or_a_loss_left_out(name):
+    base, published = fields("corrected"), fields("published-post")
+    changed = fields(f"corrected-{name}")
+    differing = {k for k in base if changed[k] != base[k]}
+    assert differing == systems.ABLATIONS[name].keys()
+    for field in differing:
+        assert changed[field] in (published[field], 0.0)
+
+
+def test_the_ablations_are_all_that_presets_differ_in():
+    base, published = fields("corrected"), fields("published-post")
+    ablated = {field for changes in systems.ABLATIONS.values() for field in changes}
+    assert {k for k in base if base[k] != published[k]} <= ablated | {
+        "model.projection_dim"
+    }
+
+
+def test_unknown_system():
+    with pytest.raises(ValueError, match="expected one of mae"):
+        systems.get_config("simclr")
+
+
+def test_every_run_is_planned_once():
+    runs = head_to_head.plan((0, 1, 2))
+    assert len(set(runs)) == len(runs)
+    for system in set(COMPARED) - {"sat_mae"}:
+        assert {(system, seed) for seed in (0, 1, 2)} <= set(runs)
+    assert {system for system, _ in runs} == set(systems.SYSTEMS)
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """The zips and lists of two classes, as small as they can be."""
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    (data / "splits").mkdir(parents=True)
+    for one in head_to_head.DATA_SETS:
+        lists = {"train": [], "test": []}
+        with zipfile.ZipFile(data / f"{one.name}.zip", "w") as file:
+            for label, colour in (("field", 90), ("roof", 160)):
+                for index in range(24):
+                    name = f"{label}/{index:02}.png"
+                    lists["test" if index % 4 == 3 else "train"].append(name)
+                    image = rng.normal(colour, 20, (64, 64, 3)).clip(0, 255)
+                    with file.open(f"{one.folder}/{name}", "w") as entry:
+                        Image.fromarray(image.astype(np.uint8)).save(entry, "PNG")
+        for part, names in lists.items():
+            path = data / f"splits/{one.name}_{part}.txt"
+            path.write_text("\n".join(names) + "\n")
+    return data
+
+
+def test_a_run_from_the_zips_to_the_tables(archives, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(head_to_head.TASKS, "knn", (knn, "25,100"))
+    monkeypatch.setattr(linear_probe, "PENALTIES", (1.0, 10.0))  # soon found
+    folder, results = tmp_path / "work", tmp_path / "results"
+    command = ["study", f"--data={archives}", f"--folder={folder}", "--seeds=3", *SMALL]
+    command += [f"--results={results}", "--only=corrected"]
+    assert head_to_head.main(command) == 0
+    # No test image is trained on.
+    trained = (folder / "train.csv").read_text()
+    for one in head_to_head.DATA_SETS:
+        tested = (folder / f"{one.name}_test.txt").read_text().split()
+        assert len(tested) == 12
+        assert not any(f"{one.folder}/{name}" in trained for name in tested)
+    bank = (folder / "eurosat_rgb_bank.txt").read_text().split()
+    assert len(bank) == 36 // head_to_head.BANK_EVERY
+    (run,) = head_to_head.read_runs(results / "runs.jsonl")
+    assert (run["system"], run["seed"], run["steps"]) == ("corrected", 3, 2)
+    assert (run["images"], run["views"]) == (8, 16)
+    capsys.readouterr()
+    before = (results / "knn.jsonl").read_bytes()
+    assert head_to_head.main(command) == 0
+    assert "corrected/3: finished" in capsys.readouterr().out
+    assert (results / "knn.jsonl").read_bytes() == before
+
+    for file in results.iterdir():
+        assert str(tmp_path) not in file.read_text()
+
+    study = report.load(results)
+    text = report.tables(study)
+    (row,) = (
+        row
+        for row in read(results / "knn.jsonl")
+        if row.encoder["digest"] == run["encoder"]
+        and row.protocol.data["name"] == "uc_merced_jpeg90"
+        and (row.feature, row.scale) == ("mean", 25.0)
+    )
+    cell = f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+    assert cell in text.partition("### uc_merced")[2]
+    report.draw(study, tmp_path / "scales.png")
+    assert Image.open(tmp_path / "scales.png").size > (500, 300)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--data=DIR is missing"),
+        (["--data=nowhere"], "eurosat_rgb.zip does not exist"),
+        (["--data=nowhere", "--only=simclr"], "--only=simclr, expected of"),
+        (["--data=nowhere", "--seeds=a"], "invalid literal"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, message, tmp_path, capsys):
+    folders = [f"--folder={tmp_path}", f"--results={tmp_path}"]
+    assert head_to_head.main(["study", *folders, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_page_has_the_tables_of_the_committed_rows():
+    page = (ROOT / "docs" / "study.md").read_text()
+    study = report.load(ROOT / "studies" / "results")
+    assert report.replace_tables(page, report.tables(study)) == page
+    digests = {row.encoder["digest"] for row in study.rows["knn"]}
+    for run in study.runs:
+        assert run["encoder"] in digests
+        assert json.dumps(run)
+        # Of these systems as they stand, not of others by the same name.
+        assert run["config"] == head_to_head.config_digest(run["system"], [])
