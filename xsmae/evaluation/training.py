@@ -224,8 +224,11 @@ def _restore(
     fingerprint = job.parts.train.fingerprint
     try:
         state = checkpoints.restore(start, learner.state, fingerprint=fingerprint)
-    except Exception:  # of many kinds, for damage of many kinds
-        job.say(f"{folder} is damaged: this training begins anew")
+    # Orbax raises errors of many kinds for a damaged state, and a training can always
+    # begin anew.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        job.say(f"{folder} is damaged ({reason}): this training begins anew")
         checkpoints.close()
         shutil.rmtree(folder)
         return Checkpoints(folder, keep=1), learner.state, 0
