@@ -7,7 +7,6 @@ the same recipe from random weights.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 
@@ -16,12 +15,10 @@ from absl import flags
 from xsmae.data.images import BANDS
 from xsmae.errors import UserError
 from xsmae.evaluation import commandline, recipe
-from xsmae.evaluation.features import RESIZES
 from xsmae.evaluation.finetune import create_learner
 from xsmae.evaluation.frozen import PIXEL_CONTROLS
-from xsmae.evaluation.measure import INTERVAL
-from xsmae.evaluation.protocol import Protocol, Result
-from xsmae.evaluation.training import forget, of_trained
+from xsmae.evaluation.protocol import Result
+from xsmae.evaluation.setup import measure_trained, open_setup
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -48,40 +45,23 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
         )
     commandline.default(values, "scales", ["100"])
     commandline.default(values, "feature", ["mean"])
-    setup = commandline.open_setup(values, config)
+    setup = open_setup(values, config)
     bands = tuple(setup.encoder.info["bands"])
     if bands != BANDS:
         raise UserError(
             f"{setup.encoder.name} reads the bands {', '.join(bands)}, expected those "
             f"of the images to fine-tune it: {', '.join(BANDS)} in this order"
         )
-    options = recipe.describe(config.recipe)
-    protocol = Protocol(
-        task="finetune",
-        metric="accuracy",
-        data=setup.parts.describe(),
-        base_size=setup.base_size,
-        resize=RESIZES["area"],
-        gsd_policy=values.gsd,
-        options={"classifier": "the whole encoder and a linear layer", **options},
-        interval=INTERVAL,
-    )
-    fields = config.recipe.to_dict()
-    outcomes = functools.partial(
-        of_trained,
-        create_learner=functools.partial(create_learner, recipe=fields),
-        recipe=fields,
-        num_workers=values.num_workers,
-    )
-    return commandline.measure_all(
+    return measure_trained(
         setup,
         values,
-        protocol,
-        outcomes,
+        "finetune",
+        "the whole encoder and a linear layer",
+        config.recipe,
+        create_learner,
         should_stop=should_stop,
         random_control=values.controls,
         pixel_controls=False,
-        finish=forget,
     )
 
 

@@ -15,10 +15,10 @@ from absl import flags
 
 from xsmae.errors import UserError
 from xsmae.evaluation import commandline
-from xsmae.evaluation.features import RESIZES
 from xsmae.evaluation.knn import knn_predict
-from xsmae.evaluation.measure import INTERVAL, of_frozen_features
-from xsmae.evaluation.protocol import Protocol, Result
+from xsmae.evaluation.measure import of_frozen_features
+from xsmae.evaluation.protocol import Result
+from xsmae.evaluation.setup import measure_all, open_setup
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -37,27 +37,16 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
             f"k={values.k}, temperature={values.temperature}, expected k of 1 or more "
             "and a temperature above 0"
         )
-    setup = commandline.open_setup(values, config)
-    protocol = Protocol(
-        task="knn",
-        metric="accuracy",
-        data=setup.parts.describe(),
-        base_size=setup.base_size,
-        resize=RESIZES["area"],
-        gsd_policy=values.gsd,
-        options={"k": values.k, "temperature": values.temperature},
-        interval=INTERVAL,
-    )
+    setup = open_setup(values, config)
     predict = functools.partial(
         knn_predict,
         k=values.k,
         temperature=values.temperature,
         should_stop=should_stop,
     )
+    options = {"k": values.k, "temperature": values.temperature}
     outcomes = functools.partial(of_frozen_features, predict=predict)
-    return commandline.measure_all(
-        setup, values, protocol, outcomes, should_stop=should_stop
-    )
+    return measure_all(setup, values, "knn", options, outcomes, should_stop=should_stop)
 
 
 def main(argv: list[str] | None = None) -> int:

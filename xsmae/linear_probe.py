@@ -19,12 +19,11 @@ from absl import flags
 
 from xsmae.errors import UserError
 from xsmae.evaluation import commandline, recipe
-from xsmae.evaluation.features import RESIZES
-from xsmae.evaluation.measure import INTERVAL, of_frozen_features
+from xsmae.evaluation.measure import of_frozen_features
 from xsmae.evaluation.probe import PENALTIES, VALIDATION, sweep_predict
-from xsmae.evaluation.protocol import Protocol, Result
+from xsmae.evaluation.protocol import Result
 from xsmae.evaluation.published_probe import create_learner
-from xsmae.evaluation.training import forget, of_trained
+from xsmae.evaluation.setup import measure_all, measure_trained, open_setup
 
 # The flags that one protocol alone has a use for.
 FLAGS = {"sweep": ("penalties", "validation"), "published": ("num_workers",)}
@@ -85,21 +84,12 @@ def _sweep(values, config, should_stop) -> list[Result]:
             f"penalties={','.join(values.penalties)}, validation={values.validation}, "
             "expected numbers of 0 or more, and a fraction between 0 and 1"
         )
-    setup = commandline.open_setup(values, config)
-    protocol = Protocol(
-        task="linear_probe",
-        metric="accuracy",
-        data=setup.parts.describe(),
-        base_size=setup.base_size,
-        resize=RESIZES["area"],
-        gsd_policy=values.gsd,
-        options={
-            "classifier": "logistic regression, L-BFGS, standardised features",
-            "penalties": penalties,
-            "validation": values.validation,
-        },
-        interval=INTERVAL,
-    )
+    setup = open_setup(values, config)
+    options = {
+        "classifier": "logistic regression, L-BFGS, standardised features",
+        "penalties": penalties,
+        "validation": values.validation,
+    }
 
     def outcomes(job, scale):
         predict = functools.partial(
@@ -112,8 +102,8 @@ def _sweep(values, config, should_stop) -> list[Result]:
         )
         return of_frozen_features(job, scale, predict=predict)
 
-    return commandline.measure_all(
-        setup, values, protocol, outcomes, should_stop=should_stop
+    return measure_all(
+        setup, values, "linear_probe", options, outcomes, should_stop=should_stop
     )
 
 
@@ -121,27 +111,14 @@ def _published(values, config, should_stop) -> list[Result]:
     recipe.check(config.recipe)
     commandline.default(values, "scales", ["100"])
     commandline.default(values, "feature", ["cls"])
-    setup = commandline.open_setup(values, config)
-    options = recipe.describe(config.recipe)
-    protocol = Protocol(
-        task="linear_probe_published",
-        metric="accuracy",
-        data=setup.parts.describe(),
-        base_size=setup.base_size,
-        resize=RESIZES["area"],
-        gsd_policy=values.gsd,
-        options={"classifier": "batch norm, linear; LARS on random crops", **options},
-        interval=INTERVAL,
-    )
-    fields = config.recipe.to_dict()
-    outcomes = functools.partial(
-        of_trained,
-        create_learner=functools.partial(create_learner, recipe=fields),
-        recipe=fields,
-        num_workers=values.num_workers,
-    )
-    return commandline.measure_all(
-        setup, values, protocol, outcomes, should_stop=should_stop, finish=forget
+    return measure_trained(
+        open_setup(values, config),
+        values,
+        "linear_probe_published",
+        "batch norm, linear; LARS on random crops",
+        config.recipe,
+        create_learner,
+        should_stop=should_stop,
     )
 
 

@@ -6,28 +6,24 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
-from flax import nnx
 
-from xsmae.checkpoint import Checkpoints
 from xsmae.configs import common
 from xsmae.data.images import BANDS
 from xsmae.encoder import (
     ARCHITECTURE,
     GROUPS,
     load_encoder,
-    write_encoder,
     write_random_encoder,
 )
 from xsmae.errors import UserError
+from xsmae.evaluation.exported import export_checkpoint, no_encoder_in
 from xsmae.evaluation.features import (
     FEATURES,
     THUMBNAIL_SIZE,
@@ -36,7 +32,6 @@ from xsmae.evaluation.features import (
     thumbnail,
 )
 from xsmae.models.vit import Encoder
-from xsmae.trainer import create_trainer
 
 # What becomes of the bands of an encoder that images do not have.
 MISSING_BANDS = ("refuse", "mean")
@@ -118,7 +113,7 @@ def open_encoder(
     path = Path(text)
     if path.parent.name == "checkpoints" and path.name.isdigit():
         with tempfile.TemporaryDirectory() as folder:
-            _export_checkpoint(path, Path(folder))
+            export_checkpoint(path, Path(folder))
             run = path.parent.parent.name
             return exported(Path(folder), name or f"{run}@{path.name}", {"path": text})
     if not path.is_dir():
@@ -128,7 +123,7 @@ def open_encoder(
         )
     if not (path / "encoder.json").exists():
         if not (path / "encoder" / "encoder.json").exists():
-            raise UserError(_no_encoder(path))
+            raise UserError(no_encoder_in(path))
         path = path / "encoder"
     run = path.absolute()
     run = run.parent.name if run.name == "encoder" else run.name
@@ -245,51 +240,6 @@ def _bands(
     return [list(bands).index(band) for band in BANDS], filled
 
 
-def _export_checkpoint(path: Path, directory: Path) -> None:
-    """Write the encoder of `RUN/checkpoints/STEP` as a run does at its end."""
-    workdir, step = path.parent.parent, int(path.name)
-    try:
-        config = ml_collections.ConfigDict(
-            json.loads((workdir / "config.json").read_text())
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{workdir / 'config.json'} cannot be read ({error}): a checkpoint is read "
-            "with the config.json of its workdir; put it back, or give the folder "
-            "`encoder` of a finished run"
-        ) from None
-    if not path.is_dir():
-        raise UserError(_no_encoder(workdir))
-    # Only the shapes matter here, and any number of devices must do.
-    devices, parts = jax.device_count(), config.optim.accumulation_steps
-    config.batch_size = math.lcm(config.batch_size, devices * parts)
-    trainer = create_trainer(config, num_images=config.batch_size)
-    checkpoints = Checkpoints(path.parent, read_only=True)
-    try:
-        state = checkpoints.restore(step, trainer.state_shapes(), fingerprint=None)
-    except UserError:
-        raise
-    except Exception as error:  # of many kinds, for a damaged or another model's one
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{path} cannot be restored ({reason[0]}): give another checkpoint of "
-            f"{path.parent}"
-        ) from None
-    finally:
-        checkpoints.close()
-    model = nnx.merge(trainer.graphdef, state.params, state.batch_stats)
-    write_encoder(
-        directory,
-        model.encoder,
-        model=config.model,
-        image_size=config.views.size,
-        bands=tuple(config.bands),
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        run={"method": config.method, "seed": config.seed, "steps": step},
-    )
-
-
 def _info_of_size(
     argument: str, config: ml_collections.ConfigDict
 ) -> Mapping[str, Any]:
@@ -329,20 +279,6 @@ def _info_of_size(
         "mean": list(config.mean),
         "std": list(config.std),
     }
-
-
-def _no_encoder(workdir: Path) -> str:
-    found = sorted(int(p.name) for p in workdir.glob("checkpoints/[0-9]*"))
-    if not found:
-        return (
-            f"encoder={workdir} holds neither encoder.json nor checkpoints: give an "
-            "exported encoder or the workdir of a run"
-        )
-    return (
-        f"encoder={workdir} holds no exported encoder (the run is not finished) but "
-        f"checkpoints: give {workdir}/checkpoints/STEP with STEP one of "
-        f"{', '.join(map(str, found))}"
-    )
 
 
 def _digest(*parts: bytes) -> str:
