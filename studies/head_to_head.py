@@ -16,7 +16,9 @@ import json
 import sys
 import time
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -27,10 +29,10 @@ from xsmae.errors import UserError
 from xsmae.evaluation.frozen import open_encoder
 from xsmae.evaluation.protocol import append, now, read
 from xsmae.metrics import read_metrics
-from xsmae.workdir import describe_environment
+from xsmae.workdir import describe_environment, flatten
 
 STUDIES = Path(__file__).parent
-SCHEMA = 1
+SCHEMA = 2
 SEEDS = (0, 1, 2)
 # What is evaluated: the encoders' own input size is 100 %, so that 12.5 % is one patch.
 BASE_SIZE = 64
@@ -105,10 +107,20 @@ def prepare(data: Path, folder: Path) -> Path:
     return folder
 
 
-def config_digest(system: str, changes: list[str]) -> str:
-    """16 hexadecimal digits of what decides a run but for its seed and its images."""
-    config = systems.get_config(system).to_json(sort_keys=True)
-    return hashlib.sha256(f"{config}{changes}".encode()).hexdigest()[:16]
+def fields_of(system: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """What decides a run but for its seed and its images, field by field."""
+    config = flatten(systems.get_config(system).to_dict())
+    config["changes"] = list(changes)
+    return json.loads(json.dumps(config))  # tuples are lists in a file
+
+
+def is_of(run: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
+    """Whether a finished run had these fields.
+
+    A field that the config has got since was not there to be set: it says nothing.
+    """
+    unknown = object()
+    return all(fields.get(k, unknown) == v for k, v in run["fields"].items())
 
 
 def read_runs(path: Path) -> list[dict]:
@@ -173,7 +185,9 @@ def publish(rows: Path, results: Path, digest: str) -> None:
         append(results, dataclasses.replace(row, encoder=encoder, run=run))
 
 
-def account(system: str, seed: int, digest: str, workdir: Path, seconds: float) -> dict:
+def account(
+    system: str, seed: int, fields: dict, workdir: Path, seconds: float
+) -> dict[str, Any]:
     """What `runs.jsonl` says of a finished run."""
     config = json.loads((workdir / "config.json").read_text())
     rows = [r for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
@@ -185,7 +199,7 @@ def account(system: str, seed: int, digest: str, workdir: Path, seconds: float) 
         "schema": SCHEMA,
         "system": system,
         "seed": seed,
-        "config": digest,
+        "fields": fields,
         "encoder": encoder.digest,
         "method": method,
         "steps": config["num_steps"],
@@ -237,13 +251,14 @@ def _run_all(values: flags.FlagValues, runs: list[tuple[str, int]]) -> int:
     for system, seed in runs:
         if values.only and not {system, f"{system}/{seed}"} & set(values.only):
             continue
-        name, digest = f"{system}/{seed}", config_digest(system, changes)
+        name, fields = f"{system}/{seed}", fields_of(system, changes)
         done = read_runs(results / "runs.jsonl")
-        if any((r["system"], r["seed"], r["config"]) == (system, seed, digest)
-               for r in done):  # fmt: skip
+        same = [r for r in done if (r["system"], r["seed"]) == (system, seed)]
+        if any(is_of(run, fields) for run in same):
             print(f"{name}: finished, see {results / 'runs.jsonl'}", flush=True)
             continue
         print(f"== {name}", flush=True)
+        digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
         workdir = folder / "runs" / f"{system}-{seed}-{digest[:6]}"
         start = time.monotonic()
         status = pretrain(system, seed, folder, workdir, changes)
@@ -251,7 +266,7 @@ def _run_all(values: flags.FlagValues, runs: list[tuple[str, int]]) -> int:
         status = status or evaluate(name, folder, workdir)
         if status:
             return status
-        row = account(system, seed, digest, workdir, seconds)
+        row = account(system, seed, fields, workdir, seconds)
         for task in TASKS:
             file = f"{task}.jsonl"
             publish(folder / "rows" / file, results / file, row["encoder"])

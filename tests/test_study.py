@@ -74,6 +74,20 @@ def test_unknown_system():
         systems.get_config("simclr")
 
 
+def test_a_run_is_of_the_fields_that_it_had():
+    fields = head_to_head.fields_of("mae")
+    run = {"fields": {k: v for k, v in fields.items() if k != "optim.beta2"}}
+    assert head_to_head.is_of(run, fields)  # a field that is new since
+    for changed in ({"num_steps": 1}, {"gone": 1}):
+        assert not head_to_head.is_of({"fields": {**fields, **changed}}, fields)
+    assert not head_to_head.is_of(
+        {"fields": head_to_head.fields_of("mae", ["--x"])}, fields
+    )
+    assert not head_to_head.is_of(
+        {"fields": fields}, head_to_head.fields_of("corrected")
+    )
+
+
 def test_every_run_is_planned_once():
     runs = head_to_head.plan((0, 1, 2))
     assert len(set(runs)) == len(runs)
@@ -171,4 +185,4 @@ def test_the_page_has_the_tables_of_the_committed_rows():
         assert run["encoder"] in digests
         assert json.dumps(run)
         # Of these systems as they stand, not of others by the same name.
-        assert run["config"] == head_to_head.config_digest(run["system"], [])
+        assert head_to_head.is_of(run, head_to_head.fields_of(run["system"]))
