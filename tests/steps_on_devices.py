@@ -3,12 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from xsmae.configs import common
 
 from tests.test_train_state import some_batch
+from xsmae.losses import contrastive
 from xsmae.methods import METHODS
-from xsmae.sharding import by_batch, put_batch
+from xsmae.sharding import by_batch, create_mesh, put_batch, replicated
 from xsmae.trainer import create_trainer, crop_size
 
 RUNS = [
@@ -24,8 +26,38 @@ RUNS = [
 ]
 
 
+BATCH = 512
+
+
+def contrastive_memory(positive_in_denominator):
+    """Temporary bytes a device of the contrastive loss and its gradient."""
+    mesh = create_mesh(BATCH)
+
+    def loss(embedding):
+        return contrastive(
+            embedding,
+            temperature=0.5,
+            positive_in_denominator=positive_in_denominator,
+        )
+
+    compiled = (
+        jax.jit(
+            jax.value_and_grad(loss),
+            in_shardings=by_batch(mesh),
+            out_shardings=(replicated(mesh), by_batch(mesh)),
+        )
+        .lower(jax.ShapeDtypeStruct((BATCH, 2, 32), jnp.float32))
+        .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def main():
-    found = {"devices": jax.device_count()}
+    found = {
+        "devices": jax.device_count(),
+        "batch": BATCH,
+        "contrastive": [contrastive_memory(p) for p in (True, False)],
+    }
     for method, preset, changes in RUNS:
         config = common.get_common(preset, "tiny", method)
         config.batch_size = 16

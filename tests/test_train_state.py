@@ -262,7 +262,12 @@ def test_one_device_equals_eight():
         )
         found[devices] = json.loads(done.stdout.splitlines()[-1])
     assert [found[n]["devices"] for n in (1, 8)] == [1, 8]
-    for preset in found[1].keys() - {"devices"}:
+    # The rows of the similarities are divided: the vectors alone are on each device.
+    rows = 4 * (2 * found[1]["batch"]) ** 2
+    for one, eight in zip(*(found[n]["contrastive"] for n in (1, 8)), strict=True):
+        assert rows <= one
+        assert eight < rows / 2
+    for preset in found[1].keys() - {"devices", "batch", "contrastive"}:
         one, eight = found[1][preset], found[8][preset]
         for name in one:
             # Adam's first updates are signs, which rounding can turn where a gradient

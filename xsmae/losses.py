@@ -113,21 +113,19 @@ def contrastive(
     z = embedding.astype(jnp.float32)
     # torch.nn.functional.normalize's 1e-12, squared under the root.
     z = z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-24))
-    z = rearrange(z, "(g b) v d -> g (v b) d", g=groups)
-    logits = jnp.einsum("gid,gjd->gij", z, z, preferred_element_type=jnp.float32)
+    z = rearrange(z, "(g b) v d -> g b v d", g=groups)
+    # Samples stay an axis of their own, first: with the batch divided over devices each
+    # computes the rows of its samples, and gathers the vectors, not the products.
+    logits = jnp.einsum("gbvd,gcud->gbvcu", z, z, preferred_element_type=jnp.float32)
     logits = logits / temperature
-    size = z.shape[1]
-    row = jnp.arange(size)
-    positive_column = (row + size // 2) % size
-    positive = jnp.take_along_axis(
-        logits, jnp.broadcast_to(positive_column, (groups, size))[..., None], axis=-1
-    )[..., 0]
-    excluded = row[:, None] == row[None, :]
+    positive = (z[:, :, 0] * z[:, :, 1]).sum(-1)[..., None] / temperature
+    sample = jnp.eye(z.shape[1], dtype=bool)[:, None, :, None]
+    excluded = sample & jnp.eye(2, dtype=bool)[:, None, :]  # itself
     if positive_in_denominator:
-        denominator = jax.nn.logsumexp(jnp.where(excluded, -jnp.inf, logits), axis=-1)
+        logits = jnp.where(excluded, -jnp.inf, logits)
+        denominator = jax.nn.logsumexp(logits, axis=(-2, -1))
     else:
-        excluded |= positive_column[:, None] == row[None, :]
-        negatives = jnp.where(excluded, 0.0, jnp.exp(logits)).sum(axis=-1)
+        negatives = jnp.where(sample, 0.0, jnp.exp(logits)).sum(axis=(-2, -1))
         denominator = jnp.log(negatives + 1e-8)
     return (denominator - positive).mean()
 
