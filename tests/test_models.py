@@ -25,6 +25,7 @@ from xsmae.models.vit import (
 )
 from xsmae.networks import build_encoder
 from xsmae.ops.attention import attention
+from xsmae.ops.gelu import gelu
 
 MODEL = {
     "patch_size": 4,
@@ -368,3 +369,36 @@ def test_published_parameter_counts(size, millions):
         assert count > 600
     else:
         assert round(count, 2) == millions
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_and_its_gradient(dtype):
+    x = jnp.concatenate([jnp.linspace(-12, 12, 481), jnp.array([0.0, -0.0])])
+    x = x.astype(dtype)
+
+    def exact(x):
+        return jax.nn.gelu(x.astype(jnp.float32), approximate=False)
+
+    tolerance = 2e-7 if dtype == jnp.float32 else 8e-3
+    for derived in (lambda f: f, lambda f: jax.grad(lambda x: f(x).sum())):
+        np.testing.assert_allclose(
+            np.asarray(derived(gelu)(x), np.float32),
+            np.asarray(derived(exact)(x), np.float32),
+            rtol=tolerance,
+            atol=5 * tolerance,
+        )
+
+
+def test_a_block_keeps_its_hidden_layer_once():
+    """Of what is four times as wide, the backward pass is given one array a block."""
+    batch, tokens, width = 3, 5, 8
+    blocks = stacked_blocks(2, width, 2, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(blocks)
+
+    def run(params, x):
+        return run_blocks(nnx.merge(graphdef, params), x)
+
+    _, backward = jax.vjp(run, params, jnp.ones((batch, tokens, width)))
+    kept = [x.shape for x in jax.tree.leaves(backward) if x.shape[-1] == 4 * width]
+    of_tokens = [shape for shape in kept if batch * tokens in shape]
+    assert len(of_tokens) == 1

@@ -13,6 +13,7 @@ from flax import nnx
 
 from xsmae.models.vit import LayerNorm
 from xsmae.ops import resize
+from xsmae.ops.gelu import gelu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -125,9 +126,6 @@ class Upsample(nnx.Module):
         x = jnp.einsum("bhwi,ipqo->bhpwqo", x.astype(self.dtype), kernel)
         x = x + self.bias[...].astype(self.dtype)
         return rearrange(x, "b h p w q o -> b (h p) (w q) o")
-
-
-gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 class Pyramid(nnx.Module):

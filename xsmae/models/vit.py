@@ -13,6 +13,7 @@ from flax import nnx
 from xsmae.models.masking import take_tokens
 from xsmae.models.position import TokenPositions
 from xsmae.ops.attention import attention
+from xsmae.ops.gelu import gelu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -161,7 +162,13 @@ class Block(nnx.Module):
         return self.proj(rearrange(attended, "b n d -> (b n) d"))
 
     def _mlp(self, x):
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        # The hidden layer is four times as wide as all else. Its activation costs less
+        # to compute again in the backward pass than to keep.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def after_first(hidden):
+            return self.fc2(gelu(hidden))
+
+        return after_first(self.fc1(x))
 
 
 def _unscaled(residual, branch):
