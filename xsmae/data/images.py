@@ -28,9 +28,11 @@ Embedded colour profiles are neither applied nor an error. PIL's own bomb limit 
 `PIL.Image.MAX_IMAGE_PIXELS`) stays the upper bound of `max_pixels`.
 """
 
+import contextlib
 import io
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -66,15 +68,51 @@ def decode(
     Raises:
       BadImageError: the reason, in one line that names no path.
     """
+    with open_image(source, min_side=min_side, max_pixels=max_pixels) as image:
+        return np.array(to_rgb(image))
+
+
+@contextlib.contextmanager
+def open_image(
+    source: bytes | pathlib.Path,
+    *,
+    min_side: int = MIN_SIDE,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Image.Image]:
+    """Opens a file for `to_rgb`: its header is read and checked, nothing is decoded.
+
+    Arguments and errors are those of `decode`.
+    """
+    with contextlib.ExitStack() as stack:
+        with _bad_images():
+            if isinstance(source, bytes):
+                file = io.BytesIO(source)
+            # Opening a named pipe would wait for ever.
+            elif not source.is_file():
+                found = "is not a regular file" if source.exists() else "does not exist"
+                raise BadImageError(f"the file {found}")
+            else:
+                file = stack.enter_context(source.open("rb"))
+            image = stack.enter_context(_open(file, min_side, max_pixels))
+        yield image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decodes an opened image, upright and in RGB; raises BadImageError.
+
+    The image that is returned may be the one given.
+    """
+    with _bad_images():
+        # In place, and converted only where needed: a copy of a large image costs as
+        # much as a third of its decoding.
+        ImageOps.exif_transpose(image, in_place=True)
+        return _opaque_rgb(image)
+
+
+@contextlib.contextmanager
+def _bad_images() -> Iterator[None]:
     try:
-        if isinstance(source, bytes):
-            return _decode(io.BytesIO(source), min_side, max_pixels)
-        # Opening a named pipe would wait for ever.
-        if not source.is_file():
-            reason = "is not a regular file" if source.exists() else "does not exist"
-            raise BadImageError(f"the file {reason}")
-        with source.open("rb") as file:
-            return _decode(file, min_side, max_pixels)
+        yield
     except (BadImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
@@ -91,7 +129,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _decode(file: BinaryIO, min_side: int, max_pixels: int) -> np.ndarray:
+def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
     header = file.read(26)
     if not header:
         raise BadImageError("the file is empty (0 bytes)")
@@ -105,25 +143,23 @@ def _decode(file: BinaryIO, min_side: int, max_pixels: int) -> np.ndarray:
         raise BadImageError(
             f"declares more pixels than PIL's limit of {Image.MAX_IMAGE_PIXELS}"
         ) from error
-    with image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadImageError(
-                f"declares {width} x {height} pixels, more than max_pixels={max_pixels}"
-            )
-        if min(width, height) < min_side:
-            raise BadImageError(
-                f"{width} x {height} pixels: the shorter side is below "
-                f"min_side={min_side}"
-            )
-        # MPO: the first picture is the photograph, the others are previews of it.
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise BadImageError(f"animated ({image.n_frames} frames); save one frame")
-        if image.mode not in _MODES:
-            raise BadImageError(
-                f"mode {image.mode}; expected RGB, grey or an opaque palette"
-            )
-        return np.array(_opaque_rgb(ImageOps.exif_transpose(image)))
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImageError(
+            f"declares {width} x {height} pixels, more than max_pixels={max_pixels}"
+        )
+    if min(width, height) < min_side:
+        raise BadImageError(
+            f"{width} x {height} pixels: the shorter side is below min_side={min_side}"
+        )
+    # MPO: the first picture is the photograph, the others are previews of it.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise BadImageError(f"animated ({image.n_frames} frames); save one frame")
+    if image.mode not in _MODES:
+        raise BadImageError(
+            f"mode {image.mode}; expected RGB, grey or an opaque palette"
+        )
+    return image
 
 
 def _opaque_rgb(image: Image.Image) -> Image.Image:
@@ -132,7 +168,7 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
         lowest = image.getchannel("A").getextrema()[0]
         if lowest < 255:
             raise BadImageError(f"partly transparent (alpha down to {lowest})")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def crop_with_context(
@@ -157,8 +193,25 @@ def crop_with_context(
     Raises:
       BadImageError: the box has no area, or none of it lies in the image.
     """
+    left, top, right, bottom = context_window(
+        image.shape, box, context=context, min_side=min_side
+    )
+    return image[top:bottom, left:right].copy()
+
+
+def context_window(
+    shape: tuple[int, ...],
+    box: tuple[float, float, float, float],
+    *,
+    context: float,
+    min_side: int,
+) -> tuple[int, int, int, int]:
+    """What `crop_with_context` cuts out of an image [height, width, ...].
+
+    Returns left, top, right, bottom in whole pixels.
+    """
     x, y, width, height = box
-    rows, columns = image.shape[:2]
+    rows, columns = shape[:2]
     if (
         not all(map(math.isfinite, box))
         or min(width, height) <= 0
@@ -169,7 +222,7 @@ def crop_with_context(
         )
     left, right = _window(x, width, columns, context, min_side)
     top, bottom = _window(y, height, rows, context, min_side)
-    return image[top:bottom, left:right].copy()
+    return left, top, right, bottom
 
 
 def _window(
