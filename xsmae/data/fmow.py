@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xsmae.data.images import MAX_PIXELS, MIN_SIDE, crop_with_context
+from xsmae.data.images import MAX_PIXELS, MIN_SIDE
 from xsmae.data.records import (
     FileSource,
     Listing,
@@ -134,20 +134,15 @@ class _FmowFiles(FileSource):
         category = name.parts[-3] if len(name.parts) >= 3 else ""
         return read_metadata(self.path(index).with_suffix(".json"), category)
 
-    def _read(self, index: int) -> tuple[np.ndarray, float]:
+    def _gsd_and_crop(self, index: int) -> tuple[float, dict[str, Any]]:
         gsds = self._listing.gsds
         if gsds is not None and not self._crop:
-            return super()._read(index)
+            return super()._gsd_and_crop(index)
         metadata = self.metadata(index)
-        image = self._decode(index)
-        if self._crop and metadata.box is not None:
-            image = crop_with_context(
-                image,
-                metadata.box,
-                context=self._context,
-                min_side=self._min_side,
-            )
-        return image, metadata.gsd if gsds is None else float(gsds[index])
+        gsd = metadata.gsd if gsds is None else float(gsds[index])
+        if not self._crop:
+            return gsd, {}
+        return gsd, {"box": metadata.box, "context": self._context}
 
     def _check_some_gsd(self) -> None:
         reasons = []

@@ -36,7 +36,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from xsmae.errors import BadImageError
 
@@ -95,6 +95,16 @@ def open_image(
                 file = stack.enter_context(source.open("rb"))
             image = stack.enter_context(_open(file, min_side, max_pixels))
         yield image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 (upright) to 8; raises BadImageError.
+
+    A PNG is decoded for it, since the tag may come after the pixels.
+    """
+    with _bad_images():
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return found if found in range(1, 9) else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -18,6 +18,8 @@ import sys
 import numpy as np
 from PIL import Image
 
+from xsmae.data.picture import Picture, Pixels
+
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -67,7 +69,8 @@ class Box:
 
     def to_array(self) -> np.ndarray:
         """[4] float32: top, left, bottom, right."""
-        return np.array(dataclasses.astuple(self), np.float32)
+        # Not dataclasses.astuple, which copies deeply.
+        return np.array((self.top, self.left, self.bottom, self.right), np.float32)
 
 
 def draw_box(
@@ -106,18 +109,12 @@ def draw_box(
 
 def cut(image: np.ndarray, box: Box, size: int, interpolation: str) -> np.ndarray:
     """The ground of `box` in [size, size] pixels, resampled once with antialiasing."""
-    resized = Image.fromarray(image).resize(
-        (size, size),
-        INTERPOLATIONS[interpolation],
-        # Rounding may put an edge a hair outside, which Pillow refuses.
-        box=(
-            max(box.left, 0.0),
-            max(box.top, 0.0),
-            min(box.right, float(image.shape[1])),
-            min(box.bottom, float(image.shape[0])),
-        ),
-    )
-    return np.asarray(resized)
+    return np.asarray(_cut(Pixels(Image.fromarray(image)), box, size, interpolation))
+
+
+def _cut(pixels: Pixels, box: Box, size: int, interpolation: str) -> Image.Image:
+    edges = (box.top, box.left, box.bottom, box.right)
+    return pixels.cut(edges, size, INTERPOLATIONS[interpolation])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +167,7 @@ class ViewSampler:
 
     def __call__(
         self,
-        image: np.ndarray,
+        image: np.ndarray | Picture,
         gsd: float,
         *,
         rng: np.random.Generator,
@@ -182,35 +179,43 @@ class ViewSampler:
         bottom, right) in source pixels; `gsd` [views, 2], metres per pixel (y, x) of
         each view; `flip` [2], whether the views are mirrored (vertically,
         horizontally). `rng` is the sample's, `batch_rng` the same for a whole batch.
+        A `Picture` is decoded once, as fine as the views need; raises BadImageError.
         """
         draw = {"ratio": self.ratio, "distribution": self.area_distribution}
         whole = Box(0.0, 0.0, float(image.shape[0]), float(image.shape[1]))
-        box = draw_box(rng, whole, area=self.area, **draw)
+        boxes = [draw_box(rng, whole, area=self.area, **draw)]
         vertical = rng.uniform() < self.vertical_flip
         horizontal = rng.uniform() < self.horizontal_flip
-        boxes = [box]
-        views = [
-            _flip(cut(image, box, self.size, self.interpolation), vertical, horizontal)
-        ]
+        from_view1 = self.num_views == 2 and self.view2_from == "view1"
         if self.num_views == 2:
             box_rng = batch_rng if self.view2_box == "batch" else rng
             shown = Box(0.0, 0.0, float(self.size), float(self.size))
-            if self.view2_box == "batch" or self.view2_from == "view1":
+            if self.view2_box == "batch" or from_view1:
                 # Drawn in view 1 as it is displayed, where one box can serve all.
                 box2 = draw_box(box_rng, shown, area=self.area2, **draw)
                 mirrored = box2.mirrored(
                     shown, vertical=vertical, horizontal=horizontal
                 )
-                boxes.append(mirrored.within(box, shown))
+                boxes.append(mirrored.within(boxes[0], shown))
             else:
-                boxes.append(draw_box(box_rng, box, area=self.area2, **draw))
-            if self.view2_from == "view1":
-                views.append(cut(views[0], box2, self.size, self.interpolation2))
-            else:
-                view2 = cut(image, boxes[1], self.size, self.interpolation2)
-                views.append(_flip(view2, vertical, horizontal))
+                boxes.append(draw_box(box_rng, boxes[0], area=self.area2, **draw))
+
+        from_source = boxes[:1] if from_view1 else boxes
+        if isinstance(image, Picture):
+            sides = [side for b in from_source for side in (b.height, b.width)]
+            pixels = image.pixels(min(sides) / self.size)
+        else:
+            pixels = Pixels(Image.fromarray(image))
+        views = [
+            _flip(_cut(pixels, box, self.size, how), vertical, horizontal)
+            for box, how in zip(
+                from_source, (self.interpolation, self.interpolation2), strict=False
+            )
+        ]
+        if from_view1:
+            views.append(_cut(Pixels(views[0]), box2, self.size, self.interpolation2))
         return {
-            "image": np.stack(views),
+            "image": np.stack([np.asarray(view) for view in views]),
             "box": np.stack([b.to_array() for b in boxes]),
             "gsd": np.array(
                 [
@@ -223,5 +228,10 @@ class ViewSampler:
         }
 
 
-def _flip(image: np.ndarray, vertical: bool, horizontal: bool) -> np.ndarray:
-    return image[:: -1 if vertical else 1, :: -1 if horizontal else 1]
+def _flip(image: Image.Image, vertical: bool, horizontal: bool) -> Image.Image:
+    # By Pillow: of an array, the copy to a batch would take 20 times as long.
+    if vertical:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    if horizontal:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image

@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from xsmae.data.multiscale import ViewSampler
+from xsmae.data.records import open_record
 from xsmae.data.sources import Source
 from xsmae.errors import BadImageError, UserError
 
@@ -37,20 +38,19 @@ class LoadViews:
         sample = None
         used = -1
         for candidate in range(index, index + self.max_tries):
+            # The stream numbers 0 and 1 keep the two kinds of draws apart.
+            draws = {
+                "rng": np.random.default_rng((self.seed, 0, position)),
+                "batch_rng": np.random.default_rng(
+                    (self.seed, 1, position // self.batch_size)
+                ),
+            }
             try:
-                record = self.source[candidate % len(self.source)]
+                with open_record(self.source, candidate % len(self.source)) as record:
+                    sample = self.sampler(record.image, record.gsd, **draws)
             except BadImageError:
                 continue
             used = candidate % len(self.source)
-            # The stream numbers 0 and 1 keep the two kinds of draws apart.
-            sample = self.sampler(
-                record.image,
-                record.gsd,
-                rng=np.random.default_rng((self.seed, 0, position)),
-                batch_rng=np.random.default_rng(
-                    (self.seed, 1, position // self.batch_size)
-                ),
-            )
             break
         if sample is None:
             views, size = self.sampler.num_views, self.sampler.size

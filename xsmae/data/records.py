@@ -15,18 +15,19 @@ class names are numbered before the split, hence the same in all.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import math
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from xsmae.data.images import decode
+from xsmae.data.picture import Picture, open_picture
 from xsmae.errors import UserError
 
 GSD_HELP = "give it in metres per pixel with --config.data.gsd=..."
@@ -34,9 +35,12 @@ GSD_HELP = "give it in metres per pixel with --config.data.gsd=..."
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """One image: uint8 [height, width, 3], metres per pixel, label or None, id."""
+    """One image: uint8 [height, width, 3], metres per pixel, label or None, id.
 
-    image: np.ndarray
+    Of a record that `open_record` gives, the image may be undecoded, a `Picture`.
+    """
+
+    image: np.ndarray | Picture
     gsd: float
     label: int | None
     id: str
@@ -64,6 +68,24 @@ class Source(Protocol):
 
     def id(self, index: int) -> str:
         """The record's id, without decoding; for messages."""
+
+
+def open_record(
+    source: Source, index: int
+) -> contextlib.AbstractContextManager[Record]:
+    """A context with the record at `index`, undecoded if the source reads files.
+
+    Those sources have `open(index)`, this context. BadImageError as `source[index]`, or
+    when the picture is decoded, which is possible within the context alone.
+    """
+    if hasattr(source, "open"):
+        return source.open(index)
+    return contextlib.nullcontext(source[index])
+
+
+def decoded(record: Record) -> Record:
+    """The record of an undecoded one; raises BadImageError."""
+    return dataclasses.replace(record, image=record.image.decode())
 
 
 def check_gsd(value: Any, where: str) -> float:
@@ -254,20 +276,22 @@ class FileSource:
         return len(self._listing.ids)
 
     def __getitem__(self, index: int) -> Record:
+        with self.open(index) as record:
+            return decoded(record)
+
+    @contextlib.contextmanager
+    def open(self, index: int) -> Iterator[Record]:
+        """The record with its image undecoded, see `open_record`."""
         index = operator.index(index)
-        image, gsd = self._read(index)
-        label = None if self.labels is None else int(self.labels[index])
-        return Record(image, gsd, label, self.id(index))
+        gsd, crop = self._gsd_and_crop(index)
+        limits = {"min_side": self._min_side, "max_pixels": self._max_pixels}
+        with open_picture(self.path(index), **limits, **crop) as picture:
+            label = None if self.labels is None else int(self.labels[index])
+            yield Record(picture, gsd, label, self.id(index))
 
-    def _read(self, index: int) -> tuple[np.ndarray, float]:
-        return self._decode(index), float(self._listing.gsds[index])
-
-    def _decode(self, index: int) -> np.ndarray:
-        return decode(
-            self.path(index),
-            min_side=self._min_side,
-            max_pixels=self._max_pixels,
-        )
+    def _gsd_and_crop(self, index: int) -> tuple[float, dict[str, Any]]:
+        """Metres per pixel, and the `box` and `context` of `open_picture`, if any."""
+        return float(self._listing.gsds[index]), {}
 
     def __repr__(self) -> str:
         # grain compares repr(source) on resume: no path, no address.

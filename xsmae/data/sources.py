@@ -4,22 +4,18 @@
 the sources of fMoW as it is distributed.
 """
 
+import contextlib
 import math
 import operator
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from xsmae.data.images import (
-    MAX_PIXELS,
-    MIN_SIDE,
-    SUFFIXES,
-    crop_with_context,
-    decode,
-)
+from xsmae.data.images import MAX_PIXELS, MIN_SIDE, SUFFIXES
+from xsmae.data.picture import open_picture
 from xsmae.data.records import (
     GSD_HELP,
     FileSource,
@@ -28,6 +24,7 @@ from xsmae.data.records import (
     Source,
     check_folder,
     check_gsd,
+    decoded,
     file_size,
     fingerprint,
     number,
@@ -320,23 +317,26 @@ class TfdsSource:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Record:
+        with self.open(index) as record:
+            return decoded(record)
+
+    @contextlib.contextmanager
+    def open(self, index: int) -> Iterator[Record]:
+        """The record with its image undecoded, see `records.open_record`."""
         position = int(self._indices[operator.index(index)])
         record = self._read(position)
         gsd = float(record["gsd"]) if self._has_gsd else self._gsd
         if not (math.isfinite(gsd) and gsd > 0):
             raise BadImageError(f"gsd is {gsd}; expected metres per pixel above 0")
-        image = decode(
-            record["image"], min_side=self._min_side, max_pixels=self._max_pixels
-        )
+        limits = {"min_side": self._min_side, "max_pixels": self._max_pixels}
+        box = None
         if self._crop and np.any(record.get("box", 0)):
-            image = crop_with_context(
-                image,
-                tuple(map(float, record["box"])),
-                context=self._context,
-                min_side=self._min_side,
-            )
-        label = int(record["label"]) if self._class_names else None
-        return Record(image, gsd, label, self._id(record, position))
+            box = tuple(map(float, record["box"]))
+        with open_picture(
+            record["image"], box=box, context=self._context, **limits
+        ) as picture:
+            label = int(record["label"]) if self._class_names else None
+            yield Record(picture, gsd, label, self._id(record, position))
 
     def _read(self, position: int) -> dict[str, Any]:
         try:
