@@ -93,10 +93,13 @@ def command(workdir, *more):
     ]  # fmt: skip
 
 
+TIMES = ("images_per_second", "waiting_for_data")
+
+
 def comparable(workdir):
-    """The lines of `metrics.jsonl` without the one value that is a time."""
+    """The lines of `metrics.jsonl` without the values that are times."""
     rows = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
 
 
 def test_a_run_leaves_what_it_should(finished):
@@ -107,7 +110,10 @@ def test_a_run_leaves_what_it_should(finished):
     terms = {"reconstruction", "contrastive", "cross_prediction"}
     last = [row for row in rows if "loss" in row][-1]
     assert {f"loss/{term}" for term in terms} < last.keys()
-    assert {"learning_rate", "images_per_second", "epoch", "rejected"} < last.keys()
+    assert {"learning_rate", *TIMES, "epoch", "rejected"} < last.keys()
+    first, *others = (row["waiting_for_data"] for row in rows if "loss" in row)
+    assert first is None  # it compiles
+    assert all(0 <= share <= 1 for share in others)
     assert all(row["schema"] == 1 for row in rows)
     assert "knn/image_statistics" in rows[0]
     assert [row["step"] for row in rows if "knn/accuracy_cls" in row] == [4, 8]

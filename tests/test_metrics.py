@@ -234,6 +234,31 @@ def test_paused_time_does_not_count(clock):
         clock.now += 500
     assert progress.line(10, VALUES).endswith("0:00:10 left")
     assert progress.images_per_second(10) == 8
+    assert progress.waiting_for_data() == 0
+
+
+def test_share_of_the_time_that_data_is_waited_for(clock):
+    def slow():
+        for seconds in (3, 1, 0):
+            clock.now += seconds
+            yield seconds
+
+    progress = Progress(start_step=0, num_steps=3, batch_size=8)
+    batches = progress.receive(slow())
+    assert next(batches) == 3
+    clock.now += 3
+    assert progress.waiting_for_data() == 3 / 6
+    assert next(batches) == 1
+    with progress.paused():
+        clock.now += 500
+    clock.now += 1
+    assert progress.waiting_for_data() == 1 / 2
+    assert next(batches) == 0
+    clock.now += 1
+    assert progress.waiting_for_data() == 0
+    progress.restart(3)
+    assert list(batches) == []
+    assert progress.waiting_for_data() == 0
 
 
 # The workdir

@@ -10,12 +10,15 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from tensorboardX import SummaryWriter
 
 from xsmae.errors import UserError
 
 SCHEMA = 1
+
+T = TypeVar("T")
 
 
 class MetricsWriter:
@@ -104,13 +107,12 @@ def _start_wandb(workdir: Path, config: Mapping):
 
 
 class Progress:
-    """The line that a person sees for each logged step, and the rate it holds."""
+    """The line that a person sees for each logged step, and the rates of its window."""
 
     def __init__(self, *, start_step: int, num_steps: int, batch_size: int):
         self.num_steps = num_steps
         self.batch_size = batch_size
-        self.start = self.last = time.monotonic()
-        self.start_step = self.last_step = start_step
+        self.restart(start_step)
 
     def images_per_second(self, step: int) -> float:
         """Samples a second since this was last asked."""
@@ -119,10 +121,33 @@ class Progress:
         self.last, self.last_step = now, step
         return rate
 
+    def waiting_for_data(self) -> float:
+        """The share of the time since this was last asked spent in `receive`, 0 to 1.
+
+        Devices that still compute the step before do not stand still meanwhile: their
+        own share is at most that.
+        """
+        now = time.monotonic()
+        share = self.waited / max(now - self.waited_from, 1e-9)
+        self.waited, self.waited_from = 0.0, now
+        return share
+
+    def receive(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches, the time that each is waited for counted."""
+        while True:
+            begin = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - begin
+            yield batch
+
     def restart(self, step: int) -> None:
         """Count from `step` on."""
-        self.start = self.last = time.monotonic()
+        self.start = self.last = self.waited_from = time.monotonic()
         self.start_step = self.last_step = step
+        self.waited = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -132,6 +157,7 @@ class Progress:
         spent = time.monotonic() - begin
         self.start += spent
         self.last += spent
+        self.waited_from += spent
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
         terms = ", ".join(

@@ -145,7 +145,7 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
     batches = batches_of(config, run.source, run.sampler, start, num_steps)
     previous, seen = None, []
     gsd_wanted = not (run.workdir / "figures" / "gsd.png").exists()
-    for step, batch in enumerate(batches, start + 1):
+    for step, batch in enumerate(progress.receive(batches), start + 1):
         try:
             replaced = run.rejected.check(batch, step=step)
         except UserError:
@@ -165,9 +165,12 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
             values["epoch"] = step / trainer.schedule.steps_per_epoch
             values["rejected"] = len(run.rejected)
             values["replaced_in_batch"] = replaced
+            rates = {
+                "images_per_second": progress.images_per_second(step),
+                "waiting_for_data": progress.waiting_for_data(),
+            }
             # The first step compiles, which is not the rate to go by.
-            rate = progress.images_per_second(step)
-            values["images_per_second"] = rate if step > start + 1 else math.nan
+            values |= rates if step > start + 1 else dict.fromkeys(rates, math.nan)
             run.writer.write(step, values)
             print(progress.line(step, values), flush=True)
         if step == start + 1:

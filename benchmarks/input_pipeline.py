@@ -1,0 +1,298 @@
+"""Images a second a core from JPEGs to two views: ours and the reference, in turns.
+
+    python -m benchmarks.input_pipeline [--folder=DIR] [--quality=90] [--train_steps=30]
+
+Synthetic scenes are saved once into the folder. Ours is what a training run calls: a
+`FolderSource` and `LoadViews`. The reference is the published transform (a random
+resized crop, flips, then a random resized crop of that view, bilinear) with Pillow: it
+decodes and converts the whole image, cuts, and resizes what was cut. `whole` is ours
+with all pixels decoded first, as evaluations read them. All end at uint8 arrays, and
+draw their areas uniformly. What counts is processor time, so that other programs on the
+machine disturb little; each side's number is the median over the rounds, the ratio that
+of the rounds' ratios. A short training with reader processes then says which share of
+its time it waits for data. One JSON line a case, then a table.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import pathlib
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import numpy as np
+import PIL
+from PIL import Image, features
+from xsmae.configs import folder as folder_config
+
+from xsmae.data.multiscale import ViewSampler
+from xsmae.data.pipeline import LoadViews
+from xsmae.data.sources import FolderSource, Record
+from xsmae.data.synthetic import Scene
+from xsmae.metrics import read_metrics
+from xsmae.train import train_and_evaluate
+
+SCENES = {256: 64, 512: 16, 1024: 8, 2048: 4}  # side in pixels -> images
+GSD = 0.5  # metres per pixel, about that of fMoW's large images
+SIZE = 128
+AREA, AREA2, RATIO = (0.25, 1.0), (0.25, 0.75), (3 / 4, 4 / 3)
+
+
+def save_scenes(root: pathlib.Path, side: int, quality: int) -> pathlib.Path:
+    """The folder of the scenes of one side, drawn and saved unless they are there."""
+    folder = root / f"{side}px_quality{quality}"
+    folder.mkdir(parents=True, exist_ok=True)
+    half = side * GSD / 2
+    for index in range(SCENES[side]):
+        path = folder / f"{index:02}.jpg"
+        if not path.exists():
+            scene = Scene(seed=5, index=index, label=index % 10)
+            pixels = scene.render(
+                top=-half, left=-half, height=side, width=side, gsd=GSD
+            )
+            Image.fromarray(pixels).save(path, quality=quality)
+    return folder
+
+
+def reference(path: pathlib.Path, rng: random.Random) -> np.ndarray:
+    """The published transform by Pillow alone: uint8 [2, size, size, 3]."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    view1 = _random_resized_crop(image, AREA, Image.Resampling.BICUBIC, rng)
+    for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
+        if rng.random() < 0.5:
+            view1 = view1.transpose(flip)
+    view2 = _random_resized_crop(view1, AREA2, Image.Resampling.BILINEAR, rng)
+    return np.stack([np.asarray(view1), np.asarray(view2)])
+
+
+def _random_resized_crop(
+    image: Image.Image,
+    area: tuple[float, float],
+    resample: Image.Resampling,
+    rng: random.Random,
+) -> Image.Image:
+    box = (0, 0, *image.size)
+    for _ in range(10):
+        pixels = image.width * image.height * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        width, height = (round(math.sqrt(pixels * a)) for a in (aspect, 1 / aspect))
+        if width <= image.width and height <= image.height:
+            left = rng.randint(0, image.width - width)
+            top = rng.randint(0, image.height - height)
+            box = (left, top, left + width, top + height)
+            break
+    return image.crop(box).resize((SIZE, SIZE), resample)
+
+
+def create_loader(source: FolderSource, view2_from: str) -> LoadViews:
+    """Ours, with the reference's areas."""
+    sampler = ViewSampler(
+        num_views=2,
+        size=SIZE,
+        area=AREA,
+        area2=AREA2,
+        ratio=RATIO,
+        area_distribution="uniform",
+        view2_from=view2_from,
+        view2_box="sample",
+        interpolation="bicubic",
+        interpolation2="bilinear" if view2_from == "view1" else "bicubic",
+        horizontal_flip=0.5,
+        vertical_flip=0.5,
+    )
+    return LoadViews(source, sampler, seed=0, batch_size=64, max_tries=1)
+
+
+class Whole:
+    """A source whose images are decoded before the boxes are drawn."""
+
+    def __init__(self, source: FolderSource):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[index]
+
+
+def measure_views(
+    root: pathlib.Path, *, quality: int, rounds: int, seconds: float
+) -> Iterator[dict]:
+    """A case a side and a source of view 2: images a second of processor time."""
+    for side in SCENES:
+        source = FolderSource(save_scenes(root, side, quality), gsd=GSD)
+        paths = [source.path(i) for i in range(len(source))]
+        rng = random.Random(0)
+        for view2_from in ("source", "view1"):
+            ours = create_loader(source, view2_from)
+            whole = dataclasses.replace(ours, source=Whole(source))
+            calls = {
+                "reference": functools.partial(_reference_of, paths, rng),
+                "whole": functools.partial(_load, whole),
+                "ours": functools.partial(_load, ours),
+            }
+            rates = _in_turns(calls, rounds, seconds)
+            ratios = [
+                b / a for a, b in zip(rates["reference"], rates["ours"], strict=True)
+            ]
+            size = statistics.mean(path.stat().st_size for path in paths)
+            yield {
+                "case": "views",
+                "side": side,
+                "quality": quality,
+                "bytes_per_pixel": round(size / side**2, 3),
+                "view2_from": view2_from,
+                **{k: round(statistics.median(v), 1) for k, v in rates.items()},
+                "ratio": round(statistics.median(ratios), 2),
+                "ratio_quartiles": [
+                    round(q, 2) for q in statistics.quantiles(ratios, n=4)[::2]
+                ],
+            }
+
+
+def _reference_of(paths: list[pathlib.Path], rng: random.Random, index: int) -> None:
+    reference(paths[index % len(paths)], rng)
+
+
+def _load(load: LoadViews, index: int) -> None:
+    load(index, index)
+
+
+def _in_turns(
+    calls: dict[str, Callable], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Calls a second of processor time, a number a round; every call is warm."""
+    counts = {}
+    for name, call in calls.items():
+        call(0)
+        counts[name] = max(1, round(seconds * _rate(call, 4)))
+    rates = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            rates[name].append(_rate(call, counts[name]))
+    return rates
+
+
+def _rate(call: Callable, count: int) -> float:
+    begin = time.process_time()
+    for index in range(count):
+        call(index)
+    return count / (time.process_time() - begin)
+
+
+def measure_training(
+    root: pathlib.Path, *, quality: int, steps: int, workers: int
+) -> dict:
+    """A short run of Ti on the 256-px scenes: the share of its time it waits."""
+    config = folder_config.get_config("corrected,size=tiny")
+    with tempfile.TemporaryDirectory() as workdir:
+        config.update_from_flattened_dict(
+            {
+                "data.root": str(save_scenes(root, 256, quality)),
+                "data.gsd": GSD,
+                "batch_size": 64,
+                "num_steps": steps,
+                "optim.warmup_steps": 1,
+                "log_every": 5,
+                "model.dtype": "float32",
+                "input.num_workers": workers,
+                "knn.every": -1,
+                "tensorboard": False,
+            }
+        )
+        train_and_evaluate(config, pathlib.Path(workdir) / "run")
+        rows = read_metrics(pathlib.Path(workdir) / "run" / "metrics.jsonl")
+    rows = [row for row in rows if row.get("images_per_second")]
+    return {
+        "case": "training",
+        "side": 256,
+        "quality": quality,
+        "workers": workers,
+        "steps": steps,
+        "images_per_second": round(
+            statistics.median(row["images_per_second"] for row in rows), 1
+        ),
+        "waiting_for_data": [round(row["waiting_for_data"], 4) for row in rows],
+    }
+
+
+def machine() -> dict[str, str]:
+    """Date, processor and versions."""
+    cpu = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = f"{lines[0].partition(': ')[2]}, {len(lines)} cores"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": cpu,
+        "python": platform.python_version(),
+        "pillow": PIL.__version__,
+        "libjpeg_turbo": str(features.version("libjpeg_turbo")),
+        "numpy": np.__version__,
+        "jax": jax.__version__,
+        "grain": grain.__version__,
+    }
+
+
+def table(cases: list[dict]) -> str:
+    """The cases as Markdown."""
+    lines = [
+        "| side | view 2 from | bytes/pixel | reference | whole | ours | ratio | half "
+        "of the rounds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        if case["case"] == "views":
+            low, high = case["ratio_quartiles"]
+            lines.append(
+                f"| {case['side']} | {case['view2_from']} | {case['bytes_per_pixel']} "
+                f"| {case['reference']} | {case['whole']} | {case['ours']} "
+                f"| {case['ratio']} | {low} to {high} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", help="of the scenes; a temporary one if none")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=0.5, help="a side and round")
+    parser.add_argument("--workers", type=int, default=2, help="of the training")
+    parser.add_argument("--train_steps", type=int, default=30, help="0: no training")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = pathlib.Path(args.folder or temporary)
+        print(json.dumps(machine()), flush=True)
+        cases = []
+        for case in measure_views(
+            root, quality=args.quality, rounds=args.rounds, seconds=args.seconds
+        ):
+            cases.append(case)
+            print(json.dumps(case), flush=True)
+        if args.train_steps:
+            case = measure_training(
+                root,
+                quality=args.quality,
+                steps=args.train_steps,
+                workers=args.workers,
+            )
+            print(json.dumps(case), flush=True)
+    print("\nImages a second of one core:\n")
+    print(table(cases))
+
+
+if __name__ == "__main__":
+    main()
