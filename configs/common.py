@@ -194,6 +194,13 @@ def get_common(
     config.checkpoint.every = 1000  # steps
     config.checkpoint.keep = 3  # the newest ones
     config.checkpoint.keep_every = 0  # and every one of this many steps; 0: none
+    # Saves in a row that may fail, the disk being full, before the run stops; 0: none.
+    # 3 leave a night to make room, and what can be lost is the work of three saves.
+    config.checkpoint.keep_going_without_checkpoints = 3
+    # Without a step, or a batch of an evaluation, for so long the run ends, so that it
+    # can be started again; 0: never. Longer than the 20 minutes that Orbax gives one
+    # save, and than any compilation seen.
+    config.watchdog_minutes = 30.0
     config.figures = ml_collections.ConfigDict()
     config.figures.every = 5000  # steps; 0: at the end alone
     config.figures.samples = 6

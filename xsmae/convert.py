@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from absl import flags, logging
 from flax import nnx
 
-from xsmae.checkpoint import Checkpoints
+from xsmae.checkpoints import Checkpoints
 from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
 from xsmae.export import FORMATS, export
 from xsmae.official import OPTIONS, Imported, import_checkpoint
+from xsmae.signals import StopRequest
 from xsmae.torch_file import read_pytorch
 from xsmae.train_state import TrainState
 from xsmae.workdir import write_json
@@ -198,21 +199,23 @@ def main(argv: list[str] | None = None) -> int:
             define_flags(values, command)
             print(f"{command}:\n{values.get_help()}")
         return 0
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file at INFO
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
     try:
         command, values = parse(argv)
-        if command == "import":
-            print(run_import(values))
-        else:
-            notes = export(
-                values.source,
-                values.out,
-                format=values.format,
-                gsd=values.gsd,
-                image_size=values.image_size,
-            )
-            print("\n".join([*notes, f"written: {values.out}"]))
-        return 0
+        # What is written is written whole: half of it would be refused the next time.
+        with StopRequest() as stop:
+            if command == "import":
+                print(run_import(values))
+            else:
+                notes = export(
+                    values.source,
+                    values.out,
+                    format=values.format,
+                    gsd=values.gsd,
+                    image_size=values.image_size,
+                )
+                print("\n".join([*notes, f"written: {values.out}"]))
+        return 0 if stop.signal is None else 128 + stop.signal
     except UserError as error:
         print(f"xsmae: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""The two ways in which a user's input can be wrong."""
+"""The ways in which a user's input, or what keeps it, can be wrong."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,14 @@ class UserError(ValueError):
     The message is ONE line: what was found, what was expected, how to mend it. The
     binaries print it without a traceback and exit with status 2.
     """
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not as it was saved. The message names the file or leaf."""
+
+
+class SaveError(UserError):
+    """A checkpoint that could not be written; those before it are as they were."""
 
 
 class BadImageError(ValueError):

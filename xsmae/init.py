@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ml_collections
 
-from xsmae.checkpoint import Checkpoints
+from xsmae.checkpoints import Checkpoints
 from xsmae.errors import UserError
 from xsmae.train_state import TrainState
 
@@ -82,7 +82,7 @@ def load_weights(directory: str | Path, state: TrainState) -> dict:
     """
     if not (Path(directory) / "checkpoints").is_dir():
         raise UserError(f"init={directory} holds no checkpoints")
-    checkpoints = Checkpoints(Path(directory) / "checkpoints")
+    checkpoints = Checkpoints(Path(directory) / "checkpoints", read_only=True)
     try:
         like = {"params": state.params, "batch_stats": state.batch_stats}
         return checkpoints.restore_weights(like)

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         define_flags(values)
         print(__doc__, values.main_module_help() or values.get_help(), sep="\n\n")
         return 0
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file at INFO
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
     try:
         values = parse(argv)
         # After the flags, so that a wrong one is told at once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -45,28 +46,60 @@ class MetricsWriter:
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(lines))
         temporary.replace(self.path)
-        self.file = self.path.open("a")
+        self.file = self.path.open("ab", buffering=0)
+        self._unwritten: list[bytes] = []
         self.events = None
         if tensorboard:
             purge_step = 0 if resume_step is None else resume_step + 1
             self.events = SummaryWriter(str(workdir), purge_step=purge_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line for `step`; it is on disk when this returns."""
+        """One line for `step`; it is on disk when this returns.
+
+        Where it cannot be written, which is said, it is written before the next one.
+        """
         values = {name: _plain(value) for name, value in metrics.items()}
-        self.file.write(json.dumps({"schema": SCHEMA, "step": step, **values}) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        line = json.dumps({"schema": SCHEMA, "step": step, **values}) + "\n"
+        self._unwritten.append(line.encode())
+        self._write()
         numbers = {k: v for k, v in values.items() if v is not None}
-        if self.events is not None:
-            for name, value in numbers.items():
+        for name, value in numbers.items():
+            if self._takes_events():
                 self.events.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
 
-    def close(self) -> None:
-        self.file.close()
+    def _write(self) -> None:
+        end = os.fstat(self.file.fileno()).st_size
+        lines = b"".join(self._unwritten)
+        try:
+            if self.file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self.file.fileno())
+            self._unwritten.clear()
+        except OSError as error:
+            os.ftruncate(self.file.fileno(), end)  # half a line
+            print(f"{self.path} cannot be written ({error.strerror}), yet", flush=True)
+
+    def _takes_events(self) -> bool:
+        """Whether TensorBoard's thread is there: it ends where the disk is full.
+
+        Its queue then fills, and the next event would wait for ever.
+        """
         if self.events is not None:
+            worker = self.events._get_file_writer().event_writer._worker
+            if not worker.is_alive():
+                print(
+                    "TensorBoard's file ends here: it could not be written", flush=True
+                )
+                self.events = None
+        return self.events is not None
+
+    def close(self) -> None:
+        if self._unwritten:
+            self._write()
+        self.file.close()
+        if self._takes_events():
             self.events.close()
         if self.wandb is not None:
             self.wandb.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,8 +13,9 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from xsmae import figures
-from xsmae.checkpoint import Checkpoints
+from xsmae import drawing
+from xsmae.checkpoints import Checkpoints
+from xsmae.checkpoints.saving import Saver
 from xsmae.data.catalogue import build_source
 from xsmae.data.multiscale import ViewSampler
 from xsmae.data.pipeline import RejectedImages, check_batch_size
@@ -22,7 +24,9 @@ from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
 from xsmae.init import load_weights
+from xsmae.lock import FolderLock
 from xsmae.metrics import MetricsWriter, Progress, read_metrics
+from xsmae.nonfinite import NonfiniteBatches
 from xsmae.report import describe, summary
 from xsmae.sharding import by_batch, put_batch
 from xsmae.signals import StopRequest
@@ -34,9 +38,9 @@ from xsmae.trainer import (
     create_monitors,
     create_sampler,
     create_trainer,
-    first_samples,
 )
-from xsmae.workdir import open_workdir
+from xsmae.watchdog import Watchdog
+from xsmae.workdir import goes_on_without, open_workdir, told_in_one_line
 
 GSD_SAMPLES = 2000  # samples in the histogram of GSDs, enough for a smooth one
 
@@ -52,17 +56,20 @@ class Run:
     trainer: Trainer
     monitor: KnnMonitor | None
     full_monitor: KnnMonitor | None
-    checkpoints: Checkpoints
+    saver: Saver
     writer: MetricsWriter
     rejected: RejectedImages
+    nonfinite: NonfiniteBatches
     stop: StopRequest
+    watchdog: Watchdog
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Train to the end, from the newest checkpoint in `workdir` if there is one.
 
     Returns the exit status: 0 when the run is complete, 128 + n when signal n stopped
-    it (after a step, the state is saved). Raises UserError for what the user can mend.
+    it (after a step, the state is saved). Raises UserError for what the user can mend,
+    also where another process has the workdir, or where too many saves have failed.
     """
     # All that can be wrong with the input comes first, and leaves no trace.
     source = build_source(config.data)
@@ -70,40 +77,51 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     sampler = create_sampler(config)
     trainer = create_trainer(config, num_images=len(source))
     stop = StopRequest()
-    monitors = create_monitors(
-        config, source, should_stop=lambda: stop.signal is not None
-    )
-    open_workdir(workdir, config)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-    )
-    start = checkpoints.latest_step()
-    if start is None:
-        state = trainer.initial_state()
-        if config.init:
-            state = dataclasses.replace(state, **load_weights(config.init, state))
-            print(f"starting from the weights in {config.init}", flush=True)
-    else:
-        state = checkpoints.restore(
-            start, trainer.state_shapes(), fingerprint=source.fingerprint
+    watchdog = Watchdog(workdir / "hang.log", minutes=config.watchdog_minutes)
+
+    def should_stop() -> bool:  # asked between the batches of an evaluation
+        watchdog.feed()
+        return stop.signal is not None
+
+    monitors = create_monitors(config, source, should_stop=should_stop)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FolderLock(workdir))
+        stack.enter_context(told_in_one_line(workdir))
+        open_workdir(workdir, config)
+        stack.enter_context(stop)
+        stack.enter_context(watchdog.watching())
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(
+                    workdir / "checkpoints",
+                    keep=config.checkpoint.keep,
+                    keep_every=config.checkpoint.keep_every,
+                )
+            )
         )
-        print(f"going on from step {start}, saved in {workdir}", flush=True)
-    print(describe(config, trainer, source), flush=True)
-    writer = MetricsWriter(
-        workdir,
-        resume_step=start,
-        tensorboard=config.tensorboard,
-        wandb_config=config.to_dict() if config.wandb else None,
-    )
-    rejected = RejectedImages(
-        workdir / "rejected.jsonl",
-        source,
-        max_fraction=config.input.max_rejected_fraction,
-        resume_step=start,
-    )
-    with stop:
+        start, state = _first_state(config, workdir, source, trainer, checkpoints)
+        print(describe(config, trainer, source), flush=True)
+        writer = MetricsWriter(
+            workdir,
+            resume_step=start,
+            tensorboard=config.tensorboard,
+            wandb_config=config.to_dict() if config.wandb else None,
+        )
+        stack.enter_context(contextlib.closing(writer))
+        rejected = RejectedImages(
+            workdir / "rejected.jsonl",
+            source,
+            max_fraction=config.input.max_rejected_fraction,
+            resume_step=start,
+        )
+        nonfinite = NonfiniteBatches(
+            workdir, source, limit=config.optim.max_nonfinite, resume_step=start
+        )
+        saver = Saver(
+            checkpoints,
+            fingerprint=source.fingerprint,
+            allowed=config.checkpoint.keep_going_without_checkpoints,
+        )
         run = Run(
             config,
             workdir,
@@ -111,10 +129,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
             sampler,
             trainer,
             *monitors,
-            checkpoints,
+            saver,
             writer,
             rejected,
+            nonfinite,
             stop,
+            watchdog,
         )
         try:
             state = train(run, state, start or 0)
@@ -123,14 +143,33 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         except KeyboardInterrupt:
             if stop.signal is None:
                 raise
-        finally:
-            checkpoints.close()
-            writer.close()
+        saver.finish()
     if stop.signal is not None:
         print(f"stopped; the same command goes on from {workdir}", flush=True)
         return 128 + stop.signal
     print(summary(workdir), flush=True)
     return 0
+
+
+def _first_state(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    source: Source,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+) -> tuple[int | None, TrainState]:
+    """The state to go on from and its step, None where the run begins."""
+    found = checkpoints.restore_newest(
+        trainer.state_shapes(), fingerprint=source.fingerprint
+    )
+    if found is not None:
+        print(f"going on from step {found[0]}, saved in {workdir}", flush=True)
+        return found
+    state = trainer.initial_state()
+    if config.init:
+        state = dataclasses.replace(state, **load_weights(config.init, state))
+        print(f"starting from the weights in {config.init}", flush=True)
+    return None, state
 
 
 def train(run: Run, state: TrainState, start: int) -> TrainState:
@@ -143,19 +182,22 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
         start_step=start, num_steps=num_steps, batch_size=config.batch_size
     )
     batches = batches_of(config, run.source, run.sampler, start, num_steps)
-    previous, seen = None, []
+    previous, seen = None, []  # the last step's metrics and images
     gsd_wanted = not (run.workdir / "figures" / "gsd.png").exists()
     for step, batch in enumerate(progress.receive(batches), start + 1):
         try:
             replaced = run.rejected.check(batch, step=step)
         except UserError:
-            _save(run, state, step - 1)
+            run.saver.save(step - 1, state)
             raise
         arrays = put_batch({name: batch[name] for name in STEP_FIELDS}, sharding)
         state, metrics = trainer.step(state, arrays)
-        # Of the step before, so that the devices do not wait for the host.
-        _check_finite(config, previous, step - 1)
-        previous = metrics
+        run.watchdog.feed()
+        run.saver.poll()
+        if previous is not None:
+            # Of the step before, so that the devices do not wait for the host.
+            run.nonfinite.check(*previous, step=step - 1)
+        previous = metrics, np.array(batch["index"])
 
         last = step == num_steps
         if gsd_wanted:
@@ -174,30 +216,28 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
             run.writer.write(step, values)
             print(progress.line(step, values), flush=True)
         if step == start + 1:
-            _draw_crops(run, batch)
+            with goes_on_without("the picture of the crops"):
+                drawing.crops(run, batch)
             jax.block_until_ready(metrics)
             progress.restart(step)
         with progress.paused():
             if _monitored(run, step):
                 _monitor(run, state, step)
             if _due(step, config.figures.every) or last:
-                _draw_progress(run, state, step)
+                with goes_on_without("the reconstructions"):
+                    drawing.progress(run, state, step)
             enough = len(seen) * config.batch_size >= GSD_SAMPLES
             if gsd_wanted and (enough or last):
-                _draw_gsds(run, seen)
+                with goes_on_without("the picture of the GSDs"):
+                    drawing.gsds(run, seen)
                 gsd_wanted, seen = False, []
             stopping = run.stop.signal is not None
             if _due(step, config.checkpoint.every) or last or stopping:
-                _check_finite(config, metrics, step)
-                _save(run, state, step)
+                run.nonfinite.check(*previous, step=step)
+                run.saver.save(step, state)
         if stopping:
             break
     return state
-
-
-def _save(run: Run, state: TrainState, step: int) -> None:
-    if step > 0 and step != run.checkpoints.latest_step():
-        run.checkpoints.save(step, state, fingerprint=run.source.fingerprint)
 
 
 def finish(run: Run, state: TrainState) -> None:
@@ -268,65 +308,6 @@ def _monitor(run: Run, state: TrainState, step: int) -> None:
         f"{name} {100 * value:.1f} %" for name, value in accuracy.items()
     )
     print(f"step {step}/{run.trainer.schedule.num_steps}  kNN {shares}", flush=True)
-
-
-def _check_finite(config: ml_collections.ConfigDict, metrics, step: int) -> None:
-    """Stop a run whose updates have been skipped too often in a row."""
-    if metrics is None:
-        return
-    count = int(metrics["nonfinite_in_a_row"])
-    if count >= config.optim.max_nonfinite:
-        raise UserError(
-            f"the loss or its gradient was not finite in {count} steps in a row, up to "
-            f"step {step}: in a new --workdir, lower --config.optim.learning_rate or "
-            "set --config.optim.clip_norm=1.0; the checkpoints are as they were"
-        )
-
-
-def _draw_crops(run: Run, batch: dict[str, np.ndarray]) -> None:
-    rows = range(min(run.config.figures.samples, len(batch["index"])))
-    records = [run.source[int(batch["index"][row])] for row in rows]
-    figures.crops(
-        run.workdir / "figures" / "crops.png",
-        [(record.image, record.gsd, record.id) for record in records],
-        batch["image"][rows],
-        batch["box"][rows],
-        batch["gsd"][rows],
-    )
-
-
-def _draw_progress(run: Run, state: TrainState, step: int) -> None:
-    """The loss curves, and reconstructions of the run's first samples."""
-    config, folder = run.config, run.workdir / "figures"
-    batch = first_samples(config, run.source, run.sampler, config.figures.samples)
-    batch = {name: batch[name] for name in STEP_FIELDS}
-    figures.reconstructions(
-        folder / f"reconstructions_{step:07}.png",
-        jax.device_get(run.trainer.predict(state, batch)),
-        _gsd_seen(run, batch["gsd"]),
-        mean=config.mean,
-        std=config.std,
-    )
-    rows = read_metrics(run.workdir / "metrics.jsonl")
-    figures.loss_curves(folder / "losses.png", rows)
-
-
-def _draw_gsds(run: Run, seen: list[dict[str, np.ndarray]]) -> None:
-    """Which GSDs the run sees, as its first batches show."""
-    gsd, box = (
-        np.concatenate([part[name] for part in seen]) for name in ("gsd", "box")
-    )
-    heights = box[:, 0, 2] - box[:, 0, 0]
-    figures.gsd_histogram(
-        run.workdir / "figures" / "gsd.png",
-        _gsd_seen(run, gsd),
-        source_gsd=gsd[:, 0, 0] * run.sampler.size / heights,
-    )
-
-
-def _gsd_seen(run: Run, gsd: np.ndarray) -> np.ndarray:
-    """The GSD that the model sees of crops of `gsd`, which may be a finer target."""
-    return gsd * (run.sampler.size // run.config.views.size)
 
 
 def _due(step: int, every: int) -> bool:

@@ -48,6 +48,8 @@ RANGES = {
     "checkpoint.keep": (1, math.inf),
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep_every": (0, math.inf),
+    "checkpoint.keep_going_without_checkpoints": (0, math.inf),
+    "watchdog_minutes": (0, math.inf),
     "knn.k": (1, math.inf),
     "knn.batch_size": (1, math.inf),
     "knn.temperature": (TINY, math.inf),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ FREE_FIELDS = (
     "figures.",
     "log_every",
     "optim.max_nonfinite",
+    "watchdog_minutes",
     "data.root",
     "data.csv_path",
     "data.gsd_csv",
@@ -33,6 +37,9 @@ FREE_FIELDS = (
     "tensorboard",
     "wandb",
 )
+
+# What a disk says that takes nothing more, also where it does not say for which file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE)
 
 PACKAGES = (
     "xsmae", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
@@ -93,6 +100,31 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             f"cannot write to the workdir {workdir}: {error.strerror}; give another "
             "--workdir"
         ) from None
+
+
+@contextlib.contextmanager
+def goes_on_without(what: str) -> Iterator[None]:
+    """Say in one line what could not be written inside, and go on."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{what} cannot be written ({error.strerror or error})", flush=True)
+
+
+@contextlib.contextmanager
+def told_in_one_line(workdir: Path) -> Iterator[None]:
+    """A disk that is full, read-only or gone, as the user's error."""
+    try:
+        yield
+    except OSError as error:
+        ours = error.filename and Path(error.filename).is_relative_to(workdir)
+        if error.errno not in FULL and not ours:
+            raise
+        raise UserError(
+            f"cannot write to the workdir {workdir} ({error.strerror}: "
+            f"{error.filename or 'a file of it'}); mend that, and the same command "
+            "goes on from the newest checkpoint"
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:

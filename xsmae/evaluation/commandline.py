@@ -153,7 +153,7 @@ def run(
         define(values)
         print(doc, values.get_help(), sep="\n\n")
         return 0
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file at INFO
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
     with StopRequest() as stop:
         try:
             main(argv, lambda: stop.signal is not None)

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 from flax import nnx
 
-from xsmae.checkpoint import Checkpoints
+from xsmae.checkpoints import Checkpoints
 from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
 from xsmae.trainer import create_trainer
@@ -41,14 +41,8 @@ def export_checkpoint(path: Path, directory: Path) -> None:
     checkpoints = Checkpoints(path.parent, read_only=True)
     try:
         state = checkpoints.restore(step, trainer.state_shapes(), fingerprint=None)
-    except UserError:
-        raise
-    except Exception as error:  # of many kinds, for a damaged or another model's one
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{path} cannot be restored ({reason[0]}): give another checkpoint of "
-            f"{path.parent}"
-        ) from None
+    except UserError as error:
+        raise UserError(f"{error}: give another checkpoint of {path.parent}") from None
     finally:
         checkpoints.close()
     model = nnx.merge(trainer.graphdef, state.params, state.batch_stats)
@@ -66,7 +60,8 @@ def export_checkpoint(path: Path, directory: Path) -> None:
 
 def no_encoder_in(workdir: Path) -> str:
     """What to say of a workdir without an exported encoder: what it holds instead."""
-    found = sorted(int(p.name) for p in workdir.glob("checkpoints/[0-9]*"))
+    names = (path.name for path in workdir.glob("checkpoints/[0-9]*"))
+    found = sorted(int(name) for name in names if name.isdigit())
     if not found:
         return (
             f"encoder={workdir} holds neither encoder.json nor checkpoints: give an "

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xsmae.checkpoint import Checkpoints
+from xsmae.checkpoints import Checkpoints
 from xsmae.data.pipeline import make_batches
 from xsmae.errors import UserError
 from xsmae.evaluation.cache import Features, cached_features
@@ -23,6 +23,7 @@ from xsmae.evaluation.measure import Measurement, Outcome
 from xsmae.evaluation.parts import Subset
 from xsmae.evaluation.recipe import Plan, create_crops, create_plan
 from xsmae.evaluation.scales import Scale
+from xsmae.lock import FolderLock
 from xsmae.metrics import Progress
 from xsmae.train_state import TrainState
 
@@ -175,8 +176,25 @@ def _train(
 ) -> tuple[TrainState, int]:
     """The state after the last step, and how many steps were made now."""
     title = f"{job.encoder.name}, {scale.percent:g} % ({scale.size} px), {feature}"
-    folder, num_steps = state_folder(job, scale, feature), batches.plan.num_steps
-    checkpoints, state, start = _restore(job, folder, learner)
+    folder = state_folder(job, scale, feature)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache {job.cache}: {error.strerror}; free space or "
+            "give another --cache"
+        ) from None
+    with FolderLock(folder):
+        return _train_in(folder, job, title, learner, batches)
+
+
+def _train_in(
+    folder: Path, job: Measurement, title: str, learner: Learner, batches: _Batches
+) -> tuple[TrainState, int]:
+    """As `_train`, in a folder that is this process's alone."""
+    checkpoints = Checkpoints(folder, keep=1, say=job.say)
+    num_steps = batches.plan.num_steps
+    state, start = _restore(job, checkpoints, learner)
     if start:
         job.say(f"{title}: going on from step {start}/{num_steps}")
     progress = Progress(start_step=start, num_steps=num_steps, batch_size=batches.size)
@@ -195,7 +213,7 @@ def _train(
             stopping = job.should_stop()
             if whole or stopping or step == num_steps:
                 _check_finite(loss, step)
-                _save(job, checkpoints, step, state)
+                checkpoints.save(step, state, fingerprint=job.parts.train.fingerprint)
             if time.monotonic() - said > EVERY or stopping or step == num_steps:
                 first = step == start + 1
                 rate = math.nan if first else progress.images_per_second(step)
@@ -210,45 +228,19 @@ def _train(
 
 
 def _restore(
-    job: Measurement, folder: Path, learner: Learner
-) -> tuple[Checkpoints, TrainState, int]:
+    job: Measurement, checkpoints: Checkpoints, learner: Learner
+) -> tuple[TrainState, int]:
     """The saved state and its step, or the first one and 0."""
+    fingerprint, folder = job.parts.train.fingerprint, checkpoints.directory
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(folder, keep=1)
-    except OSError as error:
-        raise UserError(_cannot_write(job, error)) from None
-    start = checkpoints.latest_step()
-    if start is None:
-        return checkpoints, learner.state, 0
-    fingerprint = job.parts.train.fingerprint
-    try:
-        state = checkpoints.restore(start, learner.state, fingerprint=fingerprint)
-    # Orbax raises errors of many kinds for a damaged state, and a training can always
-    # begin anew.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        job.say(f"{folder} is damaged ({reason}): this training begins anew")
-        checkpoints.close()
-        shutil.rmtree(folder)
-        return Checkpoints(folder, keep=1), learner.state, 0
-    return checkpoints, state, start
-
-
-def _save(
-    job: Measurement, checkpoints: Checkpoints, step: int, state: TrainState
-) -> None:
-    try:
-        checkpoints.save(step, state, fingerprint=job.parts.train.fingerprint)
-    except OSError as error:
-        raise UserError(_cannot_write(job, error)) from None
-
-
-def _cannot_write(job: Measurement, error: OSError) -> str:
-    return (
-        f"cannot write to the cache {job.cache}: {error.strerror}; free space or give "
-        "another --cache"
-    )
+        found = checkpoints.restore_newest(learner.state, fingerprint=fingerprint)
+    except UserError as error:  # a training can always begin anew
+        job.say(f"{folder} is damaged ({error}): this training begins anew")
+        for step in checkpoints.steps():
+            shutil.rmtree(folder / str(step))
+        found = None
+    start, state = found or (0, learner.state)
+    return state, start
 
 
 def _check_finite(loss: jax.Array | None, step: int) -> None:

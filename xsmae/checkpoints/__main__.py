@@ -1,0 +1,56 @@
+"""Are checkpoints as they were saved? `python -m xsmae.checkpoints verify DIR`.
+
+DIR is a workdir or its folder `checkpoints`. A line a step: good, or damaged and which
+file or array. Exit status: 0, 1 where a step is damaged, 2 where DIR holds none.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import logging
+
+from xsmae.checkpoints.step import verify as verify_step
+from xsmae.checkpoints.store import Checkpoints
+from xsmae.errors import DamagedError, UserError
+
+
+def verify(directory: Path) -> bool:
+    """Print a line a step; returns whether none is damaged."""
+    inner = directory / "checkpoints"
+    checkpoints = Checkpoints(inner if inner.is_dir() else directory, read_only=True)
+    steps, whole = checkpoints.steps(), True
+    if not steps:
+        raise UserError(f"{directory} holds no checkpoint: give a run's workdir")
+    try:
+        for step in steps:
+            try:
+                checked = verify_step(checkpoints.directory / str(step))
+                said = "good" if checked else "saved without digests, not checked"
+            except DamagedError as error:
+                said, whole = f"damaged: {error}", False
+            print(f"step {step}: {said}", flush=True)
+    finally:
+        checkpoints.close()
+    return whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    argv = sys.argv if argv is None else argv
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return 0
+    logging.set_verbosity(logging.FATAL)  # what is wrong is told in one line
+    try:
+        if len(argv) != 3 or argv[1] != "verify":
+            raise UserError("expected: python -m xsmae.checkpoints verify DIR")
+        return 0 if verify(Path(argv[2])) else 1
+    except UserError as error:
+        print(f"xsmae: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

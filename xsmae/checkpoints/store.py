@@ -1,0 +1,255 @@
+"""Orbax checkpoints of the whole state, with the position in the data and digests."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from xsmae.checkpoints import digests
+from xsmae.checkpoints import step as step_of
+from xsmae.checkpoints.step import SCHEMA, create_handler, reason
+from xsmae.errors import DamagedError, SaveError, UserError
+from xsmae.train_state import TrainState
+
+# A save is under way in `saving-STEP`, and then renamed; so is what is to be removed.
+SAVING, REMOVED = "saving-", "removed-"
+ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+# What must be free of a state's size, and for what describes it and the run's files.
+MARGIN, MARGIN_BYTES = 1.1, 32 * 2**20
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, `<directory>/<step>/`; what is there is whole.
+
+    A step gets its name once all of it and its digests are on the disk, and only then
+    are older ones removed. keep: how many of the newest stay. keep_every: and every one
+    whose step is a multiple of it, 0 for none. read_only: for looking into another
+    run's workdir; otherwise what a killed save has left is removed. with_digests: False
+    to measure what they cost. say: where a line goes about a step that cannot be used.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        read_only: bool = False,
+        with_digests: bool = True,
+        say: Callable[[str], None] = print,
+    ):
+        self.directory = directory.absolute()
+        self.keep, self.keep_every = keep, keep_every
+        self.with_digests = with_digests
+        self.say = say
+        self._damaged: set[int] = set()
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+        if not read_only and jax.process_index() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write checkpoints to {directory}: {error.strerror}"
+                ) from None
+            self._remove_leftovers()
+        self._checkpointer = ocp.AsyncCheckpointer(create_handler())
+
+    def steps(self) -> list[int]:
+        """The steps that have been saved, in order."""
+        names = (path.name for path in self.directory.glob("[0-9]*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def latest_step(self) -> int | None:
+        """The newest of them."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: TrainState, *, fingerprint: str) -> None:
+        """Save in the background; `fingerprint` is that of the data source.
+
+        Raises SaveError where that cannot be, or where the save before it has failed.
+        What goes wrong in the background `wait` raises, and `poll`.
+        """
+        self.wait()
+        self._check_space(step, state)
+        leaves = digests.to_host(state) if self.with_digests else None
+        position = {
+            "schema": SCHEMA if self.with_digests else 1,
+            "batches": step,
+            "source": fingerprint,
+        }
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+        )
+        try:
+            self._checkpointer.save(self._saving(step), args=args, force=True)
+        except Exception as error:  # Orbax raises those of the file system and others
+            raise self._failed(step, error) from error
+        self._pending = self._worker.submit(self._prove, step, leaves, position)
+
+    def wait(self) -> None:
+        """Wait until everything is on disk; raises SaveError where it cannot be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def poll(self) -> None:
+        """Raise SaveError where the save in the background has failed by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def saving(self) -> bool:
+        """Whether a save is under way, or its end not yet asked for."""
+        return self._pending is not None
+
+    def restore(
+        self, step: int, like: TrainState, *, fingerprint: str | None
+    ) -> TrainState:
+        """The state saved at `step`, with the shapes and placement of `like`.
+
+        `like` holds arrays or `jax.ShapeDtypeStruct`s with shardings. Raises UserError
+        where the checkpoint is of other data or arrays, DamagedError where it is not as
+        it was saved; a fingerprint of None is any data's.
+        """
+        return step_of.restore(
+            self._path(step), like, fingerprint=fingerprint, say=self.say
+        )
+
+    def restore_newest(
+        self, like: TrainState, *, fingerprint: str | None
+    ) -> tuple[int, TrainState] | None:
+        """The newest step that is as it was saved, and its state; None of no steps.
+
+        Says in a line which steps are passed over. Raises DamagedError where none is
+        left, and UserError as `restore` does.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return step, self.restore(step, like, fingerprint=fingerprint)
+            except DamagedError as error:
+                self._pass_over(step, error)
+        self._raise_if_none_is_whole()
+        return None
+
+    def restore_weights(self, like: Mapping[str, Any]) -> dict[str, Any]:
+        """`params` and `batch_stats` of the newest whole step, whatever else it holds.
+
+        `like` holds them as arrays. Raises UserError with the names of the weights that
+        are missing, left over or of another shape.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return step_of.restore_weights(self._path(step), like, say=self.say)
+            except DamagedError as error:
+                self._pass_over(step, error)
+        self._raise_if_none_is_whole()
+        raise UserError(f"{self.directory} holds no checkpoint")
+
+    def close(self) -> None:
+        """Wait until everything is on disk; raises SaveError where it cannot be."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._checkpointer.close()
+
+    def _pass_over(self, step: int, error: DamagedError) -> None:
+        self._damaged.add(step)
+        self.say(f"step {step} is passed over: {error}")
+
+    def _raise_if_none_is_whole(self) -> None:
+        if self._damaged:
+            raise DamagedError(
+                f"{self.directory}: none of the steps saved is whole; put one back "
+                "from elsewhere, or move the folder away to begin anew"
+            )
+
+    def _check_space(self, step: int, state: TrainState) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = round(MARGIN * needed) + MARGIN_BYTES
+        if not self.directory.is_dir():  # and what it lay on may be another disk now
+            raise SaveError(
+                f"step {step} is not saved: {self.directory} is not there any more"
+            )
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise self._failed(step, error) from None
+        if free < needed:
+            raise SaveError(
+                f"step {step} is not saved: {self.directory} has "
+                f"{free / 2**20:.0f} MiB free, expected {needed / 2**20:.0f} or more"
+            )
+
+    def _prove(
+        self, step: int, leaves: Mapping[str, digests.Leaf] | None, position: Any
+    ) -> None:
+        """In the background: wait for Orbax, add the digests, name the step."""
+        path, saving = self._path(step), self._saving(step)
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() != 0:
+                return
+            if leaves is not None:
+                wrong = [name for name, x in leaves.items() if not x.is_finite()]
+                if wrong:
+                    raise ValueError(f"{wrong[0]} holds numbers that are not finite")
+                digests.write(saving, leaves, position)
+            if path.exists():  # a damaged one
+                self._remove(step)
+            saving.rename(path)
+            digests.sync_folder(self.directory)
+            self._damaged.discard(step)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        try:
+            self._remove_old(step)
+        except OSError as error:
+            self.say(f"steps that are not kept cannot be removed: {reason(error)}")
+
+    def _remove_old(self, newest: int) -> None:
+        """Remove what is not kept, now that `newest` is whole.
+
+        Damaged steps do not count among those kept, and steps after the newest are of
+        no use to a run that has gone on from before them.
+        """
+        whole = [s for s in self.steps() if s <= newest and s not in self._damaged]
+        kept = set(whole[-self.keep :])
+        if self.keep_every:
+            kept |= {step for step in whole if step % self.keep_every == 0}
+        for step in set(self.steps()) - kept:
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        # First the name: half a step must not be taken for one.
+        removed = self.directory / f"{REMOVED}{step}"
+        self._path(step).rename(removed)
+        shutil.rmtree(removed)
+
+    def _remove_leftovers(self) -> None:
+        for path in self.directory.iterdir():
+            dead = path.name.startswith((SAVING, REMOVED)) or (
+                ORBAX_TEMPORARY in path.name
+            )
+            if dead:
+                shutil.rmtree(path)
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _saving(self, step: int) -> Path:
+        return self.directory / f"{SAVING}{step}"
+
+    def _failed(self, step: int, error: Exception) -> SaveError:
+        """What is left of a save takes the space that the next one needs."""
+        for path in self.directory.glob(f"{SAVING}{step}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        return SaveError(
+            f"step {step} could not be saved in {self.directory} ({reason(error)})"
+        )

@@ -1,0 +1,63 @@
+"""The pictures that a run draws of itself as it goes: what it hands to `figures`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from xsmae import figures
+from xsmae.metrics import read_metrics
+from xsmae.train_state import TrainState
+from xsmae.trainer import STEP_FIELDS, first_samples
+
+if TYPE_CHECKING:
+    from xsmae.train import Run
+
+
+def crops(run: Run, batch: dict[str, np.ndarray]) -> None:
+    """The boxes of the views of a batch's first samples on their sources."""
+    rows = range(min(run.config.figures.samples, len(batch["index"])))
+    records = [run.source[int(batch["index"][row])] for row in rows]
+    figures.crops(
+        run.workdir / "figures" / "crops.png",
+        [(record.image, record.gsd, record.id) for record in records],
+        batch["image"][rows],
+        batch["box"][rows],
+        batch["gsd"][rows],
+    )
+
+
+def progress(run: Run, state: TrainState, step: int) -> None:
+    """The loss curves, and reconstructions of the run's first samples."""
+    config, folder = run.config, run.workdir / "figures"
+    batch = first_samples(config, run.source, run.sampler, config.figures.samples)
+    batch = {name: batch[name] for name in STEP_FIELDS}
+    figures.reconstructions(
+        folder / f"reconstructions_{step:07}.png",
+        jax.device_get(run.trainer.predict(state, batch)),
+        _gsd_seen(run, batch["gsd"]),
+        mean=config.mean,
+        std=config.std,
+    )
+    rows = read_metrics(run.workdir / "metrics.jsonl")
+    figures.loss_curves(folder / "losses.png", rows)
+
+
+def gsds(run: Run, seen: list[dict[str, np.ndarray]]) -> None:
+    """Which GSDs the run sees, as its first batches show."""
+    gsd, box = (
+        np.concatenate([part[name] for part in seen]) for name in ("gsd", "box")
+    )
+    heights = box[:, 0, 2] - box[:, 0, 0]
+    figures.gsd_histogram(
+        run.workdir / "figures" / "gsd.png",
+        _gsd_seen(run, gsd),
+        source_gsd=gsd[:, 0, 0] * run.sampler.size / heights,
+    )
+
+
+def _gsd_seen(run: Run, gsd: np.ndarray) -> np.ndarray:
+    """The GSD that the model sees of crops of `gsd`, which may be a finer target."""
+    return gsd * (run.sampler.size // run.config.views.size)

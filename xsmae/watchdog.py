@@ -1,0 +1,74 @@
+"""Ending a run that hangs, so that whoever started it can start it again."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from xsmae.signals import end_at_once
+
+FILE = "hang.log"
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class Watchdog:
+    """Ends the process when it has not been fed for `minutes`; 0: never.
+
+    What every thread was doing is written to `path` first, and one line to stderr. The
+    run's newest checkpoint is as it was: nothing is saved by a process that hangs.
+    """
+
+    def __init__(self, path: Path, *, minutes: float):
+        self.path = path
+        self.minutes = minutes
+        self._fed = time.monotonic()
+
+    def feed(self) -> None:
+        """Something has been done."""
+        self._fed = time.monotonic()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while inside."""
+        if self.minutes == 0:
+            yield
+            return
+        left = threading.Event()
+        thread = threading.Thread(
+            target=self._watch, args=(left,), name="watchdog", daemon=True
+        )
+        self.feed()
+        thread.start()
+        try:
+            yield
+        finally:
+            left.set()
+            thread.join()
+
+    def _watch(self, left: threading.Event) -> None:
+        limit = 60 * self.minutes
+        while not left.wait(max(self._fed + limit - time.monotonic(), 0.01)):
+            if time.monotonic() - self._fed >= limit:
+                self._end()
+
+    def _end(self) -> None:
+        where = f"what each thread was doing is in {self.path}"
+        try:
+            with self.path.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            where = f"{self.path} cannot be written ({error.strerror})"
+            faulthandler.dump_traceback(all_threads=True)
+        line = (
+            f"xsmae: no step in {self.minutes:g} minutes (watchdog_minutes): ending; "
+            f"{where}; the same command goes on from the newest checkpoint\n"
+        )
+        os.write(2, line.encode())
+        end_at_once(EXIT_STATUS)
