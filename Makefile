@@ -12,7 +12,7 @@ DATA ?= ../shared/data
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
-.PHONY: quickstart notebooks study test test-core test-peers lint format clean
+.PHONY: quickstart notebooks study test test-core test-faults test-peers lint format clean
 
 quickstart: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) \
@@ -37,6 +37,11 @@ test-core: $(VENV)/installed-test
 		tests/test_train_state.py tests/test_multiscale.py tests/test_pipeline.py \
 		tests/test_sources.py tests/test_images.py tests/test_fmow.py \
 		tests/test_tfds.py tests/test_synthetic.py
+
+# Damaged checkpoints, full disks, hangs, signals; 40 kills in short runs.
+test-faults: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "" --durations=10 tests/test_checkpoints.py \
+		tests/test_trust.py tests/test_faults.py
 
 # Our networks and exports against Hugging Face transformers and timm, on PyTorch.
 test-peers: $(PEERS)/installed

@@ -32,6 +32,8 @@ ARGUMENTS = (
     "method=scale_mae",
 )
 
+TIMES = ("images_per_second", "waiting_for_data")
+
 SMALL_MODEL = [
     "--config.views.size=16",
     "--config.model.patch_size=8",

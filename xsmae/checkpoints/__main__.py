@@ -29,7 +29,9 @@ def verify(directory: Path) -> bool:
                 checked = verify_step(checkpoints.directory / str(step))
                 said = "good" if checked else "saved without digests, not checked"
             except DamagedError as error:
-                said, whole = f"damaged: {error}", False
+                path = checkpoints.directory / str(step)
+                what = str(error).removeprefix(f"{path} is damaged: ")
+                said, whole = f"damaged: {what}", False
             print(f"step {step}: {said}", flush=True)
     finally:
         checkpoints.close()

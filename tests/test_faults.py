@@ -1,0 +1,96 @@
+"""Runs that are killed again and again end as one that is not: `make test-faults`."""
+
+import random
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.test_main import ROOT, command, comparable
+from xsmae.checkpoints.__main__ import main as checkpoints
+from xsmae.metrics import read_metrics
+
+KILLS = 20
+NUM_STEPS = 1200
+RUN = [
+    f"--config.num_steps={NUM_STEPS}",
+    "--config.log_every=1",
+    "--config.checkpoint.every=25",
+    "--config.knn.every=300",
+    "--config.tensorboard=False",
+]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert subprocess.run(command(workdir, *RUN), cwd=ROOT).returncode == 0
+    return workdir
+
+
+def steps_saved(workdir):
+    names = (path.name for path in (workdir / "checkpoints").glob("[0-9]*"))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def last_step(workdir):
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return max((row["step"] for row in rows if "loss" in row), default=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_random_moments_a_run_ends_as_the_other(
+    number, uninterrupted, tmp_path, capsys
+):
+    """SIGKILL loses nothing beyond the last save, SIGTERM nothing at all."""
+    rng, workdir = random.Random(int(number)), tmp_path / "killed"
+    log, kills = tmp_path / "log", 0
+    while kills < KILLS:
+        newest, seen = max(steps_saved(workdir), default=0), last_step(workdir)
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command(workdir, *RUN), cwd=ROOT, stdout=file, stderr=file
+            )
+        if kills % 4 == 3:  # while it starts, restores, compiles
+            time.sleep(rng.uniform(0, 8))
+        else:
+            wait_for_a_step(process, log)
+            time.sleep(rng.uniform(0, 0.5))
+        assert process.poll() is None, log.read_text()
+        process.send_signal(number)
+        status = process.wait(120)
+        kills += 1
+        printed = log.read_text()
+        begun = re.search(r"going on from step (\d+)", printed)
+        if begun:  # otherwise it was killed before that
+            assert int(begun[1]) == newest
+        if number == signal.SIGKILL:
+            assert status == -number
+            continue
+        assert status in (128 + number, -number), printed
+        if "stopped; the same command goes on" in printed:
+            assert status == 128 + number
+            # What has been done is saved; the last row is of the step saved.
+            assert max(steps_saved(workdir), default=0) == last_step(workdir) >= seen
+    assert subprocess.run(command(workdir, *RUN), cwd=ROOT).returncode == 0
+    assert comparable(workdir) == comparable(uninterrupted)
+    ours, theirs = (
+        (folder / "encoder" / "encoder.safetensors").read_bytes()
+        for folder in (workdir, uninterrupted)
+    )
+    assert ours == theirs
+    assert checkpoints(["checkpoints", "verify", str(workdir)]) == 0
+    with capsys.disabled():
+        print(f"{kills} times {number.name}: equal metrics, equal encoder")
+
+
+def wait_for_a_step(process, log):
+    deadline = time.monotonic() + 300
+    while not re.search(r"^step \d+/", log.read_text(), re.MULTILINE):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
