@@ -85,7 +85,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
 
     monitors = create_monitors(config, source, should_stop=should_stop)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(FolderLock(workdir))
+        if jax.process_index() == 0:  # the others belong to it
+            stack.enter_context(FolderLock(workdir))
         stack.enter_context(told_in_one_line(workdir))
         open_workdir(workdir, config)
         stack.enter_context(stop)
