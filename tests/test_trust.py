@@ -194,7 +194,7 @@ def test_images_of_batches_that_are_not_finite_are_listed(tmp_path):
 
 
 def test_a_diverging_run_keeps_its_good_checkpoint(tmp_path, capsys):
-    """The first update makes the parameters infinite; that state is never saved."""
+    """The first update is too large by far; the steps after it change nothing."""
     said = refused(
         capsys,
         *SHORT,
@@ -207,7 +207,7 @@ def test_a_diverging_run_keeps_its_good_checkpoint(tmp_path, capsys):
     assert str(tmp_path / "nonfinite.jsonl") in said
     rows = read_metrics(tmp_path / "nonfinite.jsonl")
     assert [len(row["ids"]) for row in rows] == [8, 8]
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 # Disks
@@ -223,12 +223,22 @@ def test_lines_that_a_full_disk_did_not_take_are_written_later(tmp_path, capsys)
         for step in range(2, 40):  # more than TensorBoard's queue is long
             writer.write(step, {"loss": 1.0})
         assert writer.path.stat().st_size == size
-        assert "cannot be written (File too large)" in capsys.readouterr().out
+        assert "metrics.jsonl cannot be written (" in capsys.readouterr().out
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     writer.write(40, {"loss": 1.0})
     writer.close()
     assert [row["step"] for row in read_metrics(writer.path)] == list(range(1, 41))
+
+
+def test_a_run_does_not_wait_for_tensorboard_that_has_ended(tmp_path, capsys):
+    writer = MetricsWriter(tmp_path, resume_step=None, tensorboard=True)
+    writer.events._get_file_writer().event_writer._worker.stop()
+    for step in range(40):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert "TensorBoard's file ends here" in capsys.readouterr().out
+    assert len(read_metrics(writer.path)) == 40
 
 
 def no_space(*args, **kwargs):

@@ -30,6 +30,7 @@ class NonfiniteBatches:
         self.path = workdir / FILE
         self.source = source
         self.limit = limit
+        self.in_a_row = 0  # at the step that was last checked
         self._checked = resume_step or 0
         if self.path.exists():
             rows = [r for r in read_metrics(self.path) if r["step"] <= self._checked]
@@ -47,7 +48,7 @@ class NonfiniteBatches:
         if step <= self._checked:
             return
         self._checked = step
-        count = int(metrics["nonfinite_in_a_row"])
+        self.in_a_row = count = int(metrics["nonfinite_in_a_row"])
         if not count:
             return
         ids = [self.source.id(int(index)) for index in indices if index >= 0]

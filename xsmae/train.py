@@ -183,7 +183,7 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
         start_step=start, num_steps=num_steps, batch_size=config.batch_size
     )
     batches = batches_of(config, run.source, run.sampler, start, num_steps)
-    previous, seen = None, []  # the last step's metrics and images
+    previous, seen, due = None, [], False  # previous: a step's metrics and images
     gsd_wanted = not (run.workdir / "figures" / "gsd.png").exists()
     for step, batch in enumerate(progress.receive(batches), start + 1):
         try:
@@ -233,9 +233,13 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
                     drawing.gsds(run, seen)
                 gsd_wanted, seen = False, []
             stopping = run.stop.signal is not None
-            if _due(step, config.checkpoint.every) or last or stopping:
+            due = due or _due(step, config.checkpoint.every) or last or stopping
+            if due:
                 run.nonfinite.check(*previous, step=step)
+            # Steps that have changed nothing must not push out one that is good.
+            if due and (last or stopping or not run.nonfinite.in_a_row):
                 run.saver.save(step, state)
+                due = False
         if stopping:
             break
     return state
