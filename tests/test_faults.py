@@ -4,21 +4,27 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.test_main import ROOT, command, comparable
+from tests.test_main import ROOT, SMALL_RUN, comparable
 from xsmae.checkpoints.__main__ import main as checkpoints
 from xsmae.metrics import read_metrics
 
 KILLS = 20
-NUM_STEPS = 1200
+NUM_STEPS = 600
 RUN = [
+    sys.executable,
+    "-m",
+    "xsmae.main",
+    "--config=configs/quickstart.py:method=mae",
+    *SMALL_RUN,
     f"--config.num_steps={NUM_STEPS}",
     "--config.log_every=1",
-    "--config.checkpoint.every=25",
-    "--config.knn.every=300",
+    "--config.checkpoint.every=10",
+    "--config.knn.every=150",
     "--config.tensorboard=False",
 ]
 
@@ -28,8 +34,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert subprocess.run(command(workdir, *RUN), cwd=ROOT).returncode == 0
+    assert subprocess.run(command(workdir), cwd=ROOT).returncode == 0
     return workdir
+
+
+def command(workdir):
+    return [*RUN, f"--workdir={workdir}"]
 
 
 def steps_saved(workdir):
@@ -53,16 +63,19 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
         newest, seen = max(steps_saved(workdir), default=0), last_step(workdir)
         with log.open("w") as file:
             process = subprocess.Popen(
-                command(workdir, *RUN), cwd=ROOT, stdout=file, stderr=file
+                command(workdir), cwd=ROOT, stdout=file, stderr=file
             )
-        if kills % 4 == 3:  # while it starts, restores, compiles
-            time.sleep(rng.uniform(0, 8))
-        else:
-            wait_for_a_step(process, log)
-            time.sleep(rng.uniform(0, 0.5))
-        assert process.poll() is None, log.read_text()
-        process.send_signal(number)
-        status = process.wait(120)
+        try:
+            if kills % 4 == 3:  # while it starts, restores, compiles
+                time.sleep(rng.uniform(0, 8))
+            else:
+                wait_for_step(newest + rng.randint(1, 25), process, log)
+                time.sleep(rng.uniform(0, 0.05))
+            assert process.poll() is None, log.read_text()
+            process.send_signal(number)
+            status = process.wait(120)
+        finally:
+            process.kill()
         kills += 1
         printed = log.read_text()
         begun = re.search(r"going on from step (\d+)", printed)
@@ -76,7 +89,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
             assert status == 128 + number
             # What has been done is saved; the last row is of the step saved.
             assert max(steps_saved(workdir), default=0) == last_step(workdir) >= seen
-    assert subprocess.run(command(workdir, *RUN), cwd=ROOT).returncode == 0
+    assert subprocess.run(command(workdir), cwd=ROOT).returncode == 0
     assert comparable(workdir) == comparable(uninterrupted)
     ours, theirs = (
         (folder / "encoder" / "encoder.safetensors").read_bytes()
@@ -88,9 +101,12 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
         print(f"{kills} times {number.name}: equal metrics, equal encoder")
 
 
-def wait_for_a_step(process, log):
-    deadline = time.monotonic() + 300
-    while not re.search(r"^step \d+/", log.read_text(), re.MULTILINE):
+def wait_for_step(step, process, log):
+    deadline = time.monotonic() + 600
+    while True:
+        steps = re.findall(r"^step (\d+)/", log.read_text(), re.MULTILINE)
+        if steps and int(steps[-1]) >= step:
+            return
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
