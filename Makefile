@@ -28,7 +28,8 @@ study: $(VENV)/installed
 	$(BIN)/python -m studies.report
 
 test: lint
-	$(BIN)/python -m pytest --durations=10 --cov=xsmae --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n logical --dist worksteal --durations=10 \
+		--cov=xsmae --cov-report=term --cov-fail-under=90
 
 # What depends most on the versions of jax and flax.
 test-core: $(VENV)/installed-test

@@ -1,8 +1,19 @@
-"""Fixtures that more than one file needs."""
+"""Fixtures that more than one file needs, and a core for each of several workers."""
+
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
+
+
+def pytest_configure():
+    """XLA's threads wait for each other: two workers on the same two cores are slower
+    than each on one of them, which what they start is on too."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker.removeprefix("gw").isdigit() and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 
 
 @pytest.fixture

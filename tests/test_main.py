@@ -95,9 +95,6 @@ def command(workdir, *more):
     ]  # fmt: skip
 
 
-TIMES = ("images_per_second", "waiting_for_data")
-
-
 def comparable(workdir):
     """The lines of `metrics.jsonl` without the values that are times."""
     rows = read_metrics(workdir / "metrics.jsonl")
