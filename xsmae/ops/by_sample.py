@@ -1,0 +1,55 @@
+"""Functions that treat every sample of a batch alone, under vmap and sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def by_sample(function: Callable[..., list[jax.Array]]) -> Callable:
+    """`function`, of arrays that all have the batch first, told to vmap and to XLA.
+
+    A kernel is opaque to XLA: under `jit`, with the batch divided over devices, every
+    device would gather all of it. So told, each calls `function` on its own samples,
+    whose other axes are whole. A `vmap` puts its axis into the batch.
+    """
+    divided = custom_partitioning(function)
+    divided.def_partition(partition=_partitioned(function), sharding_rule=_rule)
+    batched = jax.custom_batching.custom_vmap(divided)
+
+    @batched.def_vmap
+    def fold(size, in_batched, *arrays):
+        arrays = [
+            x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
+            for x, has_axis in zip(arrays, in_batched, strict=True)
+        ]
+        out = batched(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return batched
+
+
+def _partitioned(function):
+    def partition(mesh, arguments, results):
+        batch = arguments[0].sharding.spec[:1]
+        own = NamedSharding(mesh, PartitionSpec(*batch))
+        return mesh, function, *jax.tree.map(lambda _: own, (results, arguments))
+
+    return partition
+
+
+def _rule(mesh, arguments, results):
+    """The batch is one axis throughout; no other may be divided (Shardy's notation)."""
+    terms, whole = [], []
+    for index, array in enumerate((*arguments, *results)):
+        names = [f"x{index}_{axis}" for axis in range(1, len(array.shape))]
+        terms.append(" ".join(("b", *names)))
+        whole.extend(names)
+    left, right = terms[: len(arguments)], terms[len(arguments) :]
+    rule = f"{', '.join(left)} -> {', '.join(right)}"
+    return rule, {"need_replication_factors": tuple(whole)}
