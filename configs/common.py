@@ -137,7 +137,7 @@ def get_common(
         model.independent_heads = True
         model.progressive = False  # the finer map continues from the coarser
     model.dtype = "bfloat16"  # of the computation; parameters are float32
-    model.attention = "xla"
+    model.attention = "xla"  # auto, pallas, cudnn, xla: xsmae.ops.attention
     model.remat = "none"  # none, dots, full: what is recomputed in the backward pass
     model.scan = True  # False unrolls the blocks
 

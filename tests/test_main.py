@@ -372,6 +372,7 @@ def test_a_diverging_run_stops(tmp_path, capsys):
         (["--config.views.area=('a',1)"], "views.area"),
         (["--config.mean=(0.5,)"], "mean"),
         (["--config.model.attention=magic"], "magic"),
+        (["--config.model.attention=cudnn"], "expected an NVIDIA GPU"),
         (["--config.model.remat=some"], "remat"),
         (["--config.knn.test.num_images=0"], "--config.knn.every=-1"),
     ],
