@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PEERS := $(VENV)-peers
+COMPILER := $(VENV)-compiler
 WORKDIR ?= runs/quickstart
 DATA ?= ../shared/data
 
@@ -12,7 +13,8 @@ DATA ?= ../shared/data
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
-.PHONY: quickstart notebooks study test test-core test-faults test-peers lint format clean
+.PHONY: quickstart notebooks study bench-attention test test-core test-faults
+.PHONY: test-peers lint format clean
 
 quickstart: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) \
@@ -27,6 +29,11 @@ study: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m studies.head_to_head --data=$(DATA)
 	$(BIN)/python -m studies.report
 
+# The memory that attention takes on an H200, compiled for one on any Linux machine:
+# benchmarks/RESULTS.md. Ten minutes on a busy machine, two on an idle one.
+bench-attention: $(COMPILER)/installed
+	$(COMPILER)/bin/python -m benchmarks.attention --compile_for=h200
+
 test: lint
 	$(BIN)/python -m pytest -n logical --dist worksteal --durations=10 \
 		--cov=xsmae --cov-report=term --cov-fail-under=90
@@ -34,7 +41,7 @@ test: lint
 # What depends most on the versions of jax and flax.
 test-core: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/test_models.py tests/test_methods.py \
-		tests/test_parity.py tests/test_losses.py \
+		tests/test_parity.py tests/test_losses.py tests/test_attention.py \
 		tests/test_train_state.py tests/test_multiscale.py tests/test_pipeline.py \
 		tests/test_sources.py tests/test_images.py tests/test_fmow.py \
 		tests/test_tfds.py tests/test_synthetic.py
@@ -56,7 +63,7 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/bin/python $(PEERS)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(COMPILER)/bin/python:
 	export PATH && python=$$(sh .ci/find_python $(PYTHON)) && $$python -m venv $(@D:/bin=)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
@@ -78,6 +85,13 @@ $(PEERS)/installed: $(PEERS)/bin/python pyproject.toml constraints.txt \
 		--editable '.[test]' torch transformers
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints-peers.txt --no-deps timm
+	touch $@
+
+# XLA's compiler for NVIDIA GPUs, of jax's own version, without the libraries to run.
+$(COMPILER)/installed: $(COMPILER)/bin/python pyproject.toml constraints.txt
+	$(COMPILER)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable . 'jax[cuda12-local]' \
+		nvidia-cuda-nvcc-cu12
 	touch $@
 
 clean:

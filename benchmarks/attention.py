@@ -1,0 +1,307 @@
+"""Every implementation of attention: memory as compiled for a GPU, and time on one.
+
+python -m benchmarks.attention --compile_for=h200   compiles; needs no GPU
+python -m benchmarks.attention                      on a GPU: times as well
+
+Prints one JSON line a case and then a table, in GitHub's Markdown. `--suite` compiles
+the lengths, widths and dtypes of tests/test_attention.py instead, all with all.
+"""
+
+import datetime
+import functools
+import importlib.metadata
+import itertools
+import json
+import math
+import re
+import statistics
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from einops import rearrange
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xsmae.ops.attention import attention
+
+# Sizes of official MAE networks at 128 pixels with patches of 16 (H: 14, at 224), the
+# class token included: encoders read a quarter of the patches, decoders all.
+CASES = {  # batch, tokens, heads, head_dim
+    "Ti encoder": (1024, 17, 3, 64),
+    "B encoder": (1024, 17, 12, 64),
+    "L encoder": (1024, 17, 16, 64),
+    "H encoder": (1024, 65, 16, 80),
+    "decoder": (1024, 65, 16, 32),
+    "B encoder, 224 px": (1024, 50, 12, 64),
+    "decoder, 224 px": (1024, 197, 16, 32),
+    "B encoder, all of 224 px": (1024, 197, 12, 64),
+}
+SUITE = {
+    f"{tokens} x {head_dim}": (2, tokens, 2, head_dim)
+    for tokens, head_dim in itertools.product(
+        (1, 17, 50, 65, 127, 197, 256, 1025, 4096), (16, 32, 64, 80, 128)
+    )
+}
+
+# Bytes a second, by JAX's name of the device: NVIDIA's data sheets of each.
+BANDWIDTH = {
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA L4": 3.0e11,
+    "Tesla T4": 3.2e11,
+}
+# What XLA asks a GPU about itself.
+TARGETS = {
+    "h200": """
+        gpu_device_info {
+          threads_per_block_limit: 1024 threads_per_warp: 32
+          shared_memory_per_block: 49152 shared_memory_per_core: 233472
+          threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+          block_dim_limit_z: 65535 memory_bandwidth: 4800000000000
+          l2_cache_size: 52428800 clock_rate_ghz: 1.98
+          device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+          cuda_compute_capability { major: 9 minor: 0 }
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        }
+        platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
+        device_description_str: "NVIDIA H200"
+    """,
+}
+INSTALL = (
+    "--compile_for needs the compiler: pip install 'jax[cuda12-local]=={}' "
+    "nvidia-cuda-nvcc-cu12, in a virtual environment of its own"
+)
+ROUNDS, CALLS = 20, 10
+
+
+def ours(qkv, num_heads):
+    return attention(qkv, num_heads=num_heads, implementation="pallas")
+
+
+def xla(qkv, num_heads):
+    return attention(qkv, num_heads=num_heads, implementation="xla")
+
+
+def cudnn(qkv, num_heads):
+    return attention(qkv, num_heads=num_heads, implementation="cudnn")
+
+
+def stock(qkv, num_heads):
+    """Pallas's own `mha`, with the tokens padded to what it needs, and masked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import mha
+    batch, tokens, _ = qkv.shape
+    size = 128 * math.ceil(tokens / 128)
+    size = max(32, min(size, 1 << (tokens - 1).bit_length()))
+    padded = jnp.pad(qkv, ((0, 0), (0, size - tokens), (0, 0)))
+    segments = jnp.broadcast_to(jnp.arange(size) < tokens, (batch, size))
+    query, key, value = rearrange(
+        padded, "b n (three h d) -> three b n h d", three=3, h=num_heads
+    )
+    out = mha(
+        query, key, value, segments.astype(jnp.int32), sm_scale=query.shape[-1] ** -0.5
+    )
+    return rearrange(out[:, :tokens], "b n h d -> b n (h d)")
+
+
+def tokamax(qkv, num_heads):
+    import tokamax
+
+    query, key, value = rearrange(
+        qkv, "b n (three h d) -> three b n h d", three=3, h=num_heads
+    )
+    out = tokamax.dot_product_attention(query, key, value, implementation="triton")
+    return rearrange(out, "b n h d -> b n (h d)")
+
+
+IMPLEMENTATIONS = (ours, xla, stock, tokamax, cudnn)
+
+
+def with_gradient(attend, qkv, out_bar):
+    _, pullback = jax.vjp(attend, qkv)
+    return pullback(out_bar)[0]
+
+
+def device_to_compile_for(name: str):
+    try:
+        from jax.experimental import topologies
+
+        return topologies.get_topology_desc(
+            "", platform="cuda", topology="1x1x1", target_config=TARGETS[name]
+        ).devices[0]
+    except Exception as error:
+        raise SystemExit(f"{INSTALL.format(jax.__version__)}; {error}") from None
+
+
+def compile_case(implementation, case, dtype, device):
+    """The compiled forward and forward-and-backward programs."""
+    batch, tokens, num_heads, head_dim = case
+    width = num_heads * head_dim
+    mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    qkv, out_bar = (
+        jax.ShapeDtypeStruct((batch, tokens, columns), dtype, sharding=sharding)
+        for columns in (3 * width, width)
+    )
+    attend = functools.partial(implementation, num_heads=num_heads)
+    forward = jax.jit(attend, out_shardings=sharding)
+    both = jax.jit(functools.partial(with_gradient, attend), out_shardings=sharding)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        programs = forward.lower(qkv), both.lower(qkv, out_bar)
+    return [program.compile() for program in programs]
+
+
+def moved(compiled, case) -> int:
+    """How many copies and transposes there are of an array as large as the result."""
+    batch, tokens, num_heads, head_dim = case
+    least, count = batch * tokens * num_heads * head_dim, 0
+    for shape in re.findall(
+        r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", compiled.as_text()
+    ):
+        count += math.prod(map(int, shape.split(","))) >= least
+    return count
+
+
+def describe(name, case, dtype, implementation, programs) -> dict:
+    row = {"case": name, "shape": case, "dtype": dtype.name}
+    row["implementation"] = implementation.__name__
+    for part, compiled in zip(("forward", "gradient"), programs, strict=True):
+        bytes_used = compiled.memory_analysis().temp_size_in_bytes
+        row[f"{part}_temporary_mb"] = round(bytes_used / 1e6, 2)
+        row[f"{part}_moved"] = moved(compiled, case)
+    return row
+
+
+def must_move(case, dtype) -> tuple[int, int]:
+    """Bytes in and out of memory at the least, forward and with the gradient.
+
+    In units of the result: 3 read and 1 written; then 3 and its gradient read again
+    and 3 written.
+    """
+    unit = math.prod(case) * dtype.itemsize
+    return 4 * unit, 11 * unit
+
+
+def time_case(rows, programs, case, dtype, device):
+    """Add median seconds to `rows`, all implementations in turn in every round."""
+    batch, tokens, num_heads, head_dim = case
+    width = num_heads * head_dim
+    keys = jax.random.split(jax.random.key(0))
+    arrays = [
+        jax.device_put(jax.random.normal(key, (batch, tokens, n), dtype), device)
+        for key, n in zip(keys, (3 * width, width), strict=True)
+    ]
+    times = {}
+    for _ in range(ROUNDS + 1):
+        for index, pair in enumerate(programs):
+            for part, compiled in zip(("forward", "gradient"), pair, strict=True):
+                given = arrays[: 1 if part == "forward" else 2]
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    out = compiled(*given)
+                jax.block_until_ready(out)
+                took = (time.perf_counter() - start) / CALLS
+                times.setdefault((index, part), []).append(took)
+    for (index, part), values in times.items():
+        seconds = statistics.median(values[1:])  # the first warms up
+        rows[index][f"{part}_us"] = round(seconds * 1e6, 1)
+        if device.device_kind in BANDWIDTH:
+            least = must_move(case, dtype)[part == "gradient"]
+            least /= BANDWIDTH[device.device_kind]
+            rows[index][f"{part}_of_limit"] = round(least / seconds, 3)
+
+
+def environment(device, compiled_for) -> dict:
+    versions = {}
+    for package in (
+        "jax",
+        "jaxlib",
+        "jax-cuda12-plugin",
+        "jax-cuda13-plugin",
+        "tokamax",
+    ):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": device.device_kind,
+        "run": not compiled_for,
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def print_table(rows):
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for row in rows:
+        cells = (
+            " x ".join(map(str, v)) if k == "shape" else v
+            for k, v in ((k, row.get(k, "")) for k in columns)
+        )
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def main(_):
+    options = flags.FLAGS
+    if options.compile_for:
+        jax.config.update("jax_platforms", "cpu")
+        device = device_to_compile_for(options.compile_for)
+    elif jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+    else:
+        raise SystemExit("no GPU here: give --compile_for=h200")
+    about = environment(device, options.compile_for)
+    dtypes = ("bfloat16", "float32") if options.suite else ("bfloat16",)
+    cases = SUITE if options.suite else CASES
+    implementations = (ours,) if options.suite else IMPLEMENTATIONS
+    table, failed = [], 0
+    for (name, case), dtype in itertools.product(cases.items(), map(jnp.dtype, dtypes)):
+        rows, compiled = [], []
+        for implementation in implementations:
+            try:
+                programs = compile_case(implementation, case, dtype, device)
+            except Exception as error:
+                failed += implementation is ours
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(
+                    json.dumps(
+                        {
+                            **about,
+                            "case": name,
+                            "dtype": dtype.name,
+                            "implementation": implementation.__name__,
+                            "failed": reason,
+                        }
+                    ),
+                    flush=True,
+                )
+                continue
+            rows.append(describe(name, case, dtype, implementation, programs))
+            compiled.append(programs)
+        if not options.compile_for:
+            time_case(rows, compiled, case, dtype, device)
+        for row in rows:
+            print(json.dumps({**about, **row}), flush=True)
+        table.extend(rows)
+    print()
+    print_table(table)
+    print(f"\n{json.dumps(about)}; {len(table)} compiled, {failed} of ours failed")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("compile_for", None, list(TARGETS), "A GPU that is not here.")
+    flags.DEFINE_bool("suite", False, "Compile the cases of the tests, all with all.")
+    app.run(main)
