@@ -1,12 +1,7 @@
 """Every implementation of attention against one reference in float32."""
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from tests.devices import run_on_devices
 from xsmae.ops.attention import IMPLEMENTATIONS, attention, choose
 from xsmae.ops.flash_kernels import Plan
 
@@ -212,19 +208,7 @@ def test_vmap_is_a_loop(implementation):
 
 def test_each_device_attends_to_its_own_samples():
     """With the batch over eight devices: the same numbers, and nothing is sent."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.attention_on_devices"],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_on_devices("tests.attention_on_devices", 8)
     assert found.keys() == {"pallas", "auto"}
     for implementation in found.values():
         assert implementation["collectives"] == []

@@ -1,7 +1,5 @@
 """The vote against scikit-learn, ties, tiling and devices; the kNN binary."""
 
-import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from tests.devices import run_on_devices
 from xsmae import knn
 from xsmae.evaluation.knn import knn_predict, nearest, vote
 from xsmae.evaluation.protocol import read
@@ -79,21 +78,7 @@ def test_tiling_changes_no_bit():
 
 
 def test_devices_change_no_bit():
-    found = {}
-    for devices in (1, 4):
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.knn_on_devices"],
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            },
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found[devices] = json.loads(done.stdout.splitlines()[-1])
+    found = {n: run_on_devices("tests.knn_on_devices", n) for n in (1, 4)}
     assert [found[n].pop("devices") for n in (1, 4)] == [1, 4]
     assert found[1] == found[4]
 

@@ -2,11 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.devices import run_on_devices
 from tests.test_models import MODEL
 from xsmae.methods import METHODS
 from xsmae.optim import create_optimizer, decay_mask
@@ -246,21 +242,7 @@ def test_bfloat16_step_is_near_float32():
 
 def test_one_device_equals_eight():
     """The same losses and parameters to rounding, with the batch over eight devices."""
-    found = {}
-    for devices in (1, 8):
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.steps_on_devices"],
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            },
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found[devices] = json.loads(done.stdout.splitlines()[-1])
+    found = {n: run_on_devices("tests.steps_on_devices", n) for n in (1, 8)}
     assert [found[n]["devices"] for n in (1, 8)] == [1, 8]
     # The rows of the similarities are divided: the vectors alone are on each device.
     rows = 4 * (2 * found[1]["batch"]) ** 2
