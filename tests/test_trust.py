@@ -162,6 +162,26 @@ def test_a_run_that_is_fed_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / "hang.log").exists()
 
 
+def test_a_run_that_was_suspended_goes_on(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from xsmae.watchdog import Watchdog
+dog = Watchdog(Path(sys.argv[1]), minutes=2 / 60)
+with dog.watching():
+    print("watched", flush=True)
+    for _ in range(40):
+        dog.feed()
+        time.sleep(0.05)
+"""
+    process, _ = python(code, tmp_path / "hang.log")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
+
+
 # Numbers that are not finite
 
 

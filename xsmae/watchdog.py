@@ -13,6 +13,7 @@ from pathlib import Path
 from xsmae.signals import end_at_once
 
 FILE = "hang.log"
+LOOKS = 20  # at whether it was fed, in the time in which it must have been
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -26,11 +27,11 @@ class Watchdog:
     def __init__(self, path: Path, *, minutes: float):
         self.path = path
         self.minutes = minutes
-        self._fed = time.monotonic()
+        self._fed = 0  # how often
 
     def feed(self) -> None:
         """Something has been done."""
-        self._fed = time.monotonic()
+        self._fed += 1
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -42,7 +43,6 @@ class Watchdog:
         thread = threading.Thread(
             target=self._watch, args=(left,), name="watchdog", daemon=True
         )
-        self.feed()
         thread.start()
         try:
             yield
@@ -51,9 +51,13 @@ class Watchdog:
             thread.join()
 
     def _watch(self, left: threading.Event) -> None:
-        limit = 60 * self.minutes
-        while not left.wait(max(self._fed + limit - time.monotonic(), 0.01)):
-            if time.monotonic() - self._fed >= limit:
+        # Looks are counted, not the clock read: it goes on while the process or its
+        # machine is suspended, of which nothing hangs.
+        before, unfed = self._fed, 0
+        while not left.wait(60 * self.minutes / LOOKS):
+            unfed = unfed + 1 if self._fed == before else 0
+            before = self._fed
+            if unfed >= LOOKS:
                 self._end()
 
     def _end(self) -> None:
