@@ -138,7 +138,9 @@ def get_common(
         model.progressive = False  # the finer map continues from the coarser
     model.dtype = "bfloat16"  # of the computation; parameters are float32
     model.attention = "xla"  # auto, pallas, cudnn, xla: xsmae.ops.attention
-    model.remat = "none"  # none, dots, full: what is recomputed in the backward pass
+    # What the backward pass computes again: none, elementwise (all but products and
+    # attention), dots (all but dense layers), full.
+    model.remat = "elementwise"
     model.scan = True  # False unrolls the blocks
 
     config.loss = loss = ml_collections.ConfigDict()

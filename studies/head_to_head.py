@@ -29,7 +29,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation.frozen import open_encoder
 from xsmae.evaluation.protocol import append, now, read
 from xsmae.metrics import read_metrics
-from xsmae.workdir import describe_environment, flatten
+from xsmae.workdir import EXECUTION_FIELDS, describe_environment, flatten
 
 STUDIES = Path(__file__).parent
 SCHEMA = 2
@@ -117,10 +117,12 @@ def fields_of(system: str, changes: Sequence[str] = ()) -> dict[str, Any]:
 def is_of(run: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
     """Whether a finished run had these fields.
 
-    A field that the config has got since was not there to be set: it says nothing.
+    A field that the config has got since was not there to be set: it says nothing. Nor
+    does how the network was run.
     """
     unknown = object()
-    return all(fields.get(k, unknown) == v for k, v in run["fields"].items())
+    said = {k: v for k, v in run["fields"].items() if k not in EXECUTION_FIELDS}
+    return all(fields.get(k, unknown) == v for k, v in said.items())
 
 
 def read_runs(path: Path) -> list[dict]:

@@ -271,6 +271,7 @@ def some_config(**changes):
     config.area = (0.25, 1.0)
     config.data = {"source": "folder", "root": "/a"}
     config.input = {"num_workers": 0, "num_threads": 4}
+    config.model = {"remat": "none"}
     config.checkpoint = {"every": 5}
     config.figures = {"every": 5}
     config.log_every = 1
@@ -361,6 +362,7 @@ def test_free_fields_may_change(tmp_path):
         "data.root": "/elsewhere",
         "checkpoint.every": 7,
         "figures.every": 0,
+        "model.remat": "full",
         "log_every": 9,
         "tensorboard": False,
     }

@@ -78,7 +78,9 @@ def test_a_run_is_of_the_fields_that_it_had():
     fields = head_to_head.fields_of("mae")
     run = {"fields": {k: v for k, v in fields.items() if k != "optim.beta2"}}
     assert head_to_head.is_of(run, fields)  # a field that is new since
-    for changed in ({"num_steps": 1}, {"gone": 1}):
+    # Another way to run the same network is the same run; another dtype is not.
+    assert head_to_head.is_of({"fields": {**fields, "model.remat": "full"}}, fields)
+    for changed in ({"num_steps": 1}, {"gone": 1}, {"model.dtype": "bfloat16"}):
         assert not head_to_head.is_of({"fields": {**fields, **changed}}, fields)
     assert not head_to_head.is_of(
         {"fields": head_to_head.fields_of("mae", ["--x"])}, fields

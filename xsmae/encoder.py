@@ -248,8 +248,8 @@ def load_encoder(directory: str | Path) -> LoadedEncoder:
 
 def _network(info: Mapping[str, Any], *, seed: int = 0) -> Encoder:
     """A new encoder as an `encoder.json` describes it."""
-    execution = {"attention": "xla", "remat": "none", "scan": True, "dtype": "float32"}
-    model = {**info["architecture"], **execution}
+    execution = {"attention": "xla", "remat": "elementwise", "scan": True}
+    model = {**info["architecture"], **execution, "dtype": "float32"}
     return build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(seed))
 
 

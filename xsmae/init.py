@@ -11,11 +11,12 @@ import ml_collections
 from xsmae.checkpoints import Checkpoints
 from xsmae.errors import UserError
 from xsmae.train_state import TrainState
+from xsmae.workdir import EXECUTION_FIELDS
 
 # What of the config stands in the weights' own config and is taken from there. How the
 # network is run stays the new run's.
 TAKEN = ("model", "loss", "bands", "mean", "std", "views.size")
-EXECUTION = ("model.dtype", "model.attention", "model.remat", "model.scan")
+EXECUTION = ("model.dtype", *EXECUTION_FIELDS)
 
 
 def adopt(config: ml_collections.ConfigDict, given: Iterable[str]) -> list[str]:

@@ -19,8 +19,12 @@ import ml_collections
 
 from xsmae.errors import UserError
 
-# Fields that change neither the batches nor the numbers: they may differ on resuming.
+# How the network is run: numbers are the same to rounding.
+EXECUTION_FIELDS = ("model.attention", "model.remat", "model.scan")
+# Fields that change neither the batches nor, but for rounding, the numbers: they may
+# differ on resuming.
 FREE_FIELDS = (
+    *EXECUTION_FIELDS,
     "input.num_workers",
     "input.num_threads",
     "input.prefetch",

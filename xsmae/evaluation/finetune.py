@@ -129,10 +129,8 @@ def create_learner(
     shape = dict(info["architecture"])
     if feature == "mean":
         shape["encoder_norm"] = False
-    model = {
-        **shape,
-        **{"attention": "xla", "remat": "none", "scan": True, "dtype": recipe["dtype"]},
-    }
+    execution = {"attention": "xla", "remat": "elementwise", "scan": True}
+    model = {**shape, **execution, "dtype": recipe["dtype"]}
 
     def build(rngs):
         # Shapes alone, without the time that random weights take.

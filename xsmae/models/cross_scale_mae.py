@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xsmae.models.mae import MAE, MAEOutput, Views
-from xsmae.models.vit import Encoder, LayerNorm, linear
+from xsmae.models.vit import Encoder, LayerNorm, Linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -82,14 +82,14 @@ class Predictor(nnx.Module):
     ):
         if norm not in PREDICTOR_NORMS:
             raise ValueError(f"norm={norm!r}, expected one of {PREDICTOR_NORMS}")
-        self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
         if norm == "batch_norm":
             self.norm = PositionBatchNorm(num_patches)
             self.activation = jax.nn.relu
         else:
             self.norm = LayerNorm(hidden, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
             self.activation = jax.nn.gelu
-        self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch patches width"]
@@ -103,8 +103,8 @@ class ProjectionHead(nnx.Module):
     def __init__(
         self, width: int, dim: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
     ):
-        self.fc1 = linear(width, width, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(width, dim, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(width, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... dim"]:
         return self.fc2(jax.nn.relu(self.fc1(x)))

@@ -13,7 +13,7 @@ from flax import nnx
 
 from xsmae.models.masking import Masking, random_masking, take_tokens
 from xsmae.models.position import TokenPositions
-from xsmae.models.vit import Block, Encoder, LayerNorm, linear, run_blocks, token
+from xsmae.models.vit import Block, Encoder, LayerNorm, Linear, run_blocks, token
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree
@@ -69,7 +69,7 @@ class PatchHead(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.pred = linear(
+        self.pred = Linear(
             embed_dim, patch_size * patch_size * channels, dtype=dtype, rngs=rngs
         )
 
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
         encoder_dim: int,
         positions: TokenPositions,
         use_cls_token: bool = True,
-        remat: str = "none",
+        remat: str = "elementwise",
         scan: bool = True,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
         self.remat = remat
         self.scan = scan
         self.dtype = dtype
-        self.embed = linear(encoder_dim, self.embed_dim, dtype=dtype, rngs=rngs)
+        self.embed = Linear(encoder_dim, self.embed_dim, dtype=dtype, rngs=rngs)
         self.mask_token = token(self.embed_dim, rngs=rngs)
         self.blocks = blocks
         self.norm = LayerNorm(self.embed_dim, epsilon=1e-6, out_dtype=dtype, rngs=rngs)

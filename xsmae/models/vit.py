@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from xsmae.models.masking import take_tokens
 from xsmae.models.position import TokenPositions
@@ -20,11 +21,17 @@ if TYPE_CHECKING:
 
 NORM_STYLES = ("pre", "post")
 
-# Rematerialisation: what the backward pass keeps instead of computing it again.
+# Rematerialisation: what the backward pass finds kept, and does not compute again.
+ATTENDED = "attended"  # attention's result
+_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
     "none": None,
+    # What is not a product is as cheap to compute as to write and read, or cheaper.
+    "elementwise": jax.checkpoint_policies.save_from_both_policies(
+        _products, jax.checkpoint_policies.save_only_these_names(ATTENDED)
+    ),
+    "dots": _products,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -53,18 +60,26 @@ def unpatchify(
     )
 
 
-def linear(
-    in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Linear:
+class Linear(nnx.Linear):
     """A dense layer as MAE starts it: Xavier-uniform weights, zero bias."""
-    return nnx.Linear(
-        in_features,
-        out_features,
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        kernel_init=nnx.initializers.xavier_uniform(),
-        rngs=rngs,
-    )
+
+    def __init__(
+        self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            dtype=dtype,
+            param_dtype=jnp.float32,
+            kernel_init=nnx.initializers.xavier_uniform(),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        # All but the last axis as one: the gradient of the weights is then one plain
+        # product, not a contraction over several axes, which XLA is slower at on CPUs.
+        rows = super().__call__(x.reshape(-1, self.in_features))
+        return rows.reshape(*x.shape[:-1], self.out_features)
 
 
 def token(width: int, *, rngs: nnx.Rngs) -> nnx.Param:
@@ -119,7 +134,7 @@ class Block(nnx.Module):
         self.norm_style = norm_style
         self.num_heads = num_heads
         self.attention_implementation = attention_implementation
-        new_linear = functools.partial(linear, dtype=dtype, rngs=rngs)
+        new_linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
         new_norm = functools.partial(
             LayerNorm, width, epsilon=norm_epsilon, out_dtype=dtype, rngs=rngs
         )
@@ -138,47 +153,28 @@ class Block(nnx.Module):
     ) -> Float[Array, "batch tokens width"]:
         """`branch_scale` multiplies what each of the two residuals adds, see
         `drop_path_scales`."""
-        batch = x.shape[0]
-        # All tokens in one axis: a dense layer's gradient is then one plain product,
-        # not a contraction over two axes, which XLA is slower at on CPUs.
-        x = rearrange(x, "b n d -> (b n) d")
-        scale = _unscaled
-        if branch_scale is not None:
-            scale = functools.partial(_scaled, branch_scale.astype(x.dtype))
-        if self.norm_style == "pre":
-            x = x + scale(self._attend(self.norm1(x), batch), 0)
-            x = x + scale(self._mlp(self.norm2(x)), 1)
-        else:
-            x = self.norm1(x + scale(self._attend(x, batch), 0))
-            x = self.norm2(x + scale(self._mlp(x), 1))
-        return rearrange(x, "(b n) d -> b n d", b=batch)
 
-    def _attend(self, x, batch):
+        def scale(residual, branch):
+            if branch_scale is None:
+                return residual
+            return residual * branch_scale[branch, :, None, None].astype(x.dtype)
+
+        if self.norm_style == "pre":
+            x = x + scale(self._attend(self.norm1(x)), 0)
+            return x + scale(self._mlp(self.norm2(x)), 1)
+        x = self.norm1(x + scale(self._attend(x), 0))
+        return self.norm2(x + scale(self._mlp(x), 1))
+
+    def _attend(self, x):
         attended = attention(
-            rearrange(self.qkv(x), "(b n) d -> b n d", b=batch),
+            self.qkv(x),
             num_heads=self.num_heads,
             implementation=self.attention_implementation,
         )
-        return self.proj(rearrange(attended, "b n d -> (b n) d"))
+        return self.proj(checkpoint_name(attended, ATTENDED))
 
     def _mlp(self, x):
-        # The hidden layer is four times as wide as all else. Its activation costs less
-        # to compute again in the backward pass than to keep.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def after_first(hidden):
-            return self.fc2(gelu(hidden))
-
-        return after_first(self.fc1(x))
-
-
-def _unscaled(residual, branch):
-    return residual
-
-
-def _scaled(branch_scale, residual, branch):
-    """The tokens of each sample times that sample's number."""
-    tokens = residual.shape[0] // branch_scale.shape[1]
-    return residual * jnp.repeat(branch_scale[branch], tokens)[:, None]
+        return self.fc2(gelu(self.fc1(x)))
 
 
 def stacked_blocks(depth: int, *args, rngs: nnx.Rngs, **kwargs) -> Block:
@@ -197,7 +193,7 @@ def run_blocks(
     x: Float[Array, "batch tokens width"],
     *,
     branch_scales: Float[Array, "depth 2 batch"] | None = None,
-    remat: str = "none",
+    remat: str = "elementwise",
     scan: bool = True,
 ) -> Float[Array, "batch tokens width"]:
     """Apply stacked blocks one after the other, each with its `branch_scales`.
@@ -235,7 +231,7 @@ class PatchEmbed(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.patch_size = patch_size
-        self.proj = linear(
+        self.proj = Linear(
             patch_size * patch_size * channels, embed_dim, dtype=dtype, rngs=rngs
         )
 
@@ -266,7 +262,7 @@ class Encoder(nnx.Module):
         *,
         positions: TokenPositions,
         use_norm: bool = True,
-        remat: str = "none",
+        remat: str = "elementwise",
         scan: bool = True,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,

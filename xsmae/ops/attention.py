@@ -29,7 +29,7 @@ def attention(
     with its heads one after the other (timm's layout). The softmax is computed in
     float32 whatever the dtype of `qkv`. `implementation` is one of `IMPLEMENTATIONS`:
 
-    - `xla`: `jax.nn.dot_product_attention`, anywhere; the scores lie in memory.
+    - `xla`: `plain_attention`, anywhere; the scores lie in memory.
     - `pallas`: `flash_attention`, on NVIDIA GPUs; on CPUs interpreted, for tests.
     - `cudnn`: NVIDIA's, on their GPUs alone, 16-bit inputs.
     - `auto`: what `choose` says for the platform that the program is compiled for.
@@ -98,7 +98,7 @@ def _cudnn(qkv, *, num_heads):
         reason = f"dtype {qkv.dtype.name}, expected bfloat16 or float16"
         raise ValueError(_cannot_serve("cudnn", reason))
     try:
-        return _of_jax(qkv, num_heads=num_heads, implementation="cudnn")
+        return _of_cudnn(qkv, num_heads=num_heads)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(_cannot_serve("cudnn", reason)) from error
@@ -111,17 +111,68 @@ def _cannot_serve(implementation: str, reason: str) -> str:
     )
 
 
-def _of_jax(qkv, *, num_heads, implementation):
+def _of_cudnn(qkv, *, num_heads):
     query, key, value = rearrange(
         qkv, "b n (three h d) -> three b n h d", three=3, h=num_heads
     )
-    out = jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return rearrange(out, "b n h d -> b n (h d)")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("num_heads",))
+def plain_attention(
+    qkv: Float[Array, "batch tokens three_width"], num_heads: int
+) -> Float[Array, "batch tokens width"]:
+    """Attention in a few products. The gradient computes the scores again from `qkv`.
+
+    MAE's sequences are short, so that this costs less, on CPUs, than writing the scores
+    and the split `qkv` to memory and reading them: benchmarks/RESULTS.md.
+    """
+    query, key, value = _split(qkv, num_heads)
+    out = jnp.einsum("bhnm,bhmd->bhnd", _probabilities(query, key), value)
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
+def _forward(qkv, num_heads):
+    return plain_attention(qkv, num_heads), qkv
+
+
+def _backward(num_heads, qkv, out_bar):
+    query, key, value = _split(qkv, num_heads)
+    probabilities = _probabilities(query, key)
+    out_bar = rearrange(out_bar, "b n (h d) -> b h n d", h=num_heads)
+    value_bar = jnp.einsum("bhnm,bhnd->bhmd", probabilities, out_bar)
+    # The softmax's gradient is of float32, like the softmax.
+    wide = probabilities.astype(jnp.float32)
+    wide_bar = _scores(out_bar, value)
+    weighted = (wide * wide_bar).sum(axis=-1, keepdims=True)
+    scores_bar = wide * (wide_bar - weighted) * query.shape[-1] ** -0.5
+    scores_bar = scores_bar.astype(qkv.dtype)
+    query_bar = jnp.einsum("bhnm,bhmd->bhnd", scores_bar, key)
+    key_bar = jnp.einsum("bhnm,bhnd->bhmd", scores_bar, query)
+    qkv_bar = jnp.stack([query_bar, key_bar, value_bar])
+    return (rearrange(qkv_bar, "three b h n d -> b n (three h d)"),)
+
+
+plain_attention.defvjp(_forward, _backward)
+
+
+def _split(qkv, num_heads):
+    return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=num_heads)
+
+
+def _scores(query, key):
+    return jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
+
+
+def _probabilities(query, key):
+    scores = _scores(query, key) * query.shape[-1] ** -0.5
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
 
 
 _by_name = {
     "auto": _auto,
     "pallas": _pallas,
     "cudnn": _cudnn,
-    "xla": functools.partial(_of_jax, implementation="xla"),
+    "xla": plain_attention,
 }
