@@ -1,19 +1,38 @@
-"""Fixtures that more than one file needs, and a core for each of several workers."""
+"""Fixtures that more than one file needs; a core a worker; programs compiled once."""
 
 import os
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 
-def pytest_configure():
+# Half of the suite's time would be compiling what another test has compiled: workers
+# and what they start share what they have. Set before anything imports jax.
+COMPILED = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+_cache = pytest.StashKey[str]()
+
+
+def pytest_configure(config):
     """XLA's threads wait for each other: two workers on the same two cores are slower
     than each on one of them, which what they start is on too."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.stash[_cache] = tempfile.mkdtemp(prefix="xsmae-compiled-")
+        os.environ |= COMPILED | {"JAX_COMPILATION_CACHE_DIR": config.stash[_cache]}
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker.removeprefix("gw").isdigit() and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+
+
+def pytest_unconfigure(config):
+    if _cache in config.stash:
+        shutil.rmtree(config.stash[_cache])
 
 
 @pytest.fixture

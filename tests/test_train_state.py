@@ -162,6 +162,16 @@ def test_accumulation_equals_the_large_batch(method):
         )
 
 
+def test_accumulation_holds_one_gradient():
+    """The parts' are added where the sum lies: 1.2 times the parameters otherwise."""
+    step, state = trainer(
+        "mae", accumulation_steps=4, optimizer_kind="sgd", embed_dim=128, depth=16
+    )
+    compiled = step.lower(state, some_batch(8, 1)).compile()
+    parameters = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * parameters
+
+
 def test_a_nonfinite_loss_skips_the_update_and_is_counted():
     step, state = trainer(published=True)
     batch = some_batch()

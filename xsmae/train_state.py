@@ -136,14 +136,13 @@ def train_step(
         metrics |= {f"loss/{name}": value for name, value in (terms | extras).items()}
         return total, (metrics, nnx.state(model, nnx.BatchStat))
 
-    gradient = jax.grad(loss_fn, has_aux=True)
     if accumulation_steps == 1:
-        grads, (metrics, batch_stats) = gradient(
+        grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(
             state.params, state.batch_stats, views, noise
         )
     else:
         grads, metrics, batch_stats = _accumulate(
-            gradient, state, (views, noise), accumulation_steps
+            loss_fn, state, (views, noise), accumulation_steps
         )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
@@ -184,21 +183,27 @@ def updated(
     )
 
 
-def _accumulate(gradient, state: TrainState, inputs: Any, parts: int):
-    """Mean gradient and metrics over `parts` of the batch, one after the other."""
+def _accumulate(loss_fn, state: TrainState, inputs: Any, parts: int):
+    """Mean gradient and metrics over `parts` of the batch, one after the other.
+
+    The backward passes add to one gradient where it lies. Added up outside of them,
+    each part's would be whole for a moment beside the sum of those before it.
+    """
     # Every parts-th sample: each device of a batch-sharded array divides its own rows.
     inputs = jax.tree.map(
         lambda x: rearrange(x, "(b parts) ... -> parts b ...", parts=parts), inputs
     )
+    mean = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), state.params)
 
-    def add(carry, part):
-        total, batch_stats = carry
-        grads, (metrics, batch_stats) = gradient(state.params, batch_stats, *part)
-        return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
+    def add(batch_stats, part):
+        total, backward, (metrics, batch_stats) = jax.vjp(
+            lambda params: loss_fn(params, batch_stats, *part),
+            state.params,
+            has_aux=True,
+        )
+        backward.with_refs(mean)(jnp.full_like(total, 1 / parts))
+        return batch_stats, metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (total, batch_stats), metrics = jax.lax.scan(
-        add, (zeros, state.batch_stats), inputs
-    )
-    grads = jax.tree.map(lambda g: g / parts, total)
+    batch_stats, metrics = jax.lax.scan(add, state.batch_stats, inputs)
+    grads = jax.tree.map(jax.ref.freeze, mean)
     return grads, jax.tree.map(lambda m: m.mean(axis=0), metrics), batch_stats
