@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-
 # Half of the suite's time would be compiling what another test has compiled: workers
 # and what they start share what they have. Set before anything imports jax.
 COMPILED = {
