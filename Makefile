@@ -87,10 +87,11 @@ $(PEERS)/installed: $(PEERS)/bin/python pyproject.toml constraints.txt \
 		--constraint constraints-peers.txt --no-deps timm
 	touch $@
 
-# XLA's compiler for NVIDIA GPUs, of jax's own version, without the libraries to run.
+# XLA's compilers for NVIDIA GPUs and TPUs, of jax's own version, with nothing to run on
+# them: `python -m xsmae.plan`, `make bench-attention`.
 $(COMPILER)/installed: $(COMPILER)/bin/python pyproject.toml constraints.txt
 	$(COMPILER)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable . 'jax[cuda12-local]' \
+		--constraint constraints.txt --editable . 'jax[cuda12-local,tpu]' \
 		nvidia-cuda-nvcc-cu12
 	touch $@
 

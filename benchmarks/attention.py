@@ -25,7 +25,9 @@ from absl import app, flags
 from einops import rearrange
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from xsmae.errors import UserError
 from xsmae.ops.attention import attention
+from xsmae.topology import GPUS, describe_topology
 
 # Sizes of official MAE networks at 128 pixels with patches of 16 (H: 14, at 224), the
 # class token included: encoders read a quarter of the patches, decoders all.
@@ -56,28 +58,6 @@ BANDWIDTH = {
     "NVIDIA L4": 3.0e11,
     "Tesla T4": 3.2e11,
 }
-# What XLA asks a GPU about itself.
-TARGETS = {
-    "h200": """
-        gpu_device_info {
-          threads_per_block_limit: 1024 threads_per_warp: 32
-          shared_memory_per_block: 49152 shared_memory_per_core: 233472
-          threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-          block_dim_limit_z: 65535 memory_bandwidth: 4800000000000
-          l2_cache_size: 52428800 clock_rate_ghz: 1.98
-          device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
-          cuda_compute_capability { major: 9 minor: 0 }
-          registers_per_core_limit: 65536 registers_per_block_limit: 65536
-        }
-        platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
-        device_description_str: "NVIDIA H200"
-    """,
-}
-INSTALL = (
-    "--compile_for needs the compiler: pip install 'jax[cuda12-local]=={}' "
-    "nvidia-cuda-nvcc-cu12, in a virtual environment of its own"
-)
 ROUNDS, CALLS = 20, 10
 
 
@@ -128,17 +108,6 @@ IMPLEMENTATIONS = (ours, xla, stock, tokamax, cudnn)
 def with_gradient(attend, qkv, out_bar):
     _, pullback = jax.vjp(attend, qkv)
     return pullback(out_bar)[0]
-
-
-def device_to_compile_for(name: str):
-    try:
-        from jax.experimental import topologies
-
-        return topologies.get_topology_desc(
-            "", platform="cuda", topology="1x1x1", target_config=TARGETS[name]
-        ).devices[0]
-    except Exception as error:
-        raise SystemExit(f"{INSTALL.format(jax.__version__)}; {error}") from None
 
 
 def compile_case(implementation, case, dtype, device):
@@ -256,7 +225,11 @@ def main(_):
     options = flags.FLAGS
     if options.compile_for:
         jax.config.update("jax_platforms", "cpu")
-        device = device_to_compile_for(options.compile_for)
+        try:
+            found = describe_topology(f"gpu:{options.compile_for}:1")
+        except UserError as error:
+            raise SystemExit(str(error)) from None
+        device = found.devices[0]
     elif jax.default_backend() == "gpu":
         device = jax.devices()[0]
     else:
@@ -302,6 +275,6 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("compile_for", None, list(TARGETS), "A GPU that is not here.")
+    flags.DEFINE_enum("compile_for", None, list(GPUS), "A GPU that is not here.")
     flags.DEFINE_bool("suite", False, "Compile the cases of the tests, all with all.")
     app.run(main)

@@ -74,6 +74,8 @@ def get_common(
     config.init = placeholder(str)
     config.seed = 0
     config.batch_size = 512  # samples a step, over all devices
+    # All devices share the batch; those along fsdp each other's part of the state too.
+    config.mesh = "data:-1"
     config.num_epochs = 400.0
     config.num_steps = placeholder(int)  # where set, instead of num_epochs
 

@@ -13,15 +13,18 @@ from xsmae.methods import METHODS
 from xsmae.sharding import by_batch, create_mesh, put_batch, replicated
 from xsmae.trainer import create_trainer, crop_size
 
+# Method, preset, changes of the model, and how many devices share the state.
 RUNS = [
-    ("cross_scale_mae", "published", {}),
-    ("cross_scale_mae", "corrected", {}),
-    ("mae", "published", {}),
-    ("scale_mae", "published", {"head_dim": 8, "target_scale": 2}),
+    ("cross_scale_mae", "published", {}, 1),
+    ("cross_scale_mae", "corrected", {}, 1),
+    ("cross_scale_mae", "corrected", {}, 4),
+    ("mae", "published", {}, 1),
+    ("scale_mae", "published", {"head_dim": 8, "target_scale": 2}, 1),
     (
         "sat_mae",
         "published",
         {"channel_groups": ((0, 2), (1,)), "group_dim": 4, "decoder_group_dim": 4},
+        1,
     ),
 ]
 
@@ -58,9 +61,10 @@ def main():
         "batch": BATCH,
         "contrastive": [contrastive_memory(p) for p in (True, False)],
     }
-    for method, preset, changes in RUNS:
+    for method, preset, changes, fsdp in RUNS:
         config = common.get_common(preset, "tiny", method)
         config.batch_size = 16
+        config.mesh = f"data:-1,fsdp:{min(fsdp, jax.device_count())}"
         config.num_steps = 10
         config.optim.warmup_steps = 1
         config.optim.learning_rate = 1e-2
@@ -81,7 +85,11 @@ def main():
         norms = [float(np.linalg.norm(x)) for x in jax.tree.leaves(state.params)]
         images = batch["image"][:, 0, :16, :16]
         encoded = trainer.encode(state.params, images, batch["gsd"][:, 0])
-        found[f"{method} {preset}"] = {
+        kernel = next(
+            x for x in jax.tree.leaves(state.params) if x.shape == (2, 16, 64)
+        )
+        found[f"{method} {preset} fsdp {fsdp}"] = {
+            "kernel": kernel.addressable_shards[0].data.shape,
             "losses": losses,
             "norms": norms,
             "features": np.asarray(encoded["mean"])[:, :4].tolist(),

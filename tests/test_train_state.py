@@ -251,7 +251,8 @@ def test_bfloat16_step_is_near_float32():
 
 
 def test_one_device_equals_eight():
-    """The same losses and parameters to rounding, with the batch over eight devices."""
+    """The same losses and parameters to rounding, with the batch over eight devices,
+    and with the state over four."""
     found = {n: run_on_devices("tests.steps_on_devices", n) for n in (1, 8)}
     assert [found[n]["devices"] for n in (1, 8)] == [1, 8]
     # The rows of the similarities are divided: the vectors alone are on each device.
@@ -261,6 +262,8 @@ def test_one_device_equals_eight():
         assert eight < rows / 2
     for preset in found[1].keys() - {"devices", "batch", "contrastive"}:
         one, eight = found[1][preset], found[8][preset]
+        assert one.pop("kernel") == [2, 16, 64]
+        assert eight.pop("kernel") == [2, 16, 16 if "fsdp 4" in preset else 64]
         for name in one:
             # Adam's first updates are signs, which rounding can turn where a gradient
             # is all but zero: hence the absolute part.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
@@ -16,8 +17,8 @@ from xsmae.errors import UserError
 INSTALLED_CONFIGS = Path(xsmae.configs.__file__).parent
 
 
-def define_flags(flag_values: flags.FlagValues) -> None:
-    """The flags of pretraining."""
+def define_config(flag_values: flags.FlagValues) -> None:
+    """The flag of the config."""
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -26,6 +27,11 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         lock_config=True,
         flag_values=flag_values,
     )
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """The flags of pretraining."""
+    define_config(flag_values)
     flags.DEFINE_string(
         "workdir",
         None,
@@ -74,10 +80,15 @@ def find_config(argv: list[str], name: str = "config") -> list[str]:
     return found
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
-    """The flags of `argv`; raises UserError, in one line, for what is wrong in them."""
+def parse(
+    argv: list[str], define: Callable[[flags.FlagValues], None] = define_flags
+) -> flags.FlagValues:
+    """The flags of `argv`, which `define` defines.
+
+    Raises UserError, in one line, for what is wrong in them.
+    """
     values = flags.FlagValues()
-    define_flags(values)
+    define(values)
     argv = find_config(_joined(argv))
     # ml_collections reads the overrides there, whatever it is given.
     before, sys.argv = sys.argv, argv

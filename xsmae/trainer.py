@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
 from xsmae.methods import METHODS, Method, Pictures
 from xsmae.optim import Optimizer, create_optimizer
-from xsmae.sharding import by_batch, create_mesh, replicated
+from xsmae.sharding import by_batch, create_mesh, of_state, replicated
 from xsmae.train_state import (
     TrainState,
     create_train_state,
@@ -146,11 +146,16 @@ def create_schedule(config: ml_collections.ConfigDict, *, num_images: int) -> Sc
     )
 
 
-def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Trainer:
-    """Everything of a run but its data, from a config."""
-    _check_sizes(config)
+def create_trainer(
+    config: ml_collections.ConfigDict,
+    *,
+    num_images: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> Trainer:
+    """Everything of a run but its data, from a config, for all devices or `devices`."""
+    _check_sizes(config, jax.device_count() if devices is None else len(devices))
     method = _method(config)
-    mesh = create_mesh(config.batch_size)
+    mesh = create_mesh(config.batch_size, config.mesh, devices=devices)
     schedule = create_schedule(config, num_images=num_images)
     optimizer = _optimizer(config, schedule)
     model, loss = config.model.to_dict(), config.loss.to_dict()
@@ -169,9 +174,11 @@ def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Tra
         graphdef, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
         noise_size = abstract.noise_size(size, size)
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def initial_state():
         return create_train_state(build, optimizer, jax.random.key(config.seed))[1]
+
+    shapes = jax.eval_shape(initial_state)
+    placed = of_state(mesh, shapes)
 
     step = functools.partial(
         train_step,
@@ -192,7 +199,7 @@ def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Tra
         return method.pictures(output, views, model=model, loss=loss)
 
     @functools.partial(
-        jax.jit, in_shardings=(replicated(mesh), by_batch(mesh), by_batch(mesh))
+        jax.jit, in_shardings=(placed.params, by_batch(mesh), by_batch(mesh))
     )
     def features(params, images, gsd):
         mean, std = (255 * jnp.array(config[n]) for n in ("mean", "std"))
@@ -202,11 +209,10 @@ def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Tra
         tokens = tokens.astype(jnp.float32)
         return {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(axis=1)}
 
-    shapes = jax.eval_shape(initial_state)
     step = jax.jit(
         step,
-        in_shardings=(replicated(mesh), by_batch(mesh)),
-        out_shardings=replicated(mesh),
+        in_shardings=(placed, by_batch(mesh)),
+        out_shardings=(placed, replicated(mesh)),
         donate_argnums=0,
     )
     with _as_user_error():  # what does not fit is found before any image is read
@@ -216,10 +222,13 @@ def create_trainer(config: ml_collections.ConfigDict, *, num_images: int) -> Tra
         schedule=schedule,
         graphdef=graphdef,
         step=step,
-        initial_state=initial_state,
+        initial_state=jax.jit(initial_state, out_shardings=placed),
         state_shapes=lambda: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+            lambda x, sharding: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding
+            ),
             shapes,
+            placed,
         ),
         predict=predict,
         encode=features,
@@ -347,7 +356,7 @@ def _optimizer(config: ml_collections.ConfigDict, schedule: Schedule) -> Optimiz
         )
 
 
-def _check_sizes(config: ml_collections.ConfigDict) -> None:
+def _check_sizes(config: ml_collections.ConfigDict, devices: int) -> None:
     """One line for the numbers that cannot be, or do not fit each other."""
     flat = flatten(config.to_dict())
     for name, (low, high) in RANGES.items():
@@ -362,10 +371,10 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
             f"{model.patch_size}: change one of them"
         )
     parts = config.optim.accumulation_steps
-    if config.batch_size % (parts * jax.device_count()):
+    if config.batch_size % (parts * devices):
         raise UserError(
             f"batch_size={config.batch_size} does not divide into "
-            f"optim.accumulation_steps={parts} parts on {jax.device_count()} device(s)"
+            f"optim.accumulation_steps={parts} parts on {devices} device(s)"
         )
     if model.position == "gsd" and not model.reference_gsd:
         raise UserError(

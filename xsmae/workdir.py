@@ -25,6 +25,7 @@ EXECUTION_FIELDS = ("model.attention", "model.remat", "model.scan")
 # differ on resuming.
 FREE_FIELDS = (
     *EXECUTION_FIELDS,
+    "mesh",
     "input.num_workers",
     "input.num_threads",
     "input.prefetch",

@@ -1,0 +1,156 @@
+"""Planning for machines that are not there: what is counted, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from xsmae.configs import common
+
+from tests.devices import run_on_devices
+from xsmae import plan
+from xsmae.errors import UserError
+from xsmae.topology import GPUS, TPUS, Topology, parse
+
+LOCAL = Topology(TPUS["v5e"], jax.devices()[:1], 1)
+
+
+def small_config():
+    config = common.get_common("published", "tiny", "mae")
+    config.batch_size = 8
+    config.views.size = 16
+    config.model.update(
+        patch_size=4, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8,
+        decoder_depth=1, decoder_num_heads=2, dtype="float32",
+    )  # fmt: skip
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpu:h200:1", ("gpu", "h200", [1])),
+        ("gpu:a100:8x4", ("gpu", "a100", [8, 4])),
+        ("tpu:v5e:16x16", ("tpu", "v5e", [16, 16])),
+        ("tpu:v5p:4x4x8", ("tpu", "v5p", [4, 4, 8])),
+    ],
+)
+def test_topologies(name, expected):
+    assert parse(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "gpu", "gpu:h200", "gpu:h200:", "gpu:h200:0", "gpu:h200:2x2x2", "gpu:v5e:8",
+        "tpu:v5e:16", "tpu:v5p:4x4", "tpu:v5e:16xx16", "cpu:h200:1", "tpu:v5e:-1x4",
+    ],
+)  # fmt: skip
+def test_topologies_that_are_none(name):
+    with pytest.raises(UserError, match=r"topology=.*expected gpu:CHIP"):
+        parse(name)
+
+
+def test_a_host_has_faster_links_than_the_network():
+    several = Topology(GPUS["h200"], [None] * 32, 8)
+    assert several.bandwidth(8) == 450e9
+    assert several.bandwidth(32) == 50e9
+    assert Topology(TPUS["v5e"], [None] * 256, 256).bandwidth(256) == 200e9
+
+
+def test_products_are_counted_with_loops_and_gradients():
+    def loss(w, x):
+        return jax.lax.scan(lambda h, _: (h @ w, None), x, None, length=3)[0].sum()
+
+    w, x = jnp.ones((5, 5)), jnp.ones((7, 5))
+    product = 2 * 7 * 5 * 5
+    count = plan.multiplications
+    assert count(jax.make_jaxpr(loss)(w, x).jaxpr) == 3 * product
+    gradient = jax.jit(jax.grad(loss))
+    assert count(jax.make_jaxpr(gradient)(w, x).jaxpr) == 9 * product
+    either = jax.make_jaxpr(
+        lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x)
+    )
+    assert count(either(w, x).jaxpr) == product
+
+
+def test_exchanges_are_read_from_the_program():
+    found = run_on_devices("tests.collectives_on_devices", 4)
+    (summed,) = [c for c in found["summed_in_a_loop"] if c["size"] > 100]
+    assert (summed["kind"], summed["group"], summed["count"]) == ("all-reduce", 4, 5)
+    assert summed["size"] == 5 * 100 * 4
+    assert summed["sent"] == pytest.approx(summed["size"] * 2 * 3 / 4)
+    (gather,) = found["gathered"]
+    assert (gather["kind"], gather["group"], gather["count"]) == ("all-gather", 4, 1)
+    assert gather["size"] == 8 * 4 * 100 * 4
+    assert gather["sent"] == gather["size"] * 3 / 4
+
+
+def test_a_plan_is_of_the_real_step():
+    config = small_config()
+    found = plan.make_plan(config, LOCAL, largest=False)
+    state = plan.trainer_for(config, LOCAL, 8)[1].state_shapes()
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    # Parameters and two moments, and a batch.
+    assert found["memory"]["arguments"] > 3 * kept + 8 * 16 * 16 * 3
+    assert found["memory"]["all"] >= sum(
+        found["memory"][name] for name in ("arguments", "temporary")
+    )
+    assert found["collectives"] == []
+    assert found["network_share"] == 0
+    config.batch_size = 16
+    double = plan.make_plan(config, LOCAL, largest=False)
+    assert double["flops"] == pytest.approx(2 * found["flops"], rel=0.02)
+    shown = plan.table(found)
+    assert "| batch, over all | 8 |" in shown
+    assert f"{found['memory']['all'] / 1e9:.2f} of 17 GB" in shown
+
+
+def test_the_largest_batch_fits_and_a_larger_does_not(monkeypatch):
+    """Memory as a line in the batch, bent upwards at its end."""
+    chip = TPUS["v5e"]
+
+    def compile_step(config, topology, batch_size):
+        return batch_size
+
+    def used_memory(batch):
+        return {"all": 2e9 + 1e7 * batch + (1e9 if batch > 1400 else 0)}
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    monkeypatch.setattr(plan, "used_memory", used_memory)
+    found = plan.largest_batch(small_config(), LOCAL, used_memory(8)["all"])
+    assert used_memory(found)["all"] <= chip.memory
+    assert 1200 < found <= 1400
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--config=configs/fmow.py"], "--topology="),
+        (["--topology=gpu:h200:1"], "--config="),
+        (["--config=configs/fmow.py", "--topology=gpu:h9:1"], "h9"),
+        (["--config=configs/fmow.py", "--topology=gpu:h200:1", "--x=1"], "'x'"),
+        (
+            ["--config=configs/fmow.py", "--topology=gpu:h200:1", "--config.no=1"],
+            "--config.no",
+        ),
+    ],
+)
+def test_wrong_flags(flags, expected, capsys):
+    assert plan.main(["plan", *flags]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_the_line_for_programs(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "describe_topology", lambda name: LOCAL)
+    config = ["--config=configs/quickstart.py:method=mae", "--config.views.size=16"]
+    sizes = "patch_size=4 embed_dim=16 depth=1 num_heads=2 decoder_embed_dim=8"
+    config += [f"--config.model.{x}" for x in sizes.split()]
+    config += ["--config.model.decoder_depth=1", "--config.model.decoder_num_heads=2"]
+    config += ["--config.batch_size=8", "--topology=tpu:v5e:1x1", "--nolargest_batch"]
+    assert plan.main(["plan", *config]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "| | |"
+    assert json.loads(printed[-1])["batch_size"] == 8

@@ -1,0 +1,227 @@
+"""What a run needs on machines that are not there:
+
+    python -m xsmae.plan --config=configs/fmow.py --topology=tpu:v5e:16x16
+
+Compiles the training step for them and prints the memory of each device, what the
+devices send each other, the arithmetic, and the largest batch that fits.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from jax.extend.core import jaxprs_in_params
+
+from xsmae import main as pretraining
+from xsmae.collectives import Collective, read_collectives
+from xsmae.errors import UserError
+from xsmae.topology import Topology, describe_topology
+from xsmae.trainer import Trainer, batch_shapes, create_trainer
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of pretraining that decide the step, and the machines."""
+    pretraining.define_config(values)
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "gpu:CHIP:GPUS[xHOSTS] or tpu:CHIP:SHAPE: gpu:h200:8, tpu:v5e:16x16.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "largest_batch",
+        True,
+        "Look for the largest batch too, which compiles the step two times more.",
+        flag_values=values,
+    )
+
+
+def multiplications(jaxpr: Any) -> float:
+    """Floating-point operations of the products in a traced function, loops included.
+
+    Two for each multiplication and addition; what is not a product is left out.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            inner = math.prod(left[axis] for axis in contracted)
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * inner
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        inside = [multiplications(j) for j in jaxprs_in_params(eqn.params)]
+        branches = eqn.primitive.name == "cond"
+        total += times * (max(inside) if branches else sum(inside))
+    return total
+
+
+def used_memory(compiled: Any) -> dict[str, int]:
+    """Bytes of a device: the state and batch, what is beside them in a step, all."""
+    memory = compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    return {
+        "arguments": kept,
+        "temporary": temporary,
+        "all": kept + results + temporary + memory.generated_code_size_in_bytes,
+    }
+
+
+def trainer_for(
+    config: ml_collections.ConfigDict, topology: Topology, batch_size: int
+) -> tuple[ml_collections.ConfigDict, Trainer]:
+    """The run's trainer on the topology's devices with another batch."""
+    config = copy.deepcopy(config)
+    config.batch_size = batch_size
+    # The number of images decides the schedule alone.
+    return config, create_trainer(
+        config, num_images=1000 * batch_size, devices=topology.devices
+    )
+
+
+def compile_step(
+    config: ml_collections.ConfigDict, topology: Topology, batch_size: int
+) -> Any:
+    """The compiled step; raises UserError where the compiler finds no room for it."""
+    config, trainer = trainer_for(config, topology, batch_size)
+    lowered = trainer.step.lower(trainer.state_shapes(), batch_shapes(config))
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"batch_size={batch_size} does not fit: {reason}") from None
+
+
+def largest_batch(
+    config: ml_collections.ConfigDict, topology: Topology, used: int
+) -> int:
+    """The largest batch whose step fits, in eighths of a device's first estimate.
+
+    Memory grows evenly with the batch: from that of `used` bytes and of one half as
+    large follows the largest, which is compiled, and made smaller where it is too much.
+    """
+    devices, parts = len(topology.devices), config.optim.accumulation_steps
+    unit = devices * parts
+    half = max(unit, config.batch_size // 2 // unit * unit)
+    if half == config.batch_size:
+        half = 2 * half
+    other = used_memory(compile_step(config, topology, half))["all"]
+    slope = (used - other) / (config.batch_size - half)
+    fixed = used - slope * config.batch_size
+    most = int((topology.chip.memory - fixed) / slope)
+    for eighths in range(8, 0, -1):
+        batch = most * eighths // 8 // unit * unit
+        try:
+            if batch and _fits(config, topology, batch):
+                return batch
+        except UserError:
+            continue
+    return 0
+
+
+def _fits(config, topology, batch_size) -> bool:
+    needed = used_memory(compile_step(config, topology, batch_size))["all"]
+    return needed <= topology.chip.memory
+
+
+def make_plan(
+    config: ml_collections.ConfigDict, topology: Topology, *, largest: bool
+) -> dict[str, Any]:
+    """What the step takes, by name; see `table`."""
+    chip, devices = topology.chip, len(topology.devices)
+    start = time.monotonic()
+    compiled = compile_step(config, topology, config.batch_size)
+    seconds = time.monotonic() - start
+    exchanged = read_collectives(compiled.as_text(), devices)
+    memory = used_memory(compiled)
+    plain = copy.deepcopy(config)
+    plain.model.attention = "xla"  # the same products, and nothing hidden in a kernel
+    plain, trainer = trainer_for(plain, topology, config.batch_size)
+    traced = trainer.step.trace(trainer.state_shapes(), batch_shapes(plain))
+    flops = multiplications(traced.jaxpr.jaxpr) / devices
+    network = sum(c.sent / topology.bandwidth(c.group) for c in exchanged)
+    return {
+        "devices": devices,
+        "batch_size": config.batch_size,
+        "compile_seconds": round(seconds, 1),
+        "memory": memory,
+        "memory_there": chip.memory,
+        "flops": flops,
+        "arithmetic_seconds": flops / chip.flops,
+        "network_seconds": network,
+        "network_share": network / (network + flops / chip.flops),
+        "collectives": [vars(c) for c in exchanged],
+        "largest_batch": (
+            largest_batch(config, topology, memory["all"]) if largest else None
+        ),
+    }
+
+
+def table(plan: dict[str, Any]) -> str:
+    """A plan as Markdown."""
+    memory = {name: value / 1e9 for name, value in plan["memory"].items()}
+    rows = [
+        ("devices", plan["devices"]),
+        ("batch, over all", plan["batch_size"]),
+        ("state and batch a device", f"{memory['arguments']:.2f} GB"),
+        ("beside them in a step", f"{memory['temporary']:.2f} GB"),
+        ("in all, of", f"{memory['all']:.2f} of {plan['memory_there'] / 1e9:.0f} GB"),
+        ("products a device", f"{plan['flops'] / 1e12:.3g} TFLOP"),
+        ("at the published peak", f"{1e3 * plan['arithmetic_seconds']:.2f} ms"),
+        ("network at its published rate", f"{1e3 * plan['network_seconds']:.2f} ms"),
+        ("network's share, if nothing overlaps", f"{plan['network_share']:.1%}"),
+        ("compiling", f"{plan['compile_seconds']} s"),
+    ]
+    if plan["largest_batch"] is not None:
+        rows.append(("largest batch that fits, over all", plan["largest_batch"]))
+    lines = ["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
+    if plan["collectives"]:
+        lines += ["", "| exchange | devices | times | MB | sent by each |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+    for one in (Collective(**c) for c in plan["collectives"]):
+        lines.append(
+            f"| {one.kind} | {one.group} | {one.count} | {one.size / 1e6:.1f} | "
+            f"{one.sent / 1e6:.1f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    argv = sys.argv if argv is None else argv
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        values = flags.FlagValues()
+        define_flags(values)
+        print(__doc__, values.get_help(), sep="\n\n")
+        return 0
+    jax.config.update("jax_platforms", "cpu")  # no devices but those that are described
+    try:
+        values = pretraining.parse(argv, define_flags)
+        if values.topology is None:
+            raise UserError("--topology=gpu:h200:8, or another, is missing")
+        topology = describe_topology(values.topology)
+        plan = make_plan(values.config, topology, largest=values.largest_batch)
+    except UserError as error:
+        print(f"xsmae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("xsmae: interrupted", file=sys.stderr)
+        return 130
+    print(table(plan))
+    print(json.dumps({"topology": values.topology, "jax": jax.__version__, **plan}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

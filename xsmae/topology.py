@@ -1,0 +1,136 @@
+"""Machines to compile for that are not there, and what their makers publish of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from xsmae.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device.
+
+    memory: bytes. flops: bfloat16, dense, a second. bandwidth: of the memory, bytes a
+    second. link: what it sends to the others of its host or slice, bytes a second, one
+    way, all links together. between_hosts: the same to other hosts, 0 where `link` is.
+    target: what XLA asks a GPU about itself.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    between_hosts: float = 0
+    target: str = ""
+
+
+def _gpu(memory, flops, bandwidth, link, *, name, major, cores, fpus, shared, l2, ghz):
+    """A GPU of a host of eight, with a network card of 400 Gbit/s for each."""
+    target = f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32
+          shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+          threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+          block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f}
+          l2_cache_size: {l2} clock_rate_ghz: {ghz}
+          device_memory_size: {memory:.0f}
+          shared_memory_per_block_optin: {shared - 1024}
+          cuda_compute_capability {{ major: {major} minor: 0 }}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
+        device_description_str: "NVIDIA {name}"
+    """
+    return Chip(memory, flops, bandwidth, link, 50e9, target)
+
+
+_hopper = {"major": 9, "cores": 132, "fpus": 128, "shared": 233472, "ghz": 1.98}
+_hopper |= {"l2": 52428800}
+# NVIDIA's data sheets of the SXM modules (half of NVLink's 600 and 900 GB/s is one way)
+# and DGX systems; https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e (half of the
+# bidirectional interconnect; TPUs' gigabytes are 2^30).
+GPUS = {
+    "a100": _gpu(
+        80e9, 312e12, 2.039e12, 300e9, name="A100", major=8, cores=108, fpus=64,
+        shared=167936, l2=41943040, ghz=1.41,
+    ),
+    "h100": _gpu(80e9, 989e12, 3.35e12, 450e9, name="H100", **_hopper),
+    "h200": _gpu(141e9, 989e12, 4.8e12, 450e9, name="H200", **_hopper),
+}  # fmt: skip
+TPUS = {
+    "v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9),
+    "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32 * 2**30, 918e12, 1640e9, 400e9),
+}
+INSTALL = {
+    "gpu": "'jax[cuda12-local]' nvidia-cuda-nvcc-cu12",
+    "tpu": "'jax[tpu]'",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for; `a_host` of them are joined by the chip's own links."""
+
+    chip: Chip
+    devices: Sequence[Any]
+    a_host: int
+
+    def bandwidth(self, group: int) -> float:
+        """Bytes a second that a device of a group of so many sends the others."""
+        within = group <= self.a_host or not self.chip.between_hosts
+        return self.chip.link if within else self.chip.between_hosts
+
+
+def parse(name: str) -> tuple[str, str, list[int]]:
+    """`KIND:CHIP:SHAPE` in its parts; raises UserError where it is not so."""
+    kind, _, rest = name.partition(":")
+    chip, _, shape = rest.partition(":")
+    try:
+        sizes = [int(size) for size in shape.split("x")]
+    except ValueError:
+        sizes = []
+    chips = {"gpu": GPUS, "tpu": TPUS}.get(kind, {})
+    dimensions = (1, 2) if kind == "gpu" else (3,) if chip == "v5p" else (2,)
+    if chip not in chips or len(sizes) not in dimensions or min(sizes) < 1:
+        raise UserError(
+            f"topology={name!r}, expected gpu:CHIP:GPUS[xHOSTS] with a chip of "
+            f"{', '.join(GPUS)}, or tpu:CHIP:SHAPE with {', '.join(TPUS)}: gpu:h200:8, "
+            "gpu:h200:8x4, tpu:v5e:16x16, tpu:v5p:4x4x8"
+        )
+    return kind, chip, sizes
+
+
+def describe_topology(name: str) -> Topology:
+    """The devices of `KIND:CHIP:SHAPE`.
+
+    Raises UserError for a name that is none, a shape that the maker does not build, and
+    where the compiler is not installed.
+    """
+    kind, chip, sizes = parse(name)
+    try:
+        if kind == "gpu":
+            a_host, hosts = (*sizes, 1)[:2]
+            found = topologies.get_topology_desc(
+                "", "cuda", topology=f"1x{hosts}x{a_host}",
+                target_config=GPUS[chip].target,
+            )  # fmt: skip
+            return Topology(GPUS[chip], found.devices, a_host)
+        single = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+        shape = "x".join(map(str, sizes))
+        found = topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **single)
+        return Topology(TPUS[chip], found.devices, len(found.devices))
+    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"topology={name!r} cannot be compiled for: {reason[:200]}. It needs `pip "
+            f"install {INSTALL[kind]}`, in an environment of its own"
+        ) from None
