@@ -6,7 +6,11 @@ import tempfile
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# `make test-faults` asks for it: ten times hypothesis's own number of cases.
+settings.register_profile("faults", max_examples=1000, deadline=None)
 
 # Half of the suite's time would be compiling what another test has compiled: workers
 # and what they start share what they have. Set before anything imports jax.

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from xsmae.data.catalogue import build_source
-from xsmae.data.images import BANDS
 from xsmae.data.multiscale import ViewSampler
 from xsmae.data.pipeline import make_batches
 from xsmae.data.sources import Source
@@ -24,6 +23,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
 from xsmae.methods import METHODS, Method, Pictures
 from xsmae.optim import Optimizer, create_optimizer
+from xsmae.ranges import check_ranges
 from xsmae.sharding import by_batch, create_mesh, of_state, replicated
 from xsmae.train_state import (
     TrainState,
@@ -32,50 +32,6 @@ from xsmae.train_state import (
     prepare_views,
     train_step,
 )
-from xsmae.workdir import flatten
-
-# What numbers a field may have, where the code that reads it does not say so itself.
-TINY = 1e-8
-RANGES = {
-    "seed": (0, 2**32 - 1),
-    "batch_size": (1, math.inf),
-    "log_every": (1, math.inf),
-    "figures.samples": (1, math.inf),
-    "input.num_workers": (0, math.inf),
-    "input.num_threads": (0, math.inf),
-    "input.prefetch": (1, math.inf),
-    "input.max_rejected_fraction": (0, 1),
-    "checkpoint.keep": (1, math.inf),
-    "checkpoint.every": (1, math.inf),
-    "checkpoint.keep_every": (0, math.inf),
-    "checkpoint.keep_going_without_checkpoints": (0, math.inf),
-    "watchdog_minutes": (0, math.inf),
-    "knn.k": (1, math.inf),
-    "knn.batch_size": (1, math.inf),
-    "knn.temperature": (TINY, math.inf),
-    "knn.max_train": (0, math.inf),
-    "knn.max_test": (0, math.inf),
-    "optim.max_nonfinite": (1, math.inf),
-    "optim.learning_rate": (0, math.inf),
-    "optim.learning_rate_batch": (1, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "optim.clip_norm": (0, math.inf),
-    "optim.accumulation_steps": (1, math.inf),
-    "views.size": (1, math.inf),
-    "model.patch_size": (1, math.inf),
-    "model.embed_dim": (4, math.inf),
-    "model.depth": (1, math.inf),
-    "model.num_heads": (1, math.inf),
-    "model.mask_ratio": (0, 1),
-    "model.norm_epsilon": (0, 1),
-    "loss.contrastive.temperature": (TINY, math.inf),
-    "loss.contrastive.groups": (1, math.inf),
-    "loss.low_frequency.through": (0, math.inf),
-    "loss.high_frequency.cutoff": (TINY, 1),
-    "model.target_scale": (1, math.inf),
-    "model.head_dim": (4, math.inf),
-    "model.head_depth": (0, math.inf),
-}
 
 # What of a batch the step reads; the rest is the host's account of the images.
 STEP_FIELDS = ("image", "gsd", "box", "flip")
@@ -153,7 +109,7 @@ def create_trainer(
     devices: Sequence[jax.Device] | None = None,
 ) -> Trainer:
     """Everything of a run but its data, from a config, for all devices or `devices`."""
-    _check_sizes(config, jax.device_count() if devices is None else len(devices))
+    check_ranges(config, jax.device_count() if devices is None else len(devices))
     method = _method(config)
     mesh = create_mesh(config.batch_size, config.mesh, devices=devices)
     schedule = create_schedule(config, num_images=num_images)
@@ -354,38 +310,3 @@ def _optimizer(config: ml_collections.ConfigDict, schedule: Schedule) -> Optimiz
             b2=optim.b2,
             clip_norm=optim.clip_norm,
         )
-
-
-def _check_sizes(config: ml_collections.ConfigDict, devices: int) -> None:
-    """One line for the numbers that cannot be, or do not fit each other."""
-    flat = flatten(config.to_dict())
-    for name, (low, high) in RANGES.items():
-        value = flat.get(name, low)
-        if not low <= value <= high:
-            limit = f"from {low} to {high}" if high < math.inf else f"{low} or more"
-            raise UserError(f"{name}={value}, expected {limit}")
-    model, views = config.model, config.views
-    if views.size % model.patch_size:
-        raise UserError(
-            f"views.size={views.size} is not a multiple of model.patch_size="
-            f"{model.patch_size}: change one of them"
-        )
-    parts = config.optim.accumulation_steps
-    if config.batch_size % (parts * devices):
-        raise UserError(
-            f"batch_size={config.batch_size} does not divide into "
-            f"optim.accumulation_steps={parts} parts on {devices} device(s)"
-        )
-    if model.position == "gsd" and not model.reference_gsd:
-        raise UserError(
-            "model.reference_gsd is not set: give the metres per pixel that a patch "
-            "index is counted in, about the images' usual GSD, with "
-            "--config.model.reference_gsd=METRES"
-        )
-    for name in ("bands", "mean", "std"):
-        if len(config[name]) != len(BANDS):
-            raise UserError(
-                f"{name}={config[name]} has {len(config[name])} values, expected "
-                f"{len(BANDS)}, one for each of {', '.join(BANDS)}, which is what the "
-                "sources read"
-            )

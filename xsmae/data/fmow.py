@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ def read_metadata(path: pathlib.Path, category: str) -> Metadata:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _choose_box(

@@ -20,7 +20,8 @@ Refused with `BadImageError`, since something would be lost or guessed:
 | 16 bits a channel (PIL would drop the low byte)          | needs a scaling        |
 | animated PNG or WebP                                     | which frame?           |
 | not a JPEG, PNG or WebP, whatever its name; empty        | not an image           |
-| truncated, broken, unreadable, missing                   | no or invented pixels  |
+| truncated, broken, unreadable, missing, a PNG whose      | no or invented pixels  |
+| checksums do not hold                                    |                        |
 | more pixels declared than `max_pixels`                   | a decompression bomb   |
 | shorter side below `min_side`                            | too small to crop from |
 
@@ -149,6 +150,12 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
     file.seek(0)
     try:
         image = Image.open(file, formats=FORMATS)
+        if image.format == "PNG" and image.width * image.height <= max_pixels:
+            # PIL decodes without looking at the pixels' checksums, and stops before the
+            # last when all rows are there. Looking takes a file's reading, no decoding.
+            image.verify()
+            file.seek(0)
+            image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(
             f"declares more pixels than PIL's limit of {Image.MAX_IMAGE_PIXELS}"

@@ -157,7 +157,8 @@ def _posix(path: str) -> str:
 
 def _confined(path: str, real_root: str, where: str) -> str:
     parts = pathlib.PureWindowsPath(path)
-    if not path or parts.drive or parts.root or ".." in parts.parts:
+    outside = parts.drive or parts.root or ".." in parts.parts
+    if not path or outside or "\0" in path:
         raise UserError(
             f"{where}: the path is {path!r}, expected one inside the root folder: "
             "relative, without '..'"

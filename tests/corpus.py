@@ -1,0 +1,111 @@
+"""Image files that are broken, or odd: their names, their bytes, what is made of them.
+
+An outcome is READ, or the pattern of the reason for which the file is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+READ = ""
+FORMATS = ("JPEG", "PNG", "WEBP")
+# Where a file breaks off decides which of the decoder's reasons it is.
+BROKEN = "cannot be decoded|not a readable|empty|shorter side"
+
+
+def scene(height: int = 64, width: int = 72) -> Image.Image:
+    """Something with edges and colours, the same every time."""
+    rows, columns = np.mgrid[:height, :width]
+    bands = [rows * 3 % 256, columns * 3 % 256, (rows // 8 + columns // 8) % 2 * 200]
+    return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8))
+
+
+def encoded(image: Image.Image, file_format: str, **options) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def corpus() -> Iterator[tuple[str, bytes, str]]:
+    """(name, content, outcome) of every file."""
+    whole = {name: encoded(scene(), name) for name in FORMATS}
+    for name, content in whole.items():
+        yield f"{name} whole", content, READ
+        for tenths in range(10):
+            part = content[: len(content) * tenths // 10]
+            yield f"{name} cut after {tenths} tenths", part, BROKEN
+        yield f"{name} with more behind it", content + b"more" * 100, READ
+    yield "HTML", b"<!DOCTYPE html><html><body>404</body></html>", "not a readable"
+    yield "text", b"an image would be here", "not a readable"
+    yield "zeros", bytes(5000), "not a readable"
+    yield from _sizes(whole)
+    yield from _modes()
+    yield from _orientations()
+    for name in ("GIF", "BMP", "TIFF", "PPM"):
+        yield f"{name}", encoded(scene(), name), "not a readable"
+    frames = [scene(), scene().rotate(180)]
+    for name in ("PNG", "WEBP"):
+        content = encoded(frames[0], name, save_all=True, append_images=frames[1:])
+        yield f"{name} animated", content, "animated"
+    several = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    yield "JPEG of several pictures", several, READ
+
+
+def _sizes(whole: dict[str, bytes]) -> Iterator[tuple[str, bytes, str]]:
+    for name in FORMATS:
+        for size in ((1, 1), (1, 5000), (5000, 1)):
+            content = encoded(Image.new("RGB", size), name)
+            yield f"{name} of {size[0]} x {size[1]} px", content, "shorter side"
+    declared = struct.pack(">II", 30_000, 30_000)
+    png = whole["PNG"][:16] + declared + whole["PNG"][24:]
+    yield "PNG that declares 30000 x 30000 px", png, "not a readable"
+    at = whole["JPEG"].index(b"\xff\xc0") + 5
+    sides = struct.pack(">HH", 30_000, 30_000)
+    jpeg = whole["JPEG"][:at] + sides + whole["JPEG"][at + 4 :]
+    yield "JPEG that declares 30000 x 30000 px", jpeg, "declares"
+    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    yield "PNG of 20000 x 20000 px in a few bytes", bomb, "declares"
+
+
+def _modes() -> Iterator[tuple[str, bytes, str]]:
+    image = scene()
+    clear = image.convert("RGBA")
+    clear.putpixel((3, 3), (0, 0, 0, 254))
+    palette = image.convert("P")
+    for name, shown, file_format, outcome in (
+        ("1", image.convert("1"), "PNG", READ),
+        ("L", image.convert("L"), "PNG", READ),
+        ("L", image.convert("L"), "JPEG", READ),
+        ("LA, opaque", image.convert("LA"), "PNG", READ),
+        ("LA, with a clear pixel", clear.convert("LA"), "PNG", "transparent"),
+        ("P", palette, "PNG", READ),
+        ("RGB", image, "PNG", READ),
+        ("RGBA, opaque", image.convert("RGBA"), "PNG", READ),
+        ("RGBA, with a clear pixel", clear, "PNG", "transparent"),
+        ("RGBA, with a clear pixel", clear, "WEBP", "transparent"),
+        ("CMYK", image.convert("CMYK"), "JPEG", "mode CMYK"),
+        ("I;16", image.convert("I;16"), "PNG", "16 bits a channel|mode I;16"),
+        ("F", image.convert("F"), "TIFF", "not a readable"),
+        ("YCbCr", image.convert("YCbCr"), "JPEG", READ),
+    ):
+        # A lossless WebP keeps its clear pixel.
+        options = {"lossless": True} if file_format == "WEBP" else {}
+        content = encoded(shown, file_format, **options)
+        yield f"{file_format} of mode {name}", content, outcome
+    hidden = encoded(palette, "PNG", transparency=palette.getpixel((0, 0)))
+    yield "PNG of mode P, with a clear colour", hidden, "transparent"
+
+
+def _orientations() -> Iterator[tuple[str, bytes, str]]:
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        for name in FORMATS:
+            content = encoded(scene(), name, exif=exif)
+            yield f"{name} of EXIF orientation {turn}", content, READ

@@ -1,0 +1,99 @@
+"""Every number of a config outside of what it may be is refused, by name."""
+
+import math
+
+import pytest
+from xsmae.configs import common
+
+from xsmae.errors import UserError
+from xsmae.ranges import BELOW_1, LARGE, RANGES, SMALL, check_ranges
+from xsmae.workdir import flatten
+
+PRESETS = [
+    ("published", "cross_scale_mae"),
+    ("corrected", "cross_scale_mae"),
+    ("published", "mae"),
+    ("published", "sat_mae"),
+    ("published", "scale_mae"),
+]
+# What may be any whole number, or is checked where it is read.
+ELSEWHERE = {"model.channel_groups", "bands"}
+
+
+def config_of(preset="corrected", method="cross_scale_mae"):
+    config = common.get_common(preset, "tiny", method)
+    config.model.reference_gsd = 1.0
+    return config
+
+
+def holds(name):
+    """A config that has the field."""
+    configs = (config_of(*preset) for preset in PRESETS)
+    return next(c for c in configs if name in flatten(c.to_dict()))
+
+
+def refusal(config, name, value):
+    """The line that the field's value is refused with; None where it is not."""
+    with config.ignore_type():
+        config.update_from_flattened_dict({name: value})
+    try:
+        check_ranges(config, 1)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_presets_are_within(preset):
+    check_ranges(config_of(*preset), 1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_number_has_a_range(preset):
+    flat = flatten(config_of(*preset).to_dict())
+    numbers = {
+        name
+        for name, value in flat.items()
+        if isinstance(value, (int, float, tuple)) and not isinstance(value, bool)
+    }
+    assert numbers - ELSEWHERE <= RANGES.keys()
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_out_of_range(name):
+    low, high = RANGES[name]
+    below = 0.0 if low == SMALL else low - 1
+    above = {LARGE: math.inf, BELOW_1: 1.0}.get(high, high + 1)
+    several = isinstance(flatten(holds(name).to_dict())[name], tuple)
+    for value in (below, above, math.nan, -math.inf):
+        given = (low, value, low)[: 2 + several] if several else value
+        line = refusal(holds(name), name, given)
+        assert line.startswith(f"{name}=")
+        assert ", expected " in line
+        assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("model.mask_ratio", 1.0, "mask_ratio=1.0, expected 0 or more and below 1"),
+        ("views.area", (0.0, 1.0), "views.area=(0.0, 1.0), expected above 0 and at"),
+        ("optim.b2", 1.0, "optim.b2=1.0, expected 0 or more and below 1"),
+        ("std", (0.2, 0.0, 0.2), "std=(0.2, 0.0, 0.2), expected above 0"),
+        ("num_steps", 0, "num_steps=0, expected 1 or more"),
+        ("loss.contrastive.weight", -1.0, "weight=-1.0, expected 0 or more"),
+        ("batch_size", True, "batch_size=True, expected 1 or more"),
+        ("views.size", 100, "not a multiple of model.patch_size"),
+        ("optim.accumulation_steps", 3, "does not divide into"),
+        ("model.reference_gsd", None, "model.reference_gsd is not set"),
+        ("mean", (0.5, 0.5), "has 2 values, expected 3"),
+    ],
+)
+def test_what_is_said(name, value, expected):
+    assert expected in refusal(config_of(), name, value)
+
+
+def test_a_run_that_would_learn_nothing():
+    config = config_of("published", "mae")
+    line = refusal(config, "loss.reconstruction.weight", 0.0)
+    assert "every weight in config.loss is 0 (reconstruction)" in line
