@@ -13,6 +13,10 @@ DATA ?= ../shared/data
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
+# What docs/reliability.md promises, in files that hold nothing else.
+FAULTS := tests/test_checkpoints.py tests/test_trust.py tests/test_faults.py \
+	tests/test_broken_files.py tests/test_fuzz.py
+
 .PHONY: quickstart notebooks study bench-attention test test-core test-faults
 .PHONY: test-peers lint format clean
 
@@ -46,10 +50,11 @@ test-core: $(VENV)/installed-test
 		tests/test_sources.py tests/test_images.py tests/test_fmow.py \
 		tests/test_tfds.py tests/test_synthetic.py
 
-# Damaged checkpoints, full disks, hangs, signals; 40 kills in short runs.
+# docs/reliability.md: damaged checkpoints, full disks, hangs, signals, broken input, 1,000
+# cases a fuzzed reader, 40 kills in short runs.
 test-faults: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "" --durations=10 tests/test_checkpoints.py \
-		tests/test_trust.py tests/test_faults.py
+	$(BIN)/python -m pytest -m "" -n logical --dist worksteal --durations=10 \
+		--hypothesis-profile=faults $(FAULTS)
 
 # Our networks and exports against Hugging Face transformers and timm, on PyTorch.
 test-peers: $(PEERS)/installed

@@ -71,12 +71,12 @@ def reconstructions(
     for row, view in np.ndindex(num_rows, num_views):
         for column, (name, images) in enumerate(panels.items()):
             ax = fig.add_subplot(grid[row, (len(panels) + 1) * view + column])
-            _show(ax, images[row, view])
+            show(ax, images[row, view])
             if row == 0:
                 title = f"View {view + 1}: {name}" if num_views > 1 else name
                 ax.set_title(title, fontsize=10)
             if column == 0:
-                gsd_text = _number(_geometric_mean(gsd[row, view]))
+                gsd_text = number(_geometric_mean(gsd[row, view]))
                 ax.set_ylabel(f"{gsd_text} m/px", fontsize=9)
     save(fig, path)
 
@@ -107,12 +107,12 @@ def crops(
     axes = fig.subplots(num_rows, columns, squeeze=False)
     for row, (image, source_gsd, title) in zip(range(num_rows), sources, strict=True):
         source_ax = axes[row, 0]
-        _show(source_ax, image)
+        show(source_ax, image)
         _title(source_ax, title[-40:], (source_gsd, source_gsd), image.shape)
-        _scale_bar(source_ax, image.shape[1], source_gsd)
+        scale_bar(source_ax, image.shape[1], source_gsd)
         for view, ax in enumerate(axes[row, 1:]):
             _draw_box(source_ax, boxes[row, view], VIEW_COLOURS[view])
-            _show(ax, views[row, view])
+            show(ax, views[row, view])
             _title(ax, f"View {view + 1}", gsd[row, view], (size, size))
             ax.spines[:].set(visible=True, color=VIEW_COLOURS[view], linewidth=4)
     fig.legend(
@@ -182,7 +182,7 @@ def gsd_histogram(
     style = {"color": NEUTRAL, "ls": "--", "lw": 1.5}
     # Not equality: a caller may have worked it out again from a crop.
     if np.ptp(np.log(source_gsd)) < 1e-4:
-        label = f"source images, {_number(source_gsd[0])} m/px"
+        label = f"source images, {number(source_gsd[0])} m/px"
         ax.axvline(source_gsd[0], label=label, **style)
     else:
         _share(ax, source_gsd, edges, "source images", histtype="step", **style)
@@ -200,11 +200,12 @@ def gsd_histogram(
 
 def _share(ax: Axes, gsd: np.ndarray, edges: np.ndarray, name: str, **style) -> None:
     """A histogram in percent, so that the number of samples does not set the scale."""
-    label = f"{name}, median {_number(np.median(gsd))} m/px"
+    label = f"{name}, median {number(np.median(gsd))} m/px"
     ax.hist(gsd, edges, weights=np.full(len(gsd), 100 / len(gsd)), label=label, **style)
 
 
-def _show(ax: Axes, image: np.ndarray) -> None:
+def show(ax: Axes, image: np.ndarray) -> None:
+    """An image without a frame."""
     ax.imshow(image)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
@@ -212,8 +213,8 @@ def _show(ax: Axes, image: np.ndarray) -> None:
 
 def _title(ax: Axes, name: str, gsd: Sequence[float], shape: Sequence[int]) -> None:
     """The name, the GSD (two numbers where the axes differ) and the ground shown."""
-    y, x = (_number(value) for value in gsd)
-    ground = " × ".join(_number(g * n) for g, n in zip(gsd, shape, strict=False))
+    y, x = (number(value) for value in gsd)
+    ground = " × ".join(number(g * n) for g, n in zip(gsd, shape, strict=False))
     text = y if x == y else f"{y} × {x}"
     ax.set_title(f"{name}\n{text} m/px, {ground} m", fontsize=10)
 
@@ -227,7 +228,7 @@ def _draw_box(ax: Axes, box: np.ndarray, colour: str) -> None:
     ax.add_patch(frame)
 
 
-def _scale_bar(ax: Axes, width: int, gsd: float) -> None:
+def scale_bar(ax: Axes, width: int, gsd: float) -> None:
     """A bar of 1, 2 or 5 times a power of ten metres, under the image."""
     limit = 0.4 * width * gsd
     power = 10.0 ** math.floor(math.log10(limit))
@@ -320,7 +321,7 @@ def _geometric_mean(gsd: np.ndarray) -> np.ndarray:
     return np.sqrt(np.prod(np.asarray(gsd, np.float64), axis=-1))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, never as a power of ten."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 

@@ -88,6 +88,13 @@ def decoded(record: Record) -> Record:
     return dataclasses.replace(record, image=record.image.decode())
 
 
+def pixel_digest(image: np.ndarray) -> bytes:
+    """16 bytes that images have in common when their pixels are the same."""
+    content = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+    content.update(np.ascontiguousarray(image))
+    return content.digest()
+
+
 def check_gsd(value: Any, where: str) -> float:
     """Returns a GSD as a float, metres per pixel; UserError unless finite and > 0.
 

@@ -128,6 +128,19 @@ def parse(
     return values, config
 
 
+def data_of(argv: list[str]) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config of `--data` with the parts `data`, `train` and `test`, and the rest of
+    the arguments. Raises UserError, in one line, for what is wrong in them."""
+    argv = find_config(_joined(argv, ("data",)), "data")
+    config = _load_config([a for a in argv if re.match("--?data=", a)])
+    for part in ("data", *PARTS):
+        given = [a for a in argv if a.lstrip("-").startswith(f"{part}.")]
+        config[part] = _part(config, part, given)
+    return config, [
+        a for a in argv if not re.match("--?(data=|(data|train|test)[.])", a)
+    ]
+
+
 def default(values: flags.FlagValues, name: str, value: Sequence[str]) -> None:
     """Give a flag another default than `define_flags` does."""
     if not values[name].present:
@@ -140,16 +153,17 @@ def run(
     *,
     doc: str,
     define: Callable[[flags.FlagValues], None],
+    common: Callable[[flags.FlagValues], None] = define_flags,
 ) -> int:
     """Call `main(argv, should_stop)`; returns the exit status.
 
     0, 2 for a UserError, 128 + n where signal n stopped it. `--help` prints `doc` and
-    the flags.
+    the flags that `common` and `define` define.
     """
     argv = sys.argv if argv is None else argv
     if {"--help", "-h", "--helpfull"} & set(argv):
         values = flags.FlagValues()
-        define_flags(values)
+        common(values)
         define(values)
         print(doc, values.get_help(), sep="\n\n")
         return 0

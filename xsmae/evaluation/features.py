@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -91,9 +90,8 @@ def read_images(
             return None
         image, gsd = square(record.image, record.gsd, size, resize=resize)
         label = -1 if record.label is None else record.label
-        content = hashlib.blake2b(repr(record.image.shape).encode(), digest_size=16)
-        content.update(np.ascontiguousarray(record.image))
-        return image, gsd, label, index, np.frombuffer(content.digest(), np.uint8)
+        digest = np.frombuffer(pixel_digest(record.image), np.uint8)
+        return image, gsd, label, index, digest
 
     with ThreadPoolExecutor(threads) as pool:
         starts = range(0, len(indices), batch_size)

@@ -1,0 +1,115 @@
+"""All images of a source read once, and what there is to say of them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from xsmae.data.records import Source, pixel_digest
+from xsmae.errors import BadImageError
+
+CHUNK = 256  # images that are read ahead at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """One image that was read.
+
+    shape: height, width. mean, square: of its pixels in 0-1 and of their squares, a
+    number a band, float64.
+    """
+
+    index: int
+    shape: tuple[int, int]
+    gsd: float
+    label: int | None
+    digest: bytes
+    mean: np.ndarray
+    square: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a source holds: images in its order, and id -> reason of those refused."""
+
+    source: Source
+    images: list[Image]
+    rejected: dict[str, str]
+
+    def statistics(self, left_out: set[str] = frozenset()) -> tuple[list, list]:
+        """Mean and standard deviation of each band in 0-1, every image alike.
+
+        Training draws images, not pixels, so a large image counts as one. left_out: ids
+        of images that do not count, such as those of the test part.
+        """
+        counted = [i for i in self.images if self.source.id(i.index) not in left_out]
+        mean = np.mean([image.mean for image in counted], axis=0)
+        square = np.mean([image.square for image in counted], axis=0)
+        return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
+
+    def classes(self) -> dict[str, int]:
+        """Images of each class; empty without labels."""
+        counts = collections.Counter(image.label for image in self.images)
+        return {name: counts[i] for i, name in enumerate(self.source.class_names)}
+
+    def identical(self) -> list[list[str]]:
+        """The ids of each group of images with the same pixels."""
+        groups = collections.defaultdict(list)
+        for image in self.images:
+            groups[image.digest].append(self.source.id(image.index))
+        return [ids for ids in groups.values() if len(ids) > 1]
+
+    def also_in(self, other: Survey) -> list[tuple[str, str]]:
+        """Pairs of ids of an image here and one in `other` with the same pixels."""
+        there = {i.digest: other.source.id(i.index) for i in reversed(other.images)}
+        return [
+            (self.source.id(image.index), there[image.digest])
+            for image in self.images
+            if image.digest in there
+        ]
+
+
+def survey(
+    source: Source,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Survey:
+    """Read every image; raises KeyboardInterrupt where `should_stop()`."""
+    images, rejected = [], {}
+    for done, found in enumerate(_read(source, should_stop), 1):
+        if isinstance(found, Image):
+            images.append(found)
+        else:
+            rejected[source.id(found[0])] = found[1]
+        progress(done, len(source))
+    return Survey(source, images, rejected)
+
+
+def _read(
+    source: Source, should_stop: Callable[[], bool]
+) -> Iterator[Image | tuple[int, str]]:
+    def load(index: int) -> Image | tuple[int, str]:
+        try:
+            record = source[index]
+        except BadImageError as error:
+            return index, str(error)
+        # float64 of one row at a time: a scene of 100 MB would be 800.
+        sums = np.zeros((2, record.image.shape[2]))
+        for row in record.image:
+            values = row / 255.0
+            sums += values.sum(axis=0), np.square(values).sum(axis=0)
+        mean, square = sums / (record.image.shape[0] * record.image.shape[1])
+        shape, digest = record.image.shape[:2], pixel_digest(record.image)
+        return Image(index, shape, record.gsd, record.label, digest, mean, square)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(source), CHUNK):
+            if should_stop():
+                raise KeyboardInterrupt
+            yield from pool.map(load, range(start, min(start + CHUNK, len(source))))
