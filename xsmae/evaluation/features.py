@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xsmae.data.records import pixel_digest
 from xsmae.data.sources import Source
 from xsmae.errors import BadImageError, UserError
 
