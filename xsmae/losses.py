@@ -37,7 +37,7 @@ def reconstruction(
     norm_pix_loss: bool,
     channel_groups: tuple[tuple[int, ...], ...] = (),
     channels: int = 1,
-) -> Float[Array, views]:
+) -> Float[Array, " views"]:
     """Mean squared error on the hidden patches, a value per view.
 
     `target` holds the patches of the normalised images; with `norm_pix_loss` each is
@@ -67,7 +67,7 @@ def frequency_band(
     *,
     absolute: bool,
     grid: tuple[int, int],
-) -> Float[Array, views]:
+) -> Float[Array, " views"]:
     """Squared (or absolute) error on the pixels of hidden patches, a value per view.
 
     Scale-MAE's: the SUM over the bands, the mean over the pixels (official
@@ -86,7 +86,7 @@ def _masked_mean(error, mask):
     return (error * mask).sum(axes) / mask.sum(axes)
 
 
-def over_views(per_view: Float[Array, views], reduction: str) -> Float[Array, ""]:
+def over_views(per_view: Float[Array, " views"], reduction: str) -> Float[Array, ""]:
     """`sum` (the official code) or `mean` (the paper) of a loss over the views."""
     if reduction not in VIEW_REDUCTIONS:
         raise ValueError(f"views={reduction!r}, expected one of {VIEW_REDUCTIONS}")
