@@ -14,7 +14,7 @@ MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
 # What docs/reliability.md promises, in files that hold nothing else.
-FAULTS := tests/test_checkpoints.py tests/test_trust.py tests/test_faults.py \
+FAULTS := tests/test_faults.py tests/test_checkpoints.py tests/test_trust.py \
 	tests/test_broken_files.py tests/test_fuzz.py
 
 .PHONY: quickstart notebooks study bench-attention test test-core test-faults
@@ -53,7 +53,7 @@ test-core: $(VENV)/installed-test
 # docs/reliability.md: damaged checkpoints, full disks, hangs, signals, broken input, 1,000
 # cases a fuzzed reader, 40 kills in short runs.
 test-faults: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "" -n logical --dist worksteal --durations=10 \
+	$(BIN)/python -m pytest -m "" -n logical --maxschedchunk=1 --durations=10 \
 		--hypothesis-profile=faults $(FAULTS)
 
 # Our networks and exports against Hugging Face transformers and timm, on PyTorch.

@@ -35,7 +35,7 @@ def read_listing(
     path_column = _column(header, PATH_COLUMNS)
     if path_column is None:
         raise UserError(
-            f"{table} has no path column: found {', '.join(header)}; expected one of "
+            f"{table} has no path column: found {_shown(header)}; expected one of "
             f"{', '.join(PATH_COLUMNS)}"
         )
     label_column = _column(header, LABEL_COLUMNS)
@@ -93,7 +93,7 @@ def gsds_from_csv(csv_path: str | os.PathLike, ids: Sequence[str]) -> np.ndarray
     gsd_column = _column(header, GSD_COLUMNS)
     if path_column is None or gsd_column is None:
         raise UserError(
-            f"{table} has the columns {', '.join(header)}; expected path and gsd"
+            f"{table} has the columns {_shown(header)}; expected path and gsd"
         )
     gsds = {}
     for line, row in rows:
@@ -142,6 +142,11 @@ def _read_csv(table: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]
 
 def _column(header: Sequence[str], names: Sequence[str]) -> int | None:
     return next((header.index(name) for name in names if name in header), None)
+
+
+def _shown(header: Sequence[str]) -> str:
+    """The names in a line, whatever characters they have."""
+    return ", ".join(repr(name)[1:-1] for name in header)
 
 
 def _number_labels(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
