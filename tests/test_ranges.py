@@ -87,6 +87,7 @@ def test_out_of_range(name):
         ("optim.accumulation_steps", 3, "does not divide into"),
         ("model.reference_gsd", None, "model.reference_gsd is not set"),
         ("mean", (0.5, 0.5), "has 2 values, expected 3"),
+        ("mean", [0.5, 2.0, 0.5], "mean=[0.5, 2.0, 0.5], expected"),  # of a JSON
     ],
 )
 def test_what_is_said(name, value, expected):

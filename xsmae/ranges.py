@@ -92,7 +92,7 @@ def check_ranges(config: ml_collections.ConfigDict, devices: int) -> None:
     flat = flatten(config.to_dict())
     for name, (low, high) in RANGES.items():
         found = flat.get(name)
-        for value in found if isinstance(found, tuple) else [found]:
+        for value in found if isinstance(found, (tuple, list)) else [found]:
             if value is not None and not _within(value, low, high):
                 raise UserError(f"{name}={found}, expected {_expected(low, high)}")
     model, views = config.model, config.views
