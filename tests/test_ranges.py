@@ -1,6 +1,5 @@
 """Every number of a config outside of what it may be is refused, by name."""
 
-import functools
 import math
 
 import pytest
@@ -35,9 +34,8 @@ def holds(name):
 
 def refusal(config, name, value):
     """The line that the field's value is refused with; None where it is not."""
-    *parents, key = name.split(".")
     with config.ignore_type():
-        functools.reduce(getattr, parents, config)[key] = value
+        config.update_from_flattened_dict({name: value})
     try:
         check_ranges(config, 1)
     except UserError as error:
@@ -89,7 +87,6 @@ def test_out_of_range(name):
         ("optim.accumulation_steps", 3, "does not divide into"),
         ("model.reference_gsd", None, "model.reference_gsd is not set"),
         ("mean", (0.5, 0.5), "has 2 values, expected 3"),
-        ("mean", [0.5, 2.0, 0.5], "2.0, 0.5], expected 0 or more"),  # of a JSON
     ],
 )
 def test_what_is_said(name, value, expected):
