@@ -40,6 +40,26 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         flag_values=flag_values,
     )
     flags.DEFINE_bool(
+        "hosts",
+        False,
+        "This is one of several processes, which Slurm, Open MPI, GKE or Cloud TPU "
+        "tell of each other.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "Where nothing does: HOST:PORT of process 0, the same for all.",
+        flag_values=flag_values,
+    )
+    for name, text in (
+        ("num_processes", "How many there are."),
+        ("process_id", "Which of them this is, from 0."),
+    ):
+        flags.DEFINE_integer(
+            name, None, f"With --coordinator. {text}", flag_values=flag_values
+        )
+    flags.DEFINE_bool(
         "dry_run",
         False,
         "Build everything, print parameters, memory, steps and shapes, train nothing.",
@@ -143,8 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         values = parse(argv)
         # After the flags, so that a wrong one is told at once.
-        from xsmae import init, report, train
+        from xsmae import hosts, init, report, train
 
+        hosts.join(values, watchdog_minutes=values.config.watchdog_minutes)
         if values.config.init:
             for change in init.adopt(values.config, given_fields(argv)):
                 print(f"as the weights have it: {change}")
@@ -152,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
             print(report.dry_run(values.config))
             return 0
         workdir = Path(values.workdir or default_workdir(argv))
-        return train.train_and_evaluate(values.config, workdir)
+        with hosts.ends_with_the_others():
+            return train.train_and_evaluate(values.config, workdir)
     except UserError as error:
         print(f"xsmae: {error}", file=sys.stderr)
         return 2

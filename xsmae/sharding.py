@@ -60,6 +60,11 @@ def of_state(mesh: Mesh, shapes: Any) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, _divided(mesh, x.shape)), shapes)
 
 
+def put_whole(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has to the devices, each its own part."""
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
 def put_batch(
     batch: dict[str, np.ndarray], sharding: NamedSharding
 ) -> dict[str, jax.Array]:

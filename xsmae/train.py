@@ -23,12 +23,13 @@ from xsmae.data.sources import Source
 from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
+from xsmae.hosts import StopTogether, own_folder
 from xsmae.init import load_weights
 from xsmae.lock import FolderLock
 from xsmae.metrics import MetricsWriter, Progress, read_metrics
 from xsmae.nonfinite import NonfiniteBatches
 from xsmae.report import describe, summary
-from xsmae.sharding import by_batch, put_batch
+from xsmae.sharding import by_batch, put_batch, replicated
 from xsmae.signals import StopRequest
 from xsmae.train_state import TrainState
 from xsmae.trainer import (
@@ -60,7 +61,7 @@ class Run:
     writer: MetricsWriter
     rejected: RejectedImages
     nonfinite: NonfiniteBatches
-    stop: StopRequest
+    stop: StopTogether
     watchdog: Watchdog
 
 
@@ -76,20 +77,22 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     check_batch_size(source, config.batch_size)
     sampler = create_sampler(config)
     trainer = create_trainer(config, num_images=len(source))
-    stop = StopRequest()
-    watchdog = Watchdog(workdir / "hang.log", minutes=config.watchdog_minutes)
+    request = StopRequest()
+    stop = StopTogether(request, trainer.mesh)
+    first = jax.process_index() == 0
+    folder = own_folder(workdir)
+    watchdog = Watchdog(folder / "hang.log", minutes=config.watchdog_minutes)
 
     def should_stop() -> bool:  # asked between the batches of an evaluation
         watchdog.feed()
-        return stop.signal is not None
+        return stop.asked()
 
     monitors = create_monitors(config, source, should_stop=should_stop)
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:  # the others belong to it
-            stack.enter_context(FolderLock(workdir))
+        stack.enter_context(FolderLock(folder))
         stack.enter_context(told_in_one_line(workdir))
-        open_workdir(workdir, config)
-        stack.enter_context(stop)
+        open_workdir(folder, config)
+        stack.enter_context(request)
         stack.enter_context(watchdog.watching())
         checkpoints = stack.enter_context(
             contextlib.closing(
@@ -103,20 +106,20 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         start, state = _first_state(config, workdir, source, trainer, checkpoints)
         print(describe(config, trainer, source), flush=True)
         writer = MetricsWriter(
-            workdir,
+            folder,
             resume_step=start,
-            tensorboard=config.tensorboard,
-            wandb_config=config.to_dict() if config.wandb else None,
+            tensorboard=config.tensorboard and first,
+            wandb_config=config.to_dict() if config.wandb and first else None,
         )
         stack.enter_context(contextlib.closing(writer))
         rejected = RejectedImages(
-            workdir / "rejected.jsonl",
+            folder / "rejected.jsonl",
             source,
             max_fraction=config.input.max_rejected_fraction,
             resume_step=start,
         )
         nonfinite = NonfiniteBatches(
-            workdir, source, limit=config.optim.max_nonfinite, resume_step=start
+            folder, source, limit=config.optim.max_nonfinite, resume_step=start
         )
         saver = Saver(
             checkpoints,
@@ -125,7 +128,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )
         run = Run(
             config,
-            workdir,
+            folder,
             source,
             sampler,
             trainer,
@@ -139,7 +142,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )
         try:
             state = train(run, state, start or 0)
-            if stop.signal is None:
+            if not stop.after_all():
                 finish(run, state)
         except KeyboardInterrupt:
             if stop.signal is None:
@@ -148,7 +151,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     if stop.signal is not None:
         print(f"stopped; the same command goes on from {workdir}", flush=True)
         return 128 + stop.signal
-    print(summary(workdir), flush=True)
+    if first:
+        print(summary(workdir), flush=True)
     return 0
 
 
@@ -232,7 +236,7 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
                 with goes_on_without("the picture of the GSDs"):
                     drawing.gsds(run, seen)
                 gsd_wanted, seen = False, []
-            stopping = run.stop.signal is not None
+            stopping = run.stop.after_step()
             due = due or _due(step, config.checkpoint.every) or last or stopping
             if due:
                 run.nonfinite.check(*previous, step=step)
@@ -259,7 +263,11 @@ def finish(run: Run, state: TrainState) -> None:
             trainer.schedule.num_steps,
             _named("knn_full/accuracy_", accuracy) | _named("knn_full/", controls),
         )
-    model = nnx.merge(trainer.graphdef, state.params, state.batch_stats)
+    # Whole on every device, which takes all processes; one of them writes.
+    whole = jax.jit(lambda *parts: parts, out_shardings=replicated(trainer.mesh))
+    model = nnx.merge(trainer.graphdef, *whole(state.params, state.batch_stats))
+    if jax.process_index() != 0:
+        return
     write_encoder(
         run.workdir / "encoder",
         model.encoder,

@@ -24,7 +24,7 @@ from xsmae.evaluation.knn import KnnMonitor
 from xsmae.methods import METHODS, Method, Pictures
 from xsmae.optim import Optimizer, create_optimizer
 from xsmae.ranges import check_ranges
-from xsmae.sharding import by_batch, create_mesh, of_state, replicated
+from xsmae.sharding import by_batch, create_mesh, of_state, put_whole, replicated
 from xsmae.train_state import (
     TrainState,
     create_train_state,
@@ -147,7 +147,7 @@ def create_trainer(
         **preparation,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def predict(state, batch):
         views = prepare_views(batch, **preparation)
         network = nnx.merge(graphdef, state.params, state.batch_stats)
@@ -155,7 +155,9 @@ def create_trainer(
         return method.pictures(output, views, model=model, loss=loss)
 
     @functools.partial(
-        jax.jit, in_shardings=(placed.params, by_batch(mesh), by_batch(mesh))
+        jax.jit,
+        in_shardings=(placed.params, by_batch(mesh), by_batch(mesh)),
+        out_shardings=replicated(mesh),
     )
     def features(params, images, gsd):
         mean, std = (255 * jnp.array(config[n]) for n in ("mean", "std"))
@@ -187,7 +189,9 @@ def create_trainer(
             placed,
         ),
         predict=predict,
-        encode=features,
+        encode=lambda params, images, gsd: features(
+            params, put_whole(images, by_batch(mesh)), put_whole(gsd, by_batch(mesh))
+        ),
     )
 
 

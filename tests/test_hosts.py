@@ -1,0 +1,166 @@
+"""Several processes that find each other on this machine, each with its devices."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.test_main import ROOT, SMALL_RUN, comparable, refused
+from xsmae.metrics import read_metrics
+from xsmae.watchdog import EXIT_STATUS
+
+NUM_STEPS = 60
+RUN = [
+    "--config=configs/quickstart.py:method=mae",
+    *SMALL_RUN,
+    f"--config.num_steps={NUM_STEPS}",
+    "--config.log_every=1",
+    "--config.checkpoint.every=10",
+    "--config.knn.every=30",
+    "--config.watchdog_minutes=2",
+    "--config.tensorboard=False",
+]
+# JAX's own watch may be the first to see that a process has ended.
+ENDED_WITH_THE_OTHER = (EXIT_STATUS, -signal.SIGABRT)
+
+
+pytestmark = pytest.mark.slow
+
+
+def on_all_cores():
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count()))
+
+
+def start(workdir, devices, *arguments, log):
+    """A process of the run. On all cores, since processes wait for each other."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "xsmae.main", *RUN, *arguments,
+             f"--workdir={workdir}"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+            stdout=file,
+            stderr=file,
+            preexec_fn=on_all_cores,
+        )  # fmt: skip
+
+
+def start_two(workdir, folder):
+    """Two processes with two devices each, and their logs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    found = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    logs = [folder / f"log_{i}" for i in range(2)]
+    return [
+        start(workdir, 2, *found, f"--process_id={i}", log=log)
+        for i, log in enumerate(logs)
+    ], logs
+
+
+def ends(processes, logs, seconds=300):
+    """The exit statuses of all."""
+    try:
+        return [process.wait(seconds) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise AssertionError("\n".join(log.read_text() for log in logs)) from None
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for_step(step, process, log):
+    deadline = time.monotonic() + 300
+    while not re.search(rf"^step {step}/", log.read_text(), re.MULTILINE):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def assert_near(workdir, other):
+    """The same rows and weights to rounding."""
+    rows, others = comparable(workdir), comparable(other)
+    assert len(rows) == len(others)
+    for one, two in zip(rows, others, strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    ours, theirs = (
+        load_file(folder / "encoder/encoder.safetensors") for folder in (workdir, other)
+    )
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The run of one process with four devices."""
+    folder = tmp_path_factory.mktemp("one")
+    process = start(folder / "run", 4, log=folder / "log")
+    assert ends([process], [folder / "log"]) == [0]
+    return folder / "run"
+
+
+def test_two_processes_of_two_devices_equal_one_of_four(one_process, tmp_path):
+    workdir = tmp_path / "run"
+    processes, logs = start_two(workdir, tmp_path)
+    assert ends(processes, logs) == [0, 0], logs[0].read_text()
+    assert_near(workdir, one_process)
+    # What each has seen of it is the same; its images are its own.
+    assert comparable(workdir / "process_1") == comparable(workdir)
+    assert not (workdir / "process_1/encoder").exists()
+    assert not (workdir / "process_1/checkpoints").exists()
+
+
+def test_one_that_is_killed_ends_the_others_and_the_run_goes_on(one_process, tmp_path):
+    workdir = tmp_path / "run"
+    processes, logs = start_two(workdir, tmp_path)
+    wait_for_step(25, processes[0], logs[0])
+    processes[1].kill()
+    first, second = ends(processes, logs, 120)
+    assert first in ENDED_WITH_THE_OTHER, logs[0].read_text()
+    assert second == -signal.SIGKILL
+    processes, logs = start_two(workdir, tmp_path)
+    assert ends(processes, logs) == [0, 0], logs[0].read_text()
+    for log in logs:
+        assert re.search(r"going on from step (10|20)", log.read_text())
+    assert_near(workdir, one_process)
+
+
+def test_one_that_is_asked_to_stop_stops_all_after_the_same_step(one_process, tmp_path):
+    workdir = tmp_path / "run"
+    processes, logs = start_two(workdir, tmp_path)
+    wait_for_step(12, processes[1], logs[1])
+    processes[1].send_signal(signal.SIGTERM)
+    assert ends(processes, logs) == [128 + signal.SIGTERM] * 2, logs[0].read_text()
+    steps = [
+        read_metrics(folder / "metrics.jsonl")[-1]["step"]
+        for folder in (workdir, workdir / "process_1")
+    ]
+    assert steps[0] == steps[1] < NUM_STEPS
+    assert (workdir / "checkpoints" / str(steps[0])).is_dir()
+    processes, logs = start_two(workdir, tmp_path)
+    assert ends(processes, logs) == [0, 0], logs[0].read_text()
+    assert_near(workdir, one_process)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--coordinator=localhost:1234"],
+        ["--num_processes=2", "--process_id=0"],
+        ["--coordinator=localhost", "--num_processes=2", "--process_id=0"],
+        ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+        ["--coordinator=localhost:1", "--num_processes=0", "--process_id=0"],
+    ],
+)
+def test_others_that_cannot_be_found(arguments, capsys):
+    line = refused(capsys, *RUN, *arguments)
+    assert "expected HOST:PORT, a number and one from 0 below it" in line
