@@ -9,6 +9,7 @@ from xsmae.configs import common
 
 from tests.devices import run_on_devices
 from xsmae import plan
+from xsmae.collectives import read_collectives
 from xsmae.errors import UserError
 from xsmae.topology import GPUS, TPUS, Topology, parse
 
@@ -84,6 +85,40 @@ def test_exchanges_are_read_from_the_program():
     assert (gather["kind"], gather["group"], gather["count"]) == ("all-gather", 4, 1)
     assert gather["size"] == 8 * 4 * 100 * 4
     assert gather["sent"] == gather["size"] * 3 / 4
+
+
+TPU_TEXT = """
+HloModule jit_step
+
+%region_1 (p: (s32[], f32[6,4])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(6)
+  ROOT %lt.68 = pred[]{:T(512)} compare(%get-tuple-element.2, %constant.7), direction=LT
+}
+
+%region_2 (p: (s32[], f32[6,4])) -> (s32[], f32[6,4]) {
+  %all-reduce.1 = (bf16[1,128,512]{2,1,0:T(8,128)(2,1)S(1)}, f32[128]{0:T(128)}) all-reduce(%a, %b), channel_id=26, replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}, use_global_device_ids=true, to_apply=%add
+}
+
+ENTRY %main (x: f32[6,4]) -> f32[6,4] {
+  %while.106 = (s32[]{:T(128)}, f32[6,4]{1,0:T(8,128)}) while(%tuple.1), condition=%region_1, body=%region_2
+  %all-gather.2 = f32[64,128]{1,0:T(8,128)} all-gather(%c), channel_id=3, replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}, dimensions={0}
+  %reduce-scatter.3 = f32[16]{0} reduce-scatter(%d), replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0':(2)4}, dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_exchanges_of_tpus_are_read():
+    """Their text names axes of a mesh, and no loop's number of turns."""
+    gather, reduce, scatter = read_collectives(TPU_TEXT, 16)
+    size = 6 * (128 * 512 * 2 + 128 * 4)
+    assert vars(reduce) == {
+        "kind": "all-reduce", "group": 8, "count": 6, "size": size,
+        "sent": size * 2 * 7 / 8,
+    }  # fmt: skip
+    assert (gather.group, gather.count, gather.size) == (2, 1, 64 * 128 * 4)
+    assert (scatter.group, scatter.count, scatter.size) == (4, 1, 16 * 4 * 4)
+    with pytest.raises(ValueError, match="how often a loop runs"):
+        read_collectives(TPU_TEXT.replace("constant(6)", "parameter(6)"), 16)
 
 
 def test_a_plan_is_of_the_real_step():

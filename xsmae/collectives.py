@@ -18,7 +18,11 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)[a-z0-9]*\[([\d,]*)\]")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
+# TPUs: the axes of a mesh, and those, or parts of those, that a group goes along.
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -38,7 +42,7 @@ class Collective:
 
 def read_collectives(text: str, devices: int) -> list[Collective]:
     """Those of an optimised HLO module for `devices`, loops counted as often as they
-    run."""
+    run. Raises ValueError where the text does not tell how often that is."""
     lines, entry = _computations(text)
     found = collections.defaultdict(lambda: [0, 0.0])
     waiting = [(entry, 1)]
@@ -47,8 +51,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
         for line in lines[name]:
             inner = times
             if " while(" in line:
-                trips = _TRIPS.search(line)
-                inner = times * int(trips[1]) if trips else times
+                inner = times * _trips(line, lines)
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += re.findall(r"[\w.-]+", branches)
@@ -79,7 +82,24 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return lines, entry
 
 
+def _trips(line: str, lines: dict[str, list[str]]) -> int:
+    """How often a loop runs: said of it, or what its condition compares with."""
+    said = _TRIPS.search(line)
+    if said:
+        return int(said[1])
+    condition = _CONDITION.search(line)
+    constants = _CONSTANT.findall("\n".join(lines[condition[1]]))
+    if len(constants) != 1:
+        raise ValueError(f"how often a loop runs is not told: {line.strip()[:100]}")
+    return int(constants[0])
+
+
 def _group(line: str, devices: int) -> int:
+    mesh = _MESH.search(line)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        along = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in along)
     groups = _GROUPS.search(line)
     if groups is None:
         return devices

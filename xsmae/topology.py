@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +125,9 @@ def describe_topology(name: str) -> Topology:
                 target_config=GPUS[chip].target,
             )  # fmt: skip
             return Topology(GPUS[chip], found.devices, a_host)
+        # Nothing here to ask for, or to keep from others.
+        for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+            os.environ.setdefault(name, "1")
         single = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
         shape = "x".join(map(str, sizes))
         found = topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **single)
