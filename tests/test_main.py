@@ -245,6 +245,10 @@ def test_ctrl_c_while_measuring(finished, tmp_path, stopped_in, monkeypatch, cap
     assert "SIGINT: stopping" in capfd.readouterr().err
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert saved == (4 if stopped_in == "monitor" else 8)
+    if stopped_in != "finish":  # and again, while it is made up for
+        calls = 1
+        assert call(*arguments) == 130
+        assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == saved
     assert call(*arguments) == 0
     assert comparable(workdir) == comparable(finished[0])
 

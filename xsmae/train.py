@@ -182,6 +182,8 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
     config, trainer = run.config, run.trainer
     num_steps = trainer.schedule.num_steps
     _monitor_start(run, state, start)
+    if run.stop.asked():
+        return state  # it is saved as it was, and the next start makes up for the kNN
     sharding = by_batch(trainer.mesh)
     progress = Progress(
         start_step=start, num_steps=num_steps, batch_size=config.batch_size
