@@ -67,7 +67,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
             )
         try:
             if kills % 4 == 3:  # while it starts, restores, compiles
-                time.sleep(rng.uniform(0, 8))
+                wait_in_the_start(rng.uniform(0, 8), log)
             else:
                 wait_for_step(newest + rng.randint(1, 25), process, log)
                 time.sleep(rng.uniform(0, 0.05))
@@ -99,6 +99,13 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
     assert checkpoints(["checkpoints", "verify", str(workdir)]) == 0
     with capsys.disabled():
         print(f"{kills} times {number.name}: equal metrics, equal encoder")
+
+
+def wait_in_the_start(seconds, log):
+    """So many seconds, but no longer than until the first step is made."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and "\nstep " not in log.read_text():
+        time.sleep(0.02)
 
 
 def wait_for_step(step, process, log):
