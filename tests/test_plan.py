@@ -34,6 +34,7 @@ def small_config():
         ("gpu:a100:8x4", ("gpu", "a100", [8, 4])),
         ("tpu:v5e:16x16", ("tpu", "v5e", [16, 16])),
         ("tpu:v5p:4x4x8", ("tpu", "v5p", [4, 4, 8])),
+        ("tpu:v4:2x2x1", ("tpu", "v4", [2, 2, 1])),
     ],
 )
 def test_topologies(name, expected):
@@ -54,9 +55,12 @@ def test_topologies_that_are_none(name):
 
 def test_a_host_has_faster_links_than_the_network():
     several = Topology(GPUS["h200"], [None] * 32, 8)
-    assert several.bandwidth(8) == 450e9
-    assert several.bandwidth(32) == 50e9
-    assert Topology(TPUS["v5e"], [None] * 256, 256).bandwidth(256) == 200e9
+    assert several.bandwidth(1, 8) == 450e9
+    assert several.bandwidth(4) == 50e9
+    assert several.bandwidth(4, 2) == 100e9
+    assert Topology(GPUS["h200"], [None] * 32, 16).bandwidth(2, 16) == 450e9
+    assert Topology(GPUS["a100"], [None] * 32, 8).bandwidth(4) == 25e9
+    assert Topology(TPUS["v5e"], [None] * 256, 256).bandwidth(1, 256) == 200e9
 
 
 def test_products_are_counted_with_loops_and_gradients():
@@ -79,6 +83,7 @@ def test_exchanges_are_read_from_the_program():
     found = run_on_devices("tests.collectives_on_devices", 4)
     (summed,) = [c for c in found["summed_in_a_loop"] if c["size"] > 100]
     assert (summed["kind"], summed["group"], summed["count"]) == ("all-reduce", 4, 5)
+    assert summed["hosts"] == 2  # of two devices, as the module has it
     assert summed["size"] == 5 * 100 * 4
     assert summed["sent"] == pytest.approx(summed["size"] * 2 * 3 / 4)
     (gather,) = found["gathered"]
@@ -109,16 +114,63 @@ ENTRY %main (x: f32[6,4]) -> f32[6,4] {
 
 def test_exchanges_of_tpus_are_read():
     """Their text names axes of a mesh, and no loop's number of turns."""
-    gather, reduce, scatter = read_collectives(TPU_TEXT, 16)
+    gather, reduce, scatter = read_collectives(TPU_TEXT, 16, 16)
     size = 6 * (128 * 512 * 2 + 128 * 4)
     assert vars(reduce) == {
-        "kind": "all-reduce", "group": 8, "count": 6, "size": size,
+        "kind": "all-reduce", "group": 8, "hosts": 1, "count": 6, "size": size,
         "sent": size * 2 * 7 / 8,
     }  # fmt: skip
     assert (gather.group, gather.count, gather.size) == (2, 1, 64 * 128 * 4)
     assert (scatter.group, scatter.count, scatter.size) == (4, 1, 16 * 4 * 4)
     with pytest.raises(ValueError, match="how often a loop runs"):
-        read_collectives(TPU_TEXT.replace("constant(6)", "parameter(6)"), 16)
+        read_collectives(TPU_TEXT.replace("constant(6)", "parameter(6)"), 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("groups", "group", "hosts"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4, 1),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2, 2),
+        ("replica_groups={}", 8, 2),
+        ("replica_groups=[2,4]<=[8]", 4, 1),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4, 1),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2, 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", 4, 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", 2, 1),
+        ("channel_id=1", 8, 2),
+    ],
+)
+def test_devices_of_a_group_and_their_hosts(groups, group, hosts):
+    """Of 8 devices, 4 a host: few that lie on two are slower than many on one."""
+    text = f"""
+ENTRY %main (x: f32[64]) -> f32[64] {{
+  %all-reduce.1 = f32[64]{{0}} all-reduce(%x), {groups}, to_apply=%add
+}}
+"""
+    (found,) = read_collectives(text, 8, 4)
+    assert (found.group, found.hosts, found.cards) == (group, hosts, group // hosts)
+
+
+def test_groups_that_are_written_in_another_way_are_not_guessed():
+    text = """
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %all-reduce.1 = f32[64]{0} all-reduce(%x), replica_groups=@somewhere, to_apply=%add
+}
+"""
+    with pytest.raises(ValueError, match="which devices exchange is not told"):
+        read_collectives(text, 8, 4)
+
+
+def test_pairs_that_send_to_each_other():
+    text = """
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %collective-permute.1 = f32[64]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,4}}
+}
+"""  # noqa: E501
+    (found,) = read_collectives(text, 8, 4)
+    assert (found.group, found.hosts, found.cards) == (2, 2, 1)
+    assert found.sent == found.size == 64 * 4
 
 
 def test_a_plan_is_of_the_real_step():

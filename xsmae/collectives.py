@@ -7,6 +7,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(
     r"= (?P<shape>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
@@ -20,14 +22,16 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)[a-z0-9]*\[([\d,]*)\]")
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
+_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\})")
+# The same as numbers counted up in one shape, transposed, and read in another.
+_COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 # TPUs: the axes of a mesh, and those, or parts of those, that a group goes along.
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Collective:
-    """One kind of exchange among groups of `group` devices.
+    """One kind of exchange among groups of `group` devices that lie on `hosts` hosts.
 
     count: how often in a step. size: bytes in all, of the whole array that is reduced
     or gathered. sent: bytes that each device sends, in a ring.
@@ -35,14 +39,24 @@ class Collective:
 
     kind: str
     group: int
+    hosts: int
     count: int
     size: float
     sent: float
 
+    @property
+    def cards(self) -> int:
+        """Devices of one host that share what goes to another: those of a ring."""
+        ring = self.kind in ("all-reduce", "all-gather", "reduce-scatter")
+        return self.group // self.hosts if ring else 1
 
-def read_collectives(text: str, devices: int) -> list[Collective]:
-    """Those of an optimised HLO module for `devices`, loops counted as often as they
-    run. Raises ValueError where the text does not tell how often that is."""
+
+def read_collectives(text: str, devices: int, a_host: int) -> list[Collective]:
+    """Those of an optimised HLO module for `devices`, each `a_host` in a row on one.
+
+    Loops are counted as often as they run. Raises ValueError where the text does not
+    tell how often that is, or which devices take part.
+    """
     lines, entry = _computations(text)
     found = collections.defaultdict(lambda: [0, 0.0])
     waiting = [(entry, 1)]
@@ -58,13 +72,15 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
             waiting += [(other, inner) for other in called if other in lines]
             operation = _OPERATION.search(line)
             if operation:
-                group = _group(line, devices)
-                counted = found[operation["kind"], group]
+                groups = _groups(line, devices)
+                group = groups.shape[1]
+                hosts = max(len(set(members // a_host)) for members in groups)
+                counted = found[operation["kind"], group, hosts]
                 counted[0] += times
                 counted[1] += times * _size(operation, group)
     return sorted(
-        Collective(kind, group, count, size, _sent(kind, group) * size)
-        for (kind, group), (count, size) in found.items()
+        Collective(kind, group, hosts, count, size, _sent(kind, group) * size)
+        for (kind, group, hosts), (count, size) in found.items()
         if group > 1
     )
 
@@ -94,16 +110,44 @@ def _trips(line: str, lines: dict[str, list[str]]) -> int:
     return int(constants[0])
 
 
-def _group(line: str, devices: int) -> int:
+def _groups(line: str, devices: int) -> np.ndarray:
+    """Who exchanges with whom, [groups, devices of one]; pairs where one sends one."""
+    counted = _COUNTED.search(line)
+    if counted:
+        shape, counts, order = (_numbers(part or "") for part in counted.groups())
+        numbers = np.arange(math.prod(counts)).reshape(counts)
+        return numbers.transpose(order or None).reshape(shape)
     mesh = _MESH.search(line)
     if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        along = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in along)
+        return _along(mesh[1], mesh[2])
     groups = _GROUPS.search(line)
-    if groups is None:
-        return devices
-    return int(groups[1]) if groups[1] else len(groups[2].split(","))
+    if groups is None and "replica_groups=" in line:
+        raise ValueError(f"which devices exchange is not told: {line.strip()[:200]}")
+    if groups is None or groups[1] == "{}":
+        return np.arange(devices)[None]
+    rows = [_numbers(row) for row in re.findall(r"\{([\d,]+)\}", groups[1])]
+    return np.array(rows)
+
+
+def _along(mesh: str, axes: str) -> np.ndarray:
+    """Groups along some axes of a mesh, or along parts of them: `:(before)size`."""
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    split, taken = [], []  # the axes in their parts, and which of the parts are taken
+    parts = {
+        axis: (int(before or 1), int(size or sizes[axis]))
+        for axis, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    for axis, size in sizes.items():
+        before, along = parts.get(axis, (1, 1))
+        split += [before, along, size // before // along]
+        taken.append(len(split) - 2)
+    numbers = np.arange(math.prod(sizes.values())).reshape(split)
+    numbers = np.moveaxis(numbers, taken, range(-len(taken), 0))
+    return numbers.reshape(-1, math.prod(along for _, along in parts.values()))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
 
 
 def _size(operation: re.Match, group: int) -> float:

@@ -143,14 +143,14 @@ def make_plan(
     start = time.monotonic()
     compiled = compile_step(config, topology, config.batch_size)
     seconds = time.monotonic() - start
-    exchanged = read_collectives(compiled.as_text(), devices)
+    exchanged = read_collectives(compiled.as_text(), devices, topology.a_host)
     memory = used_memory(compiled)
     plain = copy.deepcopy(config)
     plain.model.attention = "xla"  # the same products, and nothing hidden in a kernel
     plain, trainer = trainer_for(plain, topology, config.batch_size)
     traced = trainer.step.trace(trainer.state_shapes(), batch_shapes(plain))
     flops = multiplications(traced.jaxpr.jaxpr) / devices
-    network = sum(c.sent / topology.bandwidth(c.group) for c in exchanged)
+    network = sum(c.sent / topology.bandwidth(c.hosts, c.cards) for c in exchanged)
     return {
         "devices": devices,
         "batch_size": config.batch_size,
@@ -187,12 +187,12 @@ def table(plan: dict[str, Any]) -> str:
         rows.append(("largest batch that fits, over all", plan["largest_batch"]))
     lines = ["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
     if plan["collectives"]:
-        lines += ["", "| exchange | devices | times | MB | sent by each |"]
-        lines += ["|---|---:|---:|---:|---:|"]
+        lines += ["", "| exchange | devices | hosts | times | MB | sent by each |"]
+        lines += ["|---|---:|---:|---:|---:|---:|"]
     for one in (Collective(**c) for c in plan["collectives"]):
         lines.append(
-            f"| {one.kind} | {one.group} | {one.count} | {one.size / 1e6:.1f} | "
-            f"{one.sent / 1e6:.1f} MB |"
+            f"| {one.kind} | {one.group} | {one.hosts} | {one.count} | "
+            f"{one.size / 1e6:.1f} | {one.sent / 1e6:.1f} MB |"
         )
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ class Chip:
 
     memory: bytes. flops: bfloat16, dense, a second. bandwidth: of the memory, bytes a
     second. link: what it sends to the others of its host or slice, bytes a second, one
-    way, all links together. between_hosts: the same to other hosts, 0 where `link` is.
-    target: what XLA asks a GPU about itself.
+    way, all links together. between_hosts: the same to other hosts, 0 where `link`
+    reaches them. target: what XLA asks a GPU about itself. options: what libtpu is told
+    of a chip beside its name.
     """
 
     memory: float
@@ -30,10 +31,13 @@ class Chip:
     link: float
     between_hosts: float = 0
     target: str = ""
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def _gpu(memory, flops, bandwidth, link, *, name, major, cores, fpus, shared, l2, ghz):
-    """A GPU of a host of eight, with a network card of 400 Gbit/s for each."""
+def _gpu(
+    memory, flops, bandwidth, link, card, *, name, major, cores, fpus, shared, l2, ghz
+):
+    """A GPU of a host that has a network card of `card` bytes a second for each."""
     target = f"""
         gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32
@@ -50,23 +54,28 @@ def _gpu(memory, flops, bandwidth, link, *, name, major, cores, fpus, shared, l2
         platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
         device_description_str: "NVIDIA {name}"
     """
-    return Chip(memory, flops, bandwidth, link, 50e9, target)
+    return Chip(memory, flops, bandwidth, link, card, target)
 
 
 _hopper = {"major": 9, "cores": 132, "fpus": 128, "shared": 233472, "ghz": 1.98}
 _hopper |= {"l2": 52428800}
 # NVIDIA's data sheets of the SXM modules (half of NVLink's 600 and 900 GB/s is one way)
-# and DGX systems; https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e (half of the
-# bidirectional interconnect; TPUs' gigabytes are 2^30).
+# and DGX systems (a card a GPU: 200 Gbit/s beside the A100, 400 beside the others);
+# https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (half of the bidirectional
+# interconnect; TPUs' gigabytes are 2^30).
 GPUS = {
     "a100": _gpu(
-        80e9, 312e12, 2.039e12, 300e9, name="A100", major=8, cores=108, fpus=64,
-        shared=167936, l2=41943040, ghz=1.41,
+        80e9, 312e12, 2.039e12, 300e9, 25e9, name="A100", major=8, cores=108,
+        fpus=64, shared=167936, l2=41943040, ghz=1.41,
     ),
-    "h100": _gpu(80e9, 989e12, 3.35e12, 450e9, name="H100", **_hopper),
-    "h200": _gpu(141e9, 989e12, 4.8e12, 450e9, name="H200", **_hopper),
+    "h100": _gpu(80e9, 989e12, 3.35e12, 450e9, 50e9, name="H100", **_hopper),
+    "h200": _gpu(141e9, 989e12, 4.8e12, 450e9, 50e9, name="H200", **_hopper),
 }  # fmt: skip
 TPUS = {
+    # Its two cores are one device to JAX, as they are where the chip is.
+    "v4": Chip(
+        32 * 2**30, 275e12, 1228e9, 300e9, options={"chip_config_name": "megacore"}
+    ),
     "v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9),
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9),
     "v6e": Chip(32 * 2**30, 918e12, 1640e9, 400e9),
@@ -85,10 +94,14 @@ class Topology:
     devices: Sequence[Any]
     a_host: int
 
-    def bandwidth(self, group: int) -> float:
-        """Bytes a second that a device of a group of so many sends the others."""
-        within = group <= self.a_host or not self.chip.between_hosts
-        return self.chip.link if within else self.chip.between_hosts
+    def bandwidth(self, hosts: int, cards: int = 1) -> float:
+        """Bytes a second that a device of a group on so many hosts sends.
+
+        cards: its devices of one host, over whose network cards a ring is spread.
+        """
+        if hosts == 1 or not self.chip.between_hosts:
+            return self.chip.link
+        return min(self.chip.link, cards * self.chip.between_hosts)
 
 
 def parse(name: str) -> tuple[str, str, list[int]]:
@@ -100,7 +113,7 @@ def parse(name: str) -> tuple[str, str, list[int]]:
     except ValueError:
         sizes = []
     chips = {"gpu": GPUS, "tpu": TPUS}.get(kind, {})
-    dimensions = (1, 2) if kind == "gpu" else (3,) if chip == "v5p" else (2,)
+    dimensions = (1, 2) if kind == "gpu" else (3,) if chip in ("v4", "v5p") else (2,)
     if chip not in chips or len(sizes) not in dimensions or min(sizes) < 1:
         raise UserError(
             f"topology={name!r}, expected gpu:CHIP:GPUS[xHOSTS] with a chip of "
@@ -128,9 +141,11 @@ def describe_topology(name: str) -> Topology:
         # Nothing here to ask for, or to keep from others.
         for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
             os.environ.setdefault(name, "1")
-        single = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+        options: dict[str, Any] = dict(TPUS[chip].options)
+        if math.prod(sizes) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
         shape = "x".join(map(str, sizes))
-        found = topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **single)
+        found = topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **options)
         return Topology(TPUS[chip], found.devices, len(found.devices))
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
