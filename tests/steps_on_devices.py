@@ -8,10 +8,12 @@ import numpy as np
 from xsmae.configs import common
 
 from tests.test_train_state import some_batch
+from xsmae import sharding
+from xsmae.collectives import read_collectives
 from xsmae.losses import contrastive
 from xsmae.methods import METHODS
 from xsmae.sharding import by_batch, create_mesh, put_batch, replicated
-from xsmae.trainer import create_trainer, crop_size
+from xsmae.trainer import batch_shapes, create_trainer, crop_size
 
 # Method, preset, changes of the model, and how many devices share the state.
 RUNS = [
@@ -55,7 +57,19 @@ def contrastive_memory(positive_in_denominator):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+def exchanged(trainer, config):
+    """Bytes of the step's exchanges by kind and devices, and those of parameters."""
+    shapes = trainer.state_shapes()
+    text = trainer.step.lower(shapes, batch_shapes(config)).compile().as_text()
+    devices = jax.device_count()
+    found = {"parameters": 4 * sum(x.size for x in jax.tree.leaves(shapes.params))}
+    for one in read_collectives(text, devices, devices):
+        found[f"{one.kind} {one.group}"] = one.size
+    return found
+
+
 def main():
+    sharding.MIN_DIVIDED = 1024  # this network's kernels are that small
     found = {
         "devices": jax.device_count(),
         "batch": BATCH,
@@ -92,6 +106,7 @@ def main():
             "kernel": kernel.addressable_shards[0].data.shape,
             "losses": losses,
             "norms": norms,
+            "exchanged": exchanged(trainer, config),
             "features": np.asarray(encoded["mean"])[:, :4].tolist(),
         }
     print(json.dumps(found))

@@ -122,7 +122,7 @@ def test_exchanges_of_tpus_are_read():
     }  # fmt: skip
     assert (gather.group, gather.count, gather.size) == (2, 1, 64 * 128 * 4)
     assert (scatter.group, scatter.count, scatter.size) == (4, 1, 16 * 4 * 4)
-    with pytest.raises(ValueError, match="how often a loop runs"):
+    with pytest.raises(UserError, match="how often a loop runs"):
         read_collectives(TPU_TEXT.replace("constant(6)", "parameter(6)"), 16, 16)
 
 
@@ -138,6 +138,8 @@ def test_exchanges_of_tpus_are_read():
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2, 2),
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", 4, 2),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", 2, 1),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", 4, 1),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", 2, 2),
         ("channel_id=1", 8, 2),
     ],
 )
@@ -152,13 +154,41 @@ ENTRY %main (x: f32[64]) -> f32[64] {{
     assert (found.group, found.hosts, found.cards) == (group, hosts, group // hosts)
 
 
+TPU_CHAIN = """
+%condition (p: (s32[])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(6)
+}
+
+%piece (p: f32[8]) -> f32[64] {
+  %all-gather.2 = f32[64]{0} all-gather(%p), replica_groups=mesh['a'=8] {'a'}, frontend_attributes={chain_id="0"}
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %fusion.1 = f32[64]{0} fusion(%x), kind=kCustom, calls=%piece
+  %all-gather.3 = f32[64]{0} all-gather(%p), replica_groups=mesh['a'=8] {'a'}, frontend_attributes={chain_id="1"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[64] {
+  %start = f32[64]{0} fusion(%x), kind=kCustom, calls=%piece
+  %while.1 = (s32[]) while(%tuple.1), condition=%condition, body=%body
+  %done = f32[64]{0} fusion(%x), kind=kCustom, calls=%piece
+}
+"""  # noqa: E501
+
+
+def test_an_exchange_in_pieces_is_one():
+    """Its pieces lie in a loop as well; another that is whole in it runs 6 times."""
+    (found,) = read_collectives(TPU_CHAIN, 8, 8)
+    assert (found.count, found.size) == (1 + 6, 7 * 64 * 4)
+
+
 def test_groups_that_are_written_in_another_way_are_not_guessed():
     text = """
 ENTRY %main (x: f32[64]) -> f32[64] {
   %all-reduce.1 = f32[64]{0} all-reduce(%x), replica_groups=@somewhere, to_apply=%add
 }
 """
-    with pytest.raises(ValueError, match="which devices exchange is not told"):
+    with pytest.raises(UserError, match="which devices exchange is not told"):
         read_collectives(text, 8, 4)
 
 

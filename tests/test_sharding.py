@@ -54,4 +54,4 @@ def test_the_state_of_a_huge_network_is_divided():
             # The stacked layers stay together: each is gathered when it is its turn.
             assert leaf.shape[axis] == max(leaf.shape)
     assert whole > 3 * 600e6  # parameters and two moments
-    assert a_device < whole / 4 * 1.0001
+    assert a_device < whole / 4 * 1.005

@@ -264,6 +264,13 @@ def test_one_device_equals_eight():
         one, eight = found[1][preset], found[8][preset]
         assert one.pop("kernel") == [2, 16, 64]
         assert eight.pop("kernel") == [2, 16, 16 if "fsdp 4" in preset else 64]
+        one.pop("exchanged")
+        exchanged = eight.pop("exchanged")
+        if "fsdp 4" in preset:
+            # Weights are gathered, for both passes; no product is divided as they are.
+            assert "all-to-all 4" not in exchanged
+            gathered = exchanged["all-gather 4"]
+            assert exchanged["parameters"] / 2 < gathered <= 2 * exchanged["parameters"]
         for name in one:
             # Adam's first updates are signs, which rounding can turn where a gradient
             # is all but zero: hence the absolute part.

@@ -9,6 +9,8 @@ import re
 
 import numpy as np
 
+from xsmae.errors import UserError
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(
     r"= (?P<shape>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
@@ -26,7 +28,13 @@ _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\})
 # The same as numbers counted up in one shape, transposed, and read in another.
 _COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 # TPUs: the axes of a mesh, and those, or parts of those, that a group goes along.
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>[^\]]*)\]"
+    r"(?:, device_ids=\(\[(?P<counts>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))?"
+    r" \{(?P<along>[^}]*)\}"
+)
+# TPUs spread an exchange over other computations, in pieces that look like it.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -54,11 +62,12 @@ class Collective:
 def read_collectives(text: str, devices: int, a_host: int) -> list[Collective]:
     """Those of an optimised HLO module for `devices`, each `a_host` in a row on one.
 
-    Loops are counted as often as they run. Raises ValueError where the text does not
+    Loops are counted as often as they run. Raises UserError where the text does not
     tell how often that is, or which devices take part.
     """
     lines, entry = _computations(text)
     found = collections.defaultdict(lambda: [0, 0.0])
+    chains = {}
     waiting = [(entry, 1)]
     while waiting:
         name, times = waiting.pop()
@@ -75,9 +84,19 @@ def read_collectives(text: str, devices: int, a_host: int) -> list[Collective]:
                 groups = _groups(line, devices)
                 group = groups.shape[1]
                 hosts = max(len(set(members // a_host)) for members in groups)
-                counted = found[operation["kind"], group, hosts]
-                counted[0] += times
-                counted[1] += times * _size(operation, group)
+                key = operation["kind"], group, hosts
+                size = _size(operation, group)
+                chain = _CHAIN.search(line)
+                if chain:
+                    # Pieces are in loops too; where it begins and ends, it is once.
+                    least = chains.get(chain[1], (key, times, size))[1]
+                    chains[chain[1]] = key, min(times, least), size
+                else:
+                    found[key][0] += times
+                    found[key][1] += times * size
+    for key, times, size in chains.values():
+        found[key][0] += times
+        found[key][1] += times * size
     return sorted(
         Collective(kind, group, hosts, count, size, _sent(kind, group) * size)
         for (kind, group, hosts), (count, size) in found.items()
@@ -106,7 +125,7 @@ def _trips(line: str, lines: dict[str, list[str]]) -> int:
     condition = _CONDITION.search(line)
     constants = _CONSTANT.findall("\n".join(lines[condition[1]]))
     if len(constants) != 1:
-        raise ValueError(f"how often a loop runs is not told: {line.strip()[:100]}")
+        raise _unread("how often a loop runs", line)
     return int(constants[0])
 
 
@@ -115,35 +134,50 @@ def _groups(line: str, devices: int) -> np.ndarray:
     counted = _COUNTED.search(line)
     if counted:
         shape, counts, order = (_numbers(part or "") for part in counted.groups())
-        numbers = np.arange(math.prod(counts)).reshape(counts)
-        return numbers.transpose(order or None).reshape(shape)
+        return _counted(counts, order).reshape(shape)
     mesh = _MESH.search(line)
     if mesh:
-        return _along(mesh[1], mesh[2])
+        return _along(mesh)
     groups = _GROUPS.search(line)
     if groups is None and "replica_groups=" in line:
-        raise ValueError(f"which devices exchange is not told: {line.strip()[:200]}")
+        raise _unread("which devices exchange", line)
     if groups is None or groups[1] == "{}":
         return np.arange(devices)[None]
     rows = [_numbers(row) for row in re.findall(r"\{([\d,]+)\}", groups[1])]
     return np.array(rows)
 
 
-def _along(mesh: str, axes: str) -> np.ndarray:
+def _counted(counts: list[int], order: list[int]) -> np.ndarray:
+    return np.arange(math.prod(counts)).reshape(counts).transpose(order or None)
+
+
+def _along(mesh: re.Match) -> np.ndarray:
     """Groups along some axes of a mesh, or along parts of them: `:(before)size`."""
-    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    split, taken = [], []  # the axes in their parts, and which of the parts are taken
+    axes = re.findall(r"'(\w+)'=(\d+)", mesh["sizes"])
+    sizes = {axis: int(size) for axis, size in axes}
+    numbers = _counted(
+        _numbers(mesh["counts"] or "") or [math.prod(sizes.values())],
+        _numbers(mesh["order"] or ""),
+    )
+    taken = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh["along"])
     parts = {
         axis: (int(before or 1), int(size or sizes[axis]))
-        for axis, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
+        for axis, before, size in taken
     }
+    split = []
     for axis, size in sizes.items():
         before, along = parts.get(axis, (1, 1))
         split += [before, along, size // before // along]
-        taken.append(len(split) - 2)
-    numbers = np.arange(math.prod(sizes.values())).reshape(split)
-    numbers = np.moveaxis(numbers, taken, range(-len(taken), 0))
+    middle = range(1, len(split), 3)
+    numbers = np.moveaxis(numbers.reshape(split), middle, range(-len(middle), 0))
     return numbers.reshape(-1, math.prod(along for _, along in parts.values()))
+
+
+def _unread(what: str, line: str) -> UserError:
+    return UserError(
+        f"{what} is not told in a way that is known, {line.strip()[:200]!r}: take the "
+        "versions of constraints.txt"
+    )
 
 
 def _numbers(text: str) -> list[int]:
@@ -157,10 +191,10 @@ def _size(operation: re.Match, group: int) -> float:
         * (1 if kind == "pred" else int(re.sub(r"\D", "", kind)) / 8)
         for kind, sizes in _ARRAY.findall(operation["shape"])
     )
+    if operation["start"] and operation["kind"] in ("all-gather", "reduce-scatter"):
+        return total * group / (group + 1)  # the operands are named as well
     if operation["kind"] == "reduce-scatter":
         return total * group
-    if operation["start"] and operation["kind"] == "all-gather":
-        return total * group / (group + 1)  # the operands are named as well
     if operation["start"] and operation["kind"] == "collective-permute":
         return total / 2
     return total

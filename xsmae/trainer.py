@@ -24,7 +24,14 @@ from xsmae.evaluation.knn import KnnMonitor
 from xsmae.methods import METHODS, Method, Pictures
 from xsmae.optim import Optimizer, create_optimizer
 from xsmae.ranges import check_ranges
-from xsmae.sharding import by_batch, create_mesh, of_state, put_whole, replicated
+from xsmae.sharding import (
+    by_batch,
+    create_mesh,
+    of_state,
+    on_mesh,
+    put_whole,
+    replicated,
+)
 from xsmae.train_state import (
     TrainState,
     create_train_state,
@@ -137,7 +144,7 @@ def create_trainer(
     placed = of_state(mesh, shapes)
 
     step = functools.partial(
-        train_step,
+        on_mesh(train_step, mesh),
         graphdef=graphdef,
         losses=functools.partial(method.losses, model=model, loss=loss),
         weights={name: term["weight"] for name, term in loss.items()},

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from xsmae.models.masking import take_tokens
 from xsmae.models.position import TokenPositions
 from xsmae.ops.attention import attention
 from xsmae.ops.gelu import gelu
+from xsmae.sharding import whole_where_used
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -60,6 +62,12 @@ def unpatchify(
     )
 
 
+def _whole_in_dtype(arrays, *, dtype):
+    """Rows, kernel and bias for a product: gathered after the cast, half the bytes."""
+    rows, kernel, bias = promote_dtype(arrays, dtype=dtype)
+    return rows, whole_where_used(kernel), bias
+
+
 class Linear(nnx.Linear):
     """A dense layer as MAE starts it: Xavier-uniform weights, zero bias."""
 
@@ -72,6 +80,7 @@ class Linear(nnx.Linear):
             dtype=dtype,
             param_dtype=jnp.float32,
             kernel_init=nnx.initializers.xavier_uniform(),
+            promote_dtype=_whole_in_dtype,
             rngs=rngs,
         )
 
