@@ -14,7 +14,8 @@ MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
 # What docs/reliability.md promises, in files that hold nothing else.
-FAULTS := tests/test_faults.py tests/test_hosts.py tests/test_checkpoints.py \
+FAULTS := tests/test_faults.py tests/test_hosts.py tests/test_devices.py \
+	tests/test_checkpoints.py \
 	tests/test_trust.py tests/test_broken_files.py tests/test_fuzz.py
 
 .PHONY: quickstart notebooks study bench-attention test test-core test-faults

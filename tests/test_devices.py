@@ -1,0 +1,44 @@
+"""One device, or several that share the batch, and the state too: the same run."""
+
+import numpy as np
+import pytest
+
+from tests.devices import run_on_devices
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run_on_devices("tests.steps_on_devices", 1)
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8],
+)
+def test_one_device_equals_several(alone, devices):
+    """The same losses, parameters and features to rounding, of every method, with the
+    batch over all devices, and with the state over up to four."""
+    found = run_on_devices("tests.steps_on_devices", devices)
+    assert (alone["devices"], found["devices"]) == (1, devices)
+    # The rows of the similarities are divided: the vectors alone are on each device.
+    rows = 4 * (2 * alone["batch"]) ** 2
+    for one, several in zip(alone["contrastive"], found["contrastive"], strict=True):
+        assert rows <= one
+        assert several < 4 * rows / devices
+    for run in alone.keys() - {"devices", "batch", "contrastive"}:
+        one, several = alone[run], found[run]
+        shared = min(4, devices) if "fsdp 4" in run else 1
+        assert one["kernel"] == [2, 16, 64]
+        assert several["kernel"] == [2, 16, 64 // shared]
+        if shared > 1:
+            # Weights are gathered, for both passes; no product is divided as they are.
+            exchanged = several["exchanged"]
+            assert f"all-to-all {shared}" not in exchanged
+            gathered = exchanged[f"all-gather {shared}"] / exchanged["parameters"]
+            assert 1 / 2 < gathered <= 2
+        for name in one.keys() - {"kernel", "exchanged"}:
+            # Adam's first updates are signs, which rounding can turn where a gradient
+            # is all but zero: hence the absolute part.
+            np.testing.assert_allclose(
+                one[name], several[name], rtol=2e-4, atol=1e-4, err_msg=f"{run} {name}"
+            )
