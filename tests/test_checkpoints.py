@@ -165,8 +165,11 @@ def test_every_flipped_bit_is_noticed_and_the_older_step_used(two_steps, tmp_pat
     said, hit = [], set()
     checkpoints = Checkpoints(tmp_path, say=said.append)
     for number in range(FLIPS):
-        # Half by size, half by file: the small ones, Orbax's own, must be hit too.
-        (path,) = rng.choices(files, lengths if number % 2 else None)
+        # Half by size, half file by file: the small ones, Orbax's own, of which there
+        # are now more, now fewer, must be hit too.
+        path = files[number // 2 % len(files)]
+        if number % 2:
+            (path,) = rng.choices(files, lengths)
         bit = rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
         step, state = checkpoints.restore_newest(some_state(0), fingerprint="data")
