@@ -15,8 +15,8 @@ MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=
 
 # What docs/reliability.md promises, in files that hold nothing else.
 FAULTS := tests/test_faults.py tests/test_hosts.py tests/test_devices.py \
-	tests/test_checkpoints.py \
-	tests/test_trust.py tests/test_broken_files.py tests/test_fuzz.py
+	tests/test_checkpoints.py tests/test_trust.py tests/test_broken_files.py \
+	tests/test_fuzz.py
 
 .PHONY: quickstart notebooks study bench-attention test test-core test-faults
 .PHONY: test-peers lint format clean

@@ -5,13 +5,14 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from xsmae.configs import common
 
 from tests.devices import run_on_devices
 from xsmae import plan
 from xsmae.collectives import read_collectives
 from xsmae.errors import UserError
-from xsmae.topology import GPUS, TPUS, Topology, parse
+from xsmae.topology import GPUS, TPUS, Topology, describe_topology, parse
 
 LOCAL = Topology(TPUS["v5e"], jax.devices()[:1], 1)
 
@@ -51,6 +52,22 @@ def test_topologies(name, expected):
 def test_topologies_that_are_none(name):
     with pytest.raises(UserError, match=r"topology=.*expected gpu:CHIP"):
         parse(name)
+
+
+@pytest.mark.parametrize("name", ["gpu:h200:8", "tpu:v5e:2x4", "tpu:v4:1x1x1"])
+@pytest.mark.parametrize(
+    "kind", [RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError]
+)
+def test_a_topology_without_its_compiler(name, kind, monkeypatch):
+    def refuse(*_, **__):
+        raise kind("no\nplugin")
+
+    for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    expected = f"topology='{name}' cannot be compiled for: no plugin"
+    with pytest.raises(UserError, match=expected):
+        describe_topology(name)
 
 
 def test_a_host_has_faster_links_than_the_network():

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.experimental import topologies
 
 from xsmae.errors import UserError
@@ -139,15 +138,17 @@ def describe_topology(name: str) -> Topology:
             )  # fmt: skip
             return Topology(GPUS[chip], found.devices, a_host)
         # Nothing here to ask for, or to keep from others.
-        for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-            os.environ.setdefault(name, "1")
+        for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+            os.environ.setdefault(variable, "1")
         options: dict[str, Any] = dict(TPUS[chip].options)
         if math.prod(sizes) == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         shape = "x".join(map(str, sizes))
         found = topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **options)
         return Topology(TPUS[chip], found.devices, len(found.devices))
-    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+    # JAX's own errors and NotImplementedError are RuntimeErrors: a compiler that is not
+    # installed, and a shape that it does not know, come as any of them.
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"topology={name!r} cannot be compiled for: {reason[:200]}. It needs `pip "

@@ -99,7 +99,7 @@ def _cudnn(qkv, *, num_heads):
         raise ValueError(_cannot_serve("cudnn", reason))
     try:
         return _of_cudnn(qkv, num_heads=num_heads)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # NotImplementedError is the first
         reason = " ".join(str(error).split())
         raise ValueError(_cannot_serve("cudnn", reason)) from error
 
