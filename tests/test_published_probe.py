@@ -6,7 +6,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from xsmae.evaluation.published_probe import LinearProbe, create_lars
+from xsmae.evaluation import recipe
+from xsmae.evaluation.published_probe import LinearProbe, create_lars, most_movement
 
 
 def test_lars_is_the_papers_formula():
@@ -68,3 +69,28 @@ def test_the_probes_batch_norm():
     expected = (x - mean) / np.sqrt(var + 1e-6) @ np.asarray(model.head.kernel[...])
     np.testing.assert_allclose(model(x, training=False), expected, atol=1e-5)
     np.testing.assert_allclose(model.norm.mean[...], mean, rtol=1e-5)  # as it was
+
+
+def test_the_most_that_lars_moves_a_matrix():
+    """Gradients along the weights: nothing is lost, so the bound is nearly reached."""
+    config = recipe.published_probe()
+    plan = recipe.create_plan(config, num_images=3 * config.batch_size)
+    most = most_movement(plan, config)
+    optimizer = create_lars(
+        plan.learning_rate,
+        momentum=config.momentum,
+        trust_coefficient=config.trust_coefficient,
+        weight_decay=0.0,
+    )
+    start = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+
+    def step(carry, _):
+        weights, state = carry
+        updates, state = optimizer.update(-weights, state, weights)
+        return (optax.apply_updates(weights, updates), state), None
+
+    carry = start, optimizer.init(start)
+    (end, _), _ = jax.lax.scan(step, carry, length=plan.num_steps)
+    grown = float(jnp.log(jnp.linalg.norm(end) / jnp.linalg.norm(start)))
+    assert plan.num_steps == 150
+    assert 0.9 * most < grown <= most
