@@ -103,7 +103,6 @@ def measure(rounds: int, every: int, batch: int) -> dict:
     cpu = [p / t for p, t in zip(used["plain"], used["trusted"], strict=True)]
     ratio, cpu_ratio = statistics.median(pairs), statistics.median(cpu)
 
-
     def at_default(measured: float) -> float:
         return round(1 / (1 + (1 / measured - 1) * every / default), 5)
 
