@@ -348,3 +348,18 @@ def test_monitor_stops_when_asked_to():
     with pytest.raises(KeyboardInterrupt):
         stopped.accuracy(encode)
     assert len(calls) == 2
+
+
+def test_monitor_is_asked_in_the_search_too():
+    """Which also tells the watchdog that it goes on."""
+    calls, asked_after = [], []
+
+    def encode(images, gsd):
+        calls.append(len(images))
+        return mean_colour(images, gsd)
+
+    asked = monitor(should_stop=lambda: bool(asked_after.append(len(calls))))
+    asked.accuracy(encode)
+    batches = len(calls)
+    # Once before each batch, and for each feature at least once after the last.
+    assert asked_after.count(batches) >= 2

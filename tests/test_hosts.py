@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.test_main import ROOT, SMALL_RUN, comparable, refused
@@ -54,7 +55,7 @@ def start(workdir, devices, *arguments, log):
         )  # fmt: skip
 
 
-def start_two(workdir, folder):
+def start_two(workdir, folder, *arguments):
     """Two processes with two devices each, and their logs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -62,7 +63,7 @@ def start_two(workdir, folder):
     found = [f"--coordinator=localhost:{port}", "--num_processes=2"]
     logs = [folder / f"log_{i}" for i in range(2)]
     return [
-        start(workdir, 2, *found, f"--process_id={i}", log=log)
+        start(workdir, 2, *found, f"--process_id={i}", *arguments, log=log)
         for i, log in enumerate(logs)
     ], logs
 
@@ -149,6 +150,40 @@ def test_one_that_is_asked_to_stop_stops_all_after_the_same_step(one_process, tm
     processes, logs = start_two(workdir, tmp_path)
     assert ends(processes, logs) == [0, 0], logs[0].read_text()
     assert_near(workdir, one_process)
+
+
+def test_bad_images_of_all_processes_together_stop_all(tmp_path):
+    """Each meets about half of them, which alone would be allowed."""
+    data = tmp_path / "images"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        image.save(data / f"{i:02}.png")
+    bad = [data / f"{i:02}.png" for i in range(0, 80, 10)]
+    for path in bad:
+        path.write_bytes(b"<html>404</html>")
+    workdir = tmp_path / "run"
+    processes, logs = start_two(
+        workdir,
+        tmp_path,
+        "--config=configs/folder.py:method=mae",
+        f"--config.data.root={data}",
+        "--config.data.gsd=0.5",
+        "--config.input.max_rejected_fraction=0.08",
+        "--config.num_steps=60",
+    )
+    assert ends(processes, logs) == [2, 2], logs[0].read_text()
+    counts = []
+    for folder, log in zip((workdir, workdir / "process_1"), logs, strict=True):
+        assert "of 80 images cannot be used, more than the 8.00%" in log.read_text()
+        own = len((folder / "rejected.jsonl").read_text().splitlines())
+        assert own <= 6.4  # by itself it would have gone on
+        counts.append(own)
+        row = read_metrics(folder / "metrics.jsonl")[-1]
+    assert 6.4 < row["rejected"] == sum(counts)
+    steps = [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*")]
+    assert row["step"] in steps  # and nothing is lost
 
 
 @pytest.mark.parametrize(

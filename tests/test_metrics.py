@@ -91,6 +91,18 @@ def test_half_written_last_line(tmp_path, cut):
     assert steps_of(path) == [1, 2, 4]
 
 
+@pytest.mark.parametrize("damage", [b"\xff", b"}", b'"', b"[]\n", b"null\n"])
+def test_a_damaged_line_costs_no_other(tmp_path, damage, capsys):
+    path = write(tmp_path, [1, 2, 3])
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    whole = damage.endswith(b"\n")
+    path.write_bytes(first + (damage if whole else damage + second) + third)
+    assert steps_of(path) == [1, 3]
+    assert "metrics.jsonl: line 2 is damaged and left out" in capsys.readouterr().out
+    write(tmp_path, [4], resume_step=3)
+    assert steps_of(path) == [1, 3, 4]
+
+
 def test_no_file_is_no_lines(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 

@@ -260,7 +260,7 @@ def test_a_resumed_run_lists_nothing_twice(tmp_path, cut):
     assert len(before.splitlines()) == 2
     path.write_text(before[: len(before) - cut])
     resumed = RejectedImages(path, source, max_fraction=0.3, resume_step=5)
-    assert len(resumed) == (1 if cut else 2)
+    assert len(resumed) == (1 if cut > 1 else 2)  # 1: the end of the line alone
     for step, batch in enumerate(found[5:], 6):
         resumed.check(batch, step=step)
     ids = [json.loads(line)["id"] for line in path.read_text().splitlines()]

@@ -268,9 +268,15 @@ def test_the_largest_batch_fits_and_a_larger_does_not(monkeypatch):
             ["--config=configs/fmow.py", "--topology=gpu:h200:1", "--config.no=1"],
             "--config.no",
         ),
+        (
+            ["--config=configs/fmow.py", "--topology=here", "--config.init=nowhere"],
+            "init=nowhere is neither an import nor a run's workdir",
+        ),
     ],
 )
-def test_wrong_flags(flags, expected, capsys):
+def test_wrong_flags(flags, expected, capsys, monkeypatch):
+    if "--topology=here" in flags:
+        monkeypatch.setattr(plan, "describe_topology", lambda name: LOCAL)
     assert plan.main(["plan", *flags]) == 2
     error = capsys.readouterr().err
     assert expected in error

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -151,6 +152,19 @@ def test_lines_that_are_no_rows(tmp_path, line, said):
         file.write(line + "\n")
     with pytest.raises(UserError, match=said):
         read(path)
+
+
+def test_a_disk_that_fills_leaves_the_rows_as_they_were(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    append(path, some_row())
+    before = path.read_bytes()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:50]))
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
+        append(path, some_row(seed=1))
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    assert append(path, some_row(seed=1))
 
 
 def test_results_that_cannot_be_written(tmp_path):
@@ -310,6 +324,25 @@ def test_kept_features_are_those_computed(tmp_path):
         assert found.positions.tolist() == [0, 1, 3, 8, 9, 10]
         np.testing.assert_allclose(found.gsd[:, 0], 2 * (1.0 + found.positions))
     assert found.computed == 0
+
+
+def test_two_extractions_at_once_count_every_image_once(tmp_path):
+    source, began = Fingerprinted(18), []
+
+    def encode(images, gsd):  # another process, in other batches, meanwhile
+        if not began:
+            began.append(True)
+            cached_features(
+                counting_encoder([]), source, SCALE,
+                cache=tmp_path / "cache", batch_size=5, say=lambda line: None,
+            )  # fmt: skip
+        return mean_colour(images, gsd)
+
+    found = kept(tmp_path, counting_encoder([], encode=encode), source)
+    assert found.positions.tolist() == list(range(18))
+    alone = kept(tmp_path / "other", counting_encoder([]), source)
+    for name in ("mean", "pixels", "gsd"):
+        np.testing.assert_array_equal(found.feature(name), alone.feature(name))
 
 
 @pytest.mark.parametrize("batches_before", [0, 1, 3])

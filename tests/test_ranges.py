@@ -76,7 +76,16 @@ def test_out_of_range(name):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("model.mask_ratio", 1.0, "mask_ratio=1.0, expected 0 or more and below 1"),
+        ("model.mask_ratio", 1.0, "mask_ratio=1.0, expected above 0 and below 1"),
+        ("model.mask_ratio", 0.0, "mask_ratio=0.0, expected above 0 and below 1"),
+        (
+            "model.dtype",
+            "float64",
+            "dtype=float64, expected one of float32, bfloat16",
+        ),
+        ("model.num_heads", 5, "model.num_heads=5: change one of them"),
+        ("model.decoder_num_heads", 7, "multiple of model.decoder_num_heads=7"),
+        ("loss.contrastive.groups", 5, "divide into loss.contrastive.groups=5"),
         ("views.area", (0.0, 1.0), "views.area=(0.0, 1.0), expected above 0 and at"),
         ("optim.b2", 1.0, "optim.b2=1.0, expected 0 or more and below 1"),
         ("std", (0.2, 0.0, 0.2), "std=(0.2, 0.0, 0.2), expected above 0"),

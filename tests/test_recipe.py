@@ -138,6 +138,7 @@ SMALL = [
         (finetune, ["--recipe.crop_area=(0.5,2.0)"], "recipe.crop_area=(0.5, 2.0)"),
         (finetune, ["--recipe.layer_decay=0"], "recipe.layer_decay=0.0"),
         (finetune, ["--recipe.no_such=1"], "recipe.no_such=1"),
+        (finetune, ["--missing_bands=mean"], "--missing_bands has no meaning for"),
         (finetune, ["--recipe.epochs=many"], "recipe.epochs=many"),
         (finetune, ["--num_workers=-1"], "num_workers"),
         (finetune, ["--feature=no"], "feature=no, expected one or both of"),

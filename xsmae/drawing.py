@@ -15,6 +15,8 @@ from xsmae.trainer import STEP_FIELDS, first_samples
 if TYPE_CHECKING:
     from xsmae.train import Run
 
+GSD_SAMPLES = 2000  # in the histogram of GSDs, enough for a smooth one
+
 
 def crops(run: Run, batch: dict[str, np.ndarray]) -> None:
     """The boxes of the views of a batch's first samples on their sources."""
@@ -45,17 +47,34 @@ def progress(run: Run, state: TrainState, step: int) -> None:
     figures.loss_curves(folder / "losses.png", rows)
 
 
-def gsds(run: Run, seen: list[dict[str, np.ndarray]]) -> None:
-    """Which GSDs the run sees, as its first batches show."""
-    gsd, box = (
-        np.concatenate([part[name] for part in seen]) for name in ("gsd", "box")
-    )
-    heights = box[:, 0, 2] - box[:, 0, 0]
-    figures.gsd_histogram(
-        run.workdir / "figures" / "gsd.png",
-        _gsd_seen(run, gsd),
-        source_gsd=gsd[:, 0, 0] * run.sampler.size / heights,
-    )
+class Gsds:
+    """Which GSDs the run sees, as its first batches show: drawn once."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._path = run.workdir / "figures" / "gsd.png"
+        self._wanted = not self._path.exists()
+        self._seen: dict[str, list[np.ndarray]] = {"gsd": [], "box": []}
+
+    def add(self, batch: dict[str, np.ndarray]) -> None:
+        if self._wanted:
+            for name, seen in self._seen.items():
+                seen.append(np.array(batch[name]))
+
+    def due(self, *, last: bool) -> bool:
+        """Whether there are enough, or no more will come."""
+        seen = len(self._seen["gsd"]) * self._run.config.batch_size
+        return self._wanted and (seen >= GSD_SAMPLES or last)
+
+    def draw(self) -> None:
+        gsd, box = (np.concatenate(seen) for seen in self._seen.values())
+        self._wanted, self._seen = False, {}
+        heights = box[:, 0, 2] - box[:, 0, 0]
+        figures.gsd_histogram(
+            self._path,
+            _gsd_seen(self._run, gsd),
+            source_gsd=gsd[:, 0, 0] * self._run.sampler.size / heights,
+        )
 
 
 def _gsd_seen(run: Run, gsd: np.ndarray) -> np.ndarray:

@@ -238,12 +238,19 @@ def load_encoder(directory: str | Path) -> LoadedEncoder:
                 f"{path} has {len(info[name])} {name}, expected {channels}, one a band"
             )
     try:
-        # Shapes alone, without the time that random weights take.
-        encoder = nnx.eval_shape(lambda: _network(info))
-    except ValueError as error:
+        encoder = check_network(info)
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} does not fit together: {error}") from None
     from_timm(encoder, info["architecture"], tensors)
     return LoadedEncoder(encoder, info)
+
+
+def check_network(info: Mapping[str, Any]) -> Encoder:
+    """The shapes alone, without the time that random weights take.
+
+    Raises what the network does where the values of `info` do not fit together.
+    """
+    return nnx.eval_shape(lambda: _network(info))
 
 
 def _network(info: Mapping[str, Any], *, seed: int = 0) -> Encoder:

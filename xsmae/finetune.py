@@ -43,6 +43,11 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
             f"encoder={values.encoder} has no weights to fine-tune: give an exported "
             "encoder, a workdir, RUN/checkpoints/STEP or random:SIZE"
         )
+    if values["missing_bands"].present:
+        raise UserError(
+            "--missing_bands has no meaning for fine-tuning, which needs an encoder of "
+            "the images' bands: leave it out"
+        )
     commandline.default(values, "scales", ["100"])
     commandline.default(values, "feature", ["mean"])
     setup = open_setup(values, config)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -89,6 +90,27 @@ def ends_with_the_others() -> Iterator[None]:
 def _end(line: str, status: int) -> None:
     os.write(2, f"xsmae: {line}\n".encode())
     end_at_once(status)
+
+
+def counted_together(ids: Collection[str], other: int) -> tuple[int, int]:
+    """How many ids all processes have, each counted once, and the sum of their `other`.
+
+    Every process asks at the same steps, and waits for the others.
+    """
+    if jax.process_count() == 1:
+        return len(ids), other
+    counts, others = multihost_utils.process_allgather(np.int32([len(ids), other])).T
+    # Texts cannot be exchanged: 64 bits of their digests can.
+    digests = np.zeros((counts.max(), 2), np.uint32)
+    for row, name in zip(digests, ids, strict=False):
+        row[:] = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint32)
+    distinct = set()
+    if counts.any():
+        for found, count in zip(
+            multihost_utils.process_allgather(digests), counts, strict=True
+        ):
+            distinct |= set(map(tuple, found[:count].tolist()))
+    return len(distinct), int(others.sum())
 
 
 class StopTogether:

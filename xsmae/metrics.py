@@ -106,14 +106,21 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`, without the half-written last one of a kill."""
+    """The lines of a `metrics.jsonl` or its like, by what a run has done by a step.
+
+    Without the half-written last one of a kill; a damaged one before it is passed over,
+    and said to be.
+    """
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            int(row["step"])
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                print(f"{path}: line {number} is damaged and left out", flush=True)
     return rows
 
 

@@ -20,6 +20,7 @@ import ml_collections
 from absl import flags
 from jax.extend.core import jaxprs_in_params
 
+from xsmae import init
 from xsmae import main as pretraining
 from xsmae.collectives import Collective, read_collectives
 from xsmae.errors import UserError
@@ -211,6 +212,10 @@ def main(argv: list[str] | None = None) -> int:
         if values.topology is None:
             raise UserError("--topology=gpu:h200:8, or another, is missing")
         topology = describe_topology(values.topology)
+        if values.config.init:
+            given = pretraining.given_fields(argv)
+            for change in init.adopt(values.config, given):
+                print(f"as the weights have it: {change}")
         plan = make_plan(values.config, topology, largest=values.largest_batch)
     except UserError as error:
         print(f"xsmae: {error}", file=sys.stderr)

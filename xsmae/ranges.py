@@ -65,7 +65,7 @@ RANGES = {
     "model.decoder_embed_dim": (4, LARGE),
     "model.decoder_depth": (1, LARGE),
     "model.decoder_num_heads": (1, LARGE),
-    "model.mask_ratio": (0, BELOW_1),
+    "model.mask_ratio": (SMALL, BELOW_1),
     "model.norm_epsilon": (0, 1),
     "model.reference_gsd": (SMALL, LARGE),
     "model.predictor_hidden_dim": (1, LARGE),
@@ -87,6 +87,9 @@ RANGES = {
 }
 
 
+DTYPES = ("float32", "bfloat16")  # of the products; parameters are float32
+
+
 def check_ranges(config: ml_collections.ConfigDict, devices: int) -> None:
     """Raises UserError, in one line, for numbers that cannot be or do not fit."""
     flat = flatten(config.to_dict())
@@ -101,11 +104,28 @@ def check_ranges(config: ml_collections.ConfigDict, devices: int) -> None:
             f"views.size={views.size} is not a multiple of model.patch_size="
             f"{model.patch_size}: change one of them"
         )
+    if model.dtype not in DTYPES:
+        raise UserError(
+            f"model.dtype={model.dtype}, expected one of {', '.join(DTYPES)}"
+        )
+    for part in ("", "decoder_"):
+        width, heads = model[f"{part}embed_dim"], model[f"{part}num_heads"]
+        if width % heads:
+            raise UserError(
+                f"model.{part}embed_dim={width} is not a multiple of model.{part}"
+                f"num_heads={heads}: change one of them"
+            )
     parts = config.optim.accumulation_steps
     if config.batch_size % (parts * devices):
         raise UserError(
             f"batch_size={config.batch_size} does not divide into "
             f"optim.accumulation_steps={parts} parts on {devices} device(s)"
+        )
+    groups = flat.get("loss.contrastive.groups", 1)
+    if config.batch_size // parts % groups:
+        raise UserError(
+            f"batch_size={config.batch_size} in {parts} part(s) does not divide into "
+            f"loss.contrastive.groups={groups}"
         )
     if model.position == "gsd" and not model.reference_gsd:
         raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from xsmae import drawing
+from xsmae import drawing, monitoring
 from xsmae.checkpoints import Checkpoints
 from xsmae.checkpoints.saving import Saver
 from xsmae.data.catalogue import build_source
@@ -23,10 +22,11 @@ from xsmae.data.sources import Source
 from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
-from xsmae.hosts import StopTogether, own_folder
+from xsmae.hosts import StopTogether, counted_together, own_folder
 from xsmae.init import load_weights
 from xsmae.lock import FolderLock
-from xsmae.metrics import MetricsWriter, Progress, read_metrics
+from xsmae.metrics import MetricsWriter, Progress
+from xsmae.monitoring import due_every
 from xsmae.nonfinite import NonfiniteBatches
 from xsmae.report import describe, summary
 from xsmae.sharding import by_batch, put_batch, replicated
@@ -42,8 +42,6 @@ from xsmae.trainer import (
 )
 from xsmae.watchdog import Watchdog
 from xsmae.workdir import goes_on_without, open_workdir, told_in_one_line
-
-GSD_SAMPLES = 2000  # samples in the histogram of GSDs, enough for a smooth one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         watchdog.feed()
         return stop.asked()
 
-    monitors = create_monitors(config, source, should_stop=should_stop)
+    monitor, full_monitor = create_monitors(config, source, should_stop=should_stop)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FolderLock(folder))
         stack.enter_context(told_in_one_line(workdir))
@@ -127,18 +125,19 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
             allowed=config.checkpoint.keep_going_without_checkpoints,
         )
         run = Run(
-            config,
-            folder,
-            source,
-            sampler,
-            trainer,
-            *monitors,
-            saver,
-            writer,
-            rejected,
-            nonfinite,
-            stop,
-            watchdog,
+            config=config,
+            workdir=folder,
+            source=source,
+            sampler=sampler,
+            trainer=trainer,
+            monitor=monitor,
+            full_monitor=full_monitor,
+            saver=saver,
+            writer=writer,
+            rejected=rejected,
+            nonfinite=nonfinite,
+            stop=stop,
+            watchdog=watchdog,
         )
         try:
             state = train(run, state, start or 0)
@@ -181,7 +180,7 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
     """The loop over the steps after `start`."""
     config, trainer = run.config, run.trainer
     num_steps = trainer.schedule.num_steps
-    _monitor_start(run, state, start)
+    monitoring.at_the_start(run, state, start)
     if run.stop.asked():
         return state  # it is saved as it was, and the next start makes up for the kNN
     sharding = by_batch(trainer.mesh)
@@ -189,13 +188,14 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
         start_step=start, num_steps=num_steps, batch_size=config.batch_size
     )
     batches = batches_of(config, run.source, run.sampler, start, num_steps)
-    previous, seen, due = None, [], False  # previous: a step's metrics and images
-    gsd_wanted = not (run.workdir / "figures" / "gsd.png").exists()
+    previous, due = None, False  # previous: a step's metrics and images
+    gsds = drawing.Gsds(run)
     for step, batch in enumerate(progress.receive(batches), start + 1):
         try:
             replaced = run.rejected.check(batch, step=step)
         except UserError:
-            run.saver.save(step - 1, state)
+            if jax.process_count() == 1:  # a save takes all processes, this is one
+                run.saver.save(step - 1, state)
             raise
         arrays = put_batch({name: batch[name] for name in STEP_FIELDS}, sharding)
         state, metrics = trainer.step(state, arrays)
@@ -207,13 +207,12 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
         previous = metrics, np.array(batch["index"])
 
         last = step == num_steps
-        if gsd_wanted:
-            seen.append({name: np.array(batch[name]) for name in ("gsd", "box")})
+        gsds.add(batch)
         if step % config.log_every == 0 or step == 1 or last:
             values = {name: float(value) for name, value in metrics.items()}
             values["epoch"] = step / trainer.schedule.steps_per_epoch
-            values["rejected"] = len(run.rejected)
-            values["replaced_in_batch"] = replaced
+            rejected, replaced = counted_together(run.rejected.reasons, replaced)
+            values["rejected"], values["replaced_in_batch"] = rejected, replaced
             rates = {
                 "images_per_second": progress.images_per_second(step),
                 "waiting_for_data": progress.waiting_for_data(),
@@ -222,24 +221,23 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
             values |= rates if step > start + 1 else dict.fromkeys(rates, math.nan)
             run.writer.write(step, values)
             print(progress.line(step, values), flush=True)
+            _check_limit(run, rejected, step, state)
         if step == start + 1:
             with goes_on_without("the picture of the crops"):
                 drawing.crops(run, batch)
             jax.block_until_ready(metrics)
             progress.restart(step)
         with progress.paused():
-            if _monitored(run, step):
-                _monitor(run, state, step)
-            if _due(step, config.figures.every) or last:
+            if monitoring.is_due(run, step):
+                monitoring.after_step(run, state, step)
+            if due_every(step, config.figures.every) or last:
                 with goes_on_without("the reconstructions"):
                     drawing.progress(run, state, step)
-            enough = len(seen) * config.batch_size >= GSD_SAMPLES
-            if gsd_wanted and (enough or last):
+            if gsds.due(last=last):
                 with goes_on_without("the picture of the GSDs"):
-                    drawing.gsds(run, seen)
-                gsd_wanted, seen = False, []
+                    gsds.draw()
             stopping = run.stop.after_step()
-            due = due or _due(step, config.checkpoint.every) or last or stopping
+            due = due or due_every(step, config.checkpoint.every) or last or stopping
             if due:
                 run.nonfinite.check(*previous, step=step)
             # Steps that have changed nothing must not push out one that is good.
@@ -254,17 +252,7 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
 def finish(run: Run, state: TrainState) -> None:
     """The kNN over all labelled images, and the encoder that is carried away."""
     config, trainer = run.config, run.trainer
-    rows = read_metrics(run.workdir / "metrics.jsonl")
-    monitor = run.full_monitor
-    if monitor is not None and not any("knn_full/accuracy_cls" in row for row in rows):
-        print("kNN with all labelled images", flush=True)
-        accuracy = monitor.accuracy(functools.partial(trainer.encode, state.params))
-        untrained = trainer.initial_state().params  # as it was before step 1
-        controls = monitor.controls(functools.partial(trainer.encode, untrained))
-        run.writer.write(
-            trainer.schedule.num_steps,
-            _named("knn_full/accuracy_", accuracy) | _named("knn_full/", controls),
-        )
+    monitoring.at_the_end(run, state)
     # Whole on every device, which takes all processes; one of them writes.
     whole = jax.jit(lambda *parts: parts, out_shardings=replicated(trainer.mesh))
     model = nnx.merge(trainer.graphdef, *whole(state.params, state.batch_stats))
@@ -288,46 +276,10 @@ def finish(run: Run, state: TrainState) -> None:
     )
 
 
-def _monitored(run: Run, step: int) -> bool:
-    """Whether the kNN monitor is due after `step`."""
-    last = step == run.trainer.schedule.num_steps
-    return run.monitor is not None and (_due(step, run.config.knn.every) or last)
-
-
-def _monitor_start(run: Run, state: TrainState, start: int) -> None:
-    """The controls of a new run; the accuracy that a stop has left out."""
-    if run.monitor is None:
-        return
-    if start == 0:
-        # Not of `state`, which may hold the weights of `config.init`.
-        untrained = run.trainer.initial_state().params
-        encode = functools.partial(run.trainer.encode, untrained)
-        run.writer.write(0, _named("knn/", run.monitor.controls(encode)))
-    elif _monitored(run, start):
-        rows = read_metrics(run.workdir / "metrics.jsonl")
-        done = {row["step"] for row in rows if "knn/accuracy_cls" in row}
-        if start not in done:
-            _monitor(run, state, start)
-
-
-def _monitor(run: Run, state: TrainState, step: int) -> None:
-    encode = functools.partial(run.trainer.encode, state.params)
+def _check_limit(run: Run, rejected: int, step: int, state: TrainState) -> None:
+    """Stop all processes alike where they have met too many bad images together."""
     try:
-        accuracy = run.monitor.accuracy(encode)
-    except KeyboardInterrupt:
-        if run.stop.signal is None:
-            raise
-        return  # the run saves its state and makes up for it when it goes on
-    run.writer.write(step, _named("knn/accuracy_", accuracy))
-    shares = ", ".join(
-        f"{name} {100 * value:.1f} %" for name, value in accuracy.items()
-    )
-    print(f"step {step}/{run.trainer.schedule.num_steps}  kNN {shares}", flush=True)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {prefix + name: value for name, value in values.items()}
+        run.rejected.check_limit(rejected)
+    except UserError:
+        run.saver.save(step, state)
+        raise

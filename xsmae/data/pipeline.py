@@ -17,6 +17,7 @@ from xsmae.data.multiscale import ViewSampler
 from xsmae.data.records import open_record
 from xsmae.data.sources import Source
 from xsmae.errors import BadImageError, UserError
+from xsmae.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +168,9 @@ class RejectedImages:
         self.max_fraction = max_fraction
         self.reasons: dict[str, str] = {}
         if path.exists():
-            text = path.read_text()
-            # Without the half-written line of a killed run, which is found anew.
-            rows = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]
             last = -1 if resume_step is None else resume_step
-            rows = [row for row in rows if row["step"] <= last]
+            # Not the half-written line of a killed run, which is found anew.
+            rows = [row for row in read_metrics(path) if row["step"] <= last]
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
             temporary.replace(path)
@@ -183,7 +182,8 @@ class RejectedImages:
     def check(self, batch: dict[str, np.ndarray], *, step: int) -> int:
         """Account for the replaced images of a step's batch; returns how many it holds.
 
-        Raises UserError where more images than `max_fraction` of the source are bad.
+        Raises UserError where more images than `max_fraction` of the source are bad, by
+        what this process has seen.
         """
         replaced = np.flatnonzero(batch["index"] != batch["requested"])
         for row in replaced:
@@ -192,7 +192,7 @@ class RejectedImages:
             # batch a column of texts.
             while index != used:
                 self._reject(index, step)
-                self._stop_over_limit()
+                self.check_limit(len(self))
                 index = (index + 1) % len(self.source)
         return len(replaced)
 
@@ -211,14 +211,16 @@ class RejectedImages:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _stop_over_limit(self) -> None:
+    def check_limit(self, number: int) -> None:
+        """Raises UserError where `number` bad images of all processes are too many."""
         allowed = self.max_fraction * len(self.source)
         # Where all are bad there is no image to go on with, whatever is allowed.
-        if len(self.reasons) > allowed or len(self.reasons) >= len(self.source):
-            identifier, reason = next(reversed(self.reasons.items()))
+        if number > allowed or number >= len(self.source):
+            last = next(reversed(self.reasons.items()), None)  # of this process
             raise UserError(
-                f"{len(self.reasons)} of {len(self.source)} images cannot be used, "
-                f"more than the {self.max_fraction:.2%} allowed; the last: "
-                f"{identifier} ({reason}). Mend or remove the files listed in "
-                f"{self.path.name}, or raise --config.input.max_rejected_fraction"
+                f"{number} of {len(self.source)} images cannot be used, more than the "
+                f"{self.max_fraction:.2%} allowed"
+                + (f"; the last: {last[0]} ({last[1]})" if last else "")
+                + f". Mend or remove the files listed in {self.path.name}, or raise "
+                "--config.input.max_rejected_fraction"
             )

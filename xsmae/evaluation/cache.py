@@ -32,8 +32,9 @@ class Features:
 
     def __init__(self, folder: Path, *, computed: int, seconds: float):
         self._files = sorted(folder.glob("[0-9]*.safetensors"))
-        # What was computed again for a damaged file may lie behind later images.
-        self._order = np.argsort(self._joined("positions"), kind="stable")
+        # What was computed again for a damaged file may lie behind later images, and
+        # two processes that began together have both written some.
+        _, self._order = np.unique(self._joined("positions"), return_index=True)
         self.positions, self.gsd, self.pixels = (
             self.feature(name) for name in ("positions", "gsd", "pixels")
         )
@@ -42,7 +43,7 @@ class Features:
     def feature(self, name: str) -> np.ndarray:
         """[n, width] float32, read from the disk: one at a time, to save memory."""
         joined = self._joined(name)
-        in_order = (np.diff(self._order) == 1).all()
+        in_order = np.array_equal(self._order, np.arange(len(joined)))
         return joined if in_order else joined[self._order]
 
     def _joined(self, name: str) -> np.ndarray:

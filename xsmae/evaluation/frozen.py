@@ -19,6 +19,7 @@ from xsmae.data.images import BANDS
 from xsmae.encoder import (
     ARCHITECTURE,
     GROUPS,
+    check_network,
     load_encoder,
     write_random_encoder,
 )
@@ -267,18 +268,26 @@ def _info_of_size(
             shape[name] = json.loads(value)
         except json.JSONDecodeError:
             shape[name] = value
-    if shape["position"] != "fixed" and not shape["reference_gsd"]:
+    if shape["position"] == "gsd" and not shape["reference_gsd"]:
         raise UserError(
             f"encoder=random:{argument} has positions scaled by the GSD and the config "
             "no reference_gsd: give random:SIZE,reference_gsd=METRES or position=fixed"
         )
-    return {
+    info = {
         "architecture": shape,
         "image_size": config.views.size,
         "bands": list(config.bands),
         "mean": list(config.mean),
         "std": list(config.std),
     }
+    try:
+        check_network(info)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"encoder=random:{argument} does not fit together: {reason}"
+        ) from None
+    return info
 
 
 def _digest(*parts: bytes) -> str:

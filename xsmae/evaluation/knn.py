@@ -206,6 +206,7 @@ class KnnMonitor:
             num_classes=len(train.class_names),
             k=k,
             temperature=temperature,
+            should_stop=should_stop,
         )
         self._extract = functools.partial(
             extract, size=size, batch_size=batch_size, should_stop=should_stop

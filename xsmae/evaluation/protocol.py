@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -145,11 +146,26 @@ def append(path: Path, result: Result) -> bool:
             os.ftruncate(file, whole)
         if result.identity in {row.identity for row in read(path)}:
             return False
-        os.write(file, result.to_json().encode() + b"\n")
-        os.fsync(file)
+        _write_whole(file, result.to_json().encode() + b"\n", after=whole)
         return True
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path}: {error.strerror}; its rows are as they were, and "
+            "the same command goes on from what it has computed"
+        ) from None
     finally:
         os.close(file)
+
+
+def _write_whole(file: int, line: bytes, *, after: int) -> None:
+    """Append a line to the `after` bytes of a file, or nothing of it."""
+    try:
+        if os.write(file, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file)
+    except OSError:
+        os.ftruncate(file, after)
+        raise
 
 
 def read(path: Path) -> list[Result]:

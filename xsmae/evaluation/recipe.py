@@ -17,8 +17,7 @@ from absl import flags
 
 from xsmae.data.multiscale import INTERPOLATIONS, ViewSampler
 from xsmae.errors import UserError
-
-DTYPES = ("float32", "bfloat16")
+from xsmae.ranges import DTYPES
 
 # What a number may be, and how an error says so.
 COUNT = (lambda x: x >= 2, "2 or more")

@@ -11,6 +11,7 @@ from flax import nnx
 
 from xsmae.models.mae import MAE, MAEOutput, Views
 from xsmae.models.vit import Encoder, LayerNorm, Linear
+from xsmae.ops.gelu import gelu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -88,7 +89,7 @@ class Predictor(nnx.Module):
             self.activation = jax.nn.relu
         else:
             self.norm = LayerNorm(hidden, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
-            self.activation = jax.nn.gelu
+            self.activation = gelu
         self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(

@@ -69,8 +69,7 @@ def patch_positions(
     x = jnp.arange(grid[1], dtype=jnp.float32)
     if position == "fixed":
         return sincos_2d(y, x, embed_dim)[None]
-    if position != "gsd":
-        raise ValueError(f"position={position!r}, expected one of {POSITIONS}")
+    _check_position(position)
     if gsd is None or reference_gsd is None:
         raise ValueError("position='gsd' needs gsd and reference_gsd, found None")
     scale = gsd.astype(jnp.float32) / reference_gsd
@@ -78,6 +77,11 @@ def patch_positions(
     if offset is not None:
         y, x = y + offset[:, :1], x + offset[:, 1:]
     return sincos_2d(y, x, embed_dim)
+
+
+def _check_position(position: str) -> None:
+    if position not in POSITIONS:
+        raise ValueError(f"position={position!r}, expected one of {POSITIONS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,9 @@ class TokenPositions:
     reference_gsd: float | None = None
     groups: int = 0
     group_dim: int = 0
+
+    def __post_init__(self):
+        _check_position(self.position)
 
     def __call__(
         self,
