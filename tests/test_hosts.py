@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.test_main import ROOT, SMALL_RUN, comparable, refused
+from tests.test_main import ROOT, SMALL_MODEL, SMALL_RUN, comparable, refused
 from xsmae.metrics import read_metrics
 from xsmae.watchdog import EXIT_STATUS
 
@@ -40,12 +40,12 @@ def on_all_cores():
         os.sched_setaffinity(0, range(os.cpu_count()))
 
 
-def start(workdir, devices, *arguments, log):
+def start(workdir, devices, *arguments, log, run=RUN):
     """A process of the run. On all cores, since processes wait for each other."""
     flag = f"--xla_force_host_platform_device_count={devices}"
     with log.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "xsmae.main", *RUN, *arguments,
+            [sys.executable, "-m", "xsmae.main", *run, *arguments,
              f"--workdir={workdir}"],
             cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
@@ -55,7 +55,7 @@ def start(workdir, devices, *arguments, log):
         )  # fmt: skip
 
 
-def start_two(workdir, folder, *arguments):
+def start_two(workdir, folder, run=RUN):
     """Two processes with two devices each, and their logs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -63,7 +63,7 @@ def start_two(workdir, folder, *arguments):
     found = [f"--coordinator=localhost:{port}", "--num_processes=2"]
     logs = [folder / f"log_{i}" for i in range(2)]
     return [
-        start(workdir, 2, *found, f"--process_id={i}", *arguments, log=log)
+        start(workdir, 2, *found, f"--process_id={i}", log=log, run=run)
         for i, log in enumerate(logs)
     ], logs
 
@@ -164,15 +164,19 @@ def test_bad_images_of_all_processes_together_stop_all(tmp_path):
     for path in bad:
         path.write_bytes(b"<html>404</html>")
     workdir = tmp_path / "run"
-    processes, logs = start_two(
-        workdir,
-        tmp_path,
+    run = [
         "--config=configs/folder.py:method=mae",
+        *SMALL_MODEL,
         f"--config.data.root={data}",
         "--config.data.gsd=0.5",
         "--config.input.max_rejected_fraction=0.08",
         "--config.num_steps=60",
-    )
+        "--config.optim.warmup_steps=2",
+        "--config.log_every=1",
+        "--config.watchdog_minutes=2",
+        "--config.tensorboard=False",
+    ]
+    processes, logs = start_two(workdir, tmp_path, run)
     assert ends(processes, logs) == [2, 2], logs[0].read_text()
     counts = []
     for folder, log in zip((workdir, workdir / "process_1"), logs, strict=True):
