@@ -19,9 +19,6 @@ def get_config(argument=None):
     config.num_steps = 300
     config.optim.warmup_steps = 30
     config.optim.learning_rate = 4e-3
-    if options["preset"] == "corrected":
-        # For so few negatives in so short a run, see eurosat.py.
-        config.loss.contrastive.temperature = 0.1
     config.log_every = 20
     config.checkpoint.every = 100
     config.figures.every = 0

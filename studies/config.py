@@ -38,6 +38,16 @@ SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"model.norm_style": "pre", "model.norm_epsilon": 1e-6},
     ),
     "published-post": ("cross_scale_mae", "published", {}),
+    # Whether it is the temperature alone that `corrected` has before it.
+    "published-temperature": (
+        "cross_scale_mae",
+        "published",
+        {
+            "model.norm_style": "pre",
+            "model.norm_epsilon": 1e-6,
+            "loss.contrastive.temperature": 0.1,
+        },
+    ),
     "corrected": ("cross_scale_mae", "corrected", {}),
 }
 
@@ -97,9 +107,6 @@ def get_config(system: str) -> ml_collections.ConfigDict:
     config.optim.learning_rate = 1e-3
     config.optim.learning_rate_batch = config.batch_size
     config.optim.warmup_steps = NUM_STEPS // 10
-    if preset == "corrected":
-        # For so few negatives in so short a run, see configs/eurosat.py.
-        config.loss.contrastive.temperature = 0.1
     config.log_every = 20
     config.checkpoint.every = 50
     config.figures.every = 0

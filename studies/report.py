@@ -28,6 +28,7 @@ NAMES = {
     "scale_mae": "Scale-MAE",
     "published": "Cross-Scale MAE `published`",
     "published-post": "Cross-Scale MAE `published`, post-norm",
+    "published-temperature": "Cross-Scale MAE `published`, temperature 0.1",
     "corrected": "Cross-Scale MAE `corrected`",
 }
 FEATURES = {"cls": "class token", "mean": "mean patch"}

@@ -481,6 +481,7 @@ def test_presets_set_every_row_of_the_reference_table():
         "loss.reconstruction.norm_pix_loss": (False, True),
         "model.projection_dim": (0, 128),
         "loss.contrastive.positive_in_denominator": (False, True),
+        "loss.contrastive.temperature": (0.5, 0.1),
         "loss.cross_prediction.stop_gradient": (False, True),
         "loss.cross_prediction.aligned": (False, True),
         "model.predictor_norm": ("batch_norm", "layer_norm"),
