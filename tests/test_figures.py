@@ -1,11 +1,14 @@
 """The pictures: written whole, of a plausible size, and the pixels that they show."""
 
+import types
+
 import matplotlib.axes
 import numpy as np
 import pytest
 from PIL import Image
 
-from xsmae import figures
+from xsmae import drawing, figures
+from xsmae.drawing import GSD_SAMPLES
 from xsmae.methods import Pictures
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.1, 0.25)
@@ -192,6 +195,33 @@ def test_gsd_histogram_refuses_what_is_no_gsd(tmp_path, bad):
         figures.gsd_histogram(tmp_path / "g.png", gsd, source_gsd=np.full(4, bad))
     with pytest.raises(ValueError, match="positive number of metres"):
         figures.gsd_histogram(tmp_path / "g.png", gsd * bad, source_gsd=gsd[:, 0, 0])
+
+
+def test_gsds_of_a_run_are_drawn_once_there_are_enough(tmp_path, rng):
+    run = types.SimpleNamespace(
+        workdir=tmp_path,
+        config=types.SimpleNamespace(
+            batch_size=GSD_SAMPLES // 2, views=types.SimpleNamespace(size=SIZE)
+        ),
+        sampler=types.SimpleNamespace(size=SIZE),
+    )
+    batch = {
+        "gsd": rng.uniform(1, 2, (GSD_SAMPLES // 2, 2, 2)),
+        "box": np.tile([0.0, 0.0, 64.0, 64.0], (GSD_SAMPLES // 2, 2, 1)),
+    }
+    (tmp_path / "figures").mkdir()
+    gsds = drawing.Gsds(run)
+    gsds.add(batch)
+    assert gsds.due(last=True)
+    assert not gsds.due(last=False)
+    gsds.add(batch)
+    assert gsds.due(last=False)
+    gsds.draw()
+    assert read_png(tmp_path / "figures" / "gsd.png").size
+    for again in (gsds, drawing.Gsds(run)):  # the run goes on, and is begun again
+        again.add(batch)
+        again.add(batch)
+        assert not again.due(last=True)
 
 
 def test_a_picture_is_replaced_whole_or_kept(tmp_path, monkeypatch):

@@ -64,11 +64,11 @@ class Gsds:
     def due(self, *, last: bool) -> bool:
         """Whether there are enough, or no more will come."""
         seen = len(self._seen["gsd"]) * self._run.config.batch_size
-        return self._wanted and (seen >= GSD_SAMPLES or last)
+        return self._wanted and (last or seen >= GSD_SAMPLES)
 
     def draw(self) -> None:
         gsd, box = (np.concatenate(seen) for seen in self._seen.values())
-        self._wanted, self._seen = False, {}
+        self._wanted, self._seen = False, {"gsd": [], "box": []}
         heights = box[:, 0, 2] - box[:, 0, 0]
         figures.gsd_histogram(
             self._path,
