@@ -371,7 +371,7 @@ def test_a_diverging_run_stops(tmp_path, capsys):
         (["--config.input.num_workers=-1"], "num_workers=-1"),
         (["--config.input.max_rejected_fraction=-0.1"], "max_rejected_fraction=-0.1"),
         (["--config.loss.contrastive.temperature=0.0"], "temperature=0.0"),
-        (["--config.loss.contrastive.groups=3"], "3 groups"),
+        (["--config.loss.contrastive.groups=3"], "groups=3"),
         (["--config.loss.reconstruction.views=max"], "'max'"),
         (["--config.views.area=('a',1)"], "views.area"),
         (["--config.mean=(0.5,)"], "mean"),
