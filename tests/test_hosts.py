@@ -152,30 +152,34 @@ def test_one_that_is_asked_to_stop_stops_all_after_the_same_step(one_process, tm
     assert_near(workdir, one_process)
 
 
-def test_bad_images_of_all_processes_together_stop_all(tmp_path):
-    """Each meets about half of them, which alone would be allowed."""
-    data = tmp_path / "images"
-    data.mkdir()
+def run_with_bad_images(folder, *, bad, allowed):
+    """The run of 80 images in `folder`, `bad` of them broken, one of an odd name."""
+    folder.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(80):
+    for i in range(80 - bad):
         image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-        image.save(data / f"{i:02}.png")
-    bad = [data / f"{i:02}.png" for i in range(0, 80, 10)]
-    for path in bad:
-        path.write_bytes(b"<html>404</html>")
-    workdir = tmp_path / "run"
-    run = [
+        image.save(folder / f"{i:02}.png")
+    for i in range(bad):
+        name = f"{i * 10:02}_bad.png" if i else os.fsdecode(b"no\xffutf8.png")
+        (folder / name).write_bytes(b"<html>404</html>")
+    return [
         "--config=configs/folder.py:method=mae",
         *SMALL_MODEL,
-        f"--config.data.root={data}",
+        f"--config.data.root={folder}",
         "--config.data.gsd=0.5",
-        "--config.input.max_rejected_fraction=0.08",
+        f"--config.input.max_rejected_fraction={allowed}",
         "--config.num_steps=60",
         "--config.optim.warmup_steps=2",
         "--config.log_every=1",
         "--config.watchdog_minutes=2",
         "--config.tensorboard=False",
     ]
+
+
+def test_bad_images_of_all_processes_together_stop_all(tmp_path):
+    """Each meets about half of them, which alone would be allowed."""
+    workdir = tmp_path / "run"
+    run = run_with_bad_images(tmp_path / "images", bad=8, allowed=0.08)
     processes, logs = start_two(workdir, tmp_path, run)
     assert ends(processes, logs) == [2, 2], logs[0].read_text()
     counts = []
@@ -188,6 +192,16 @@ def test_bad_images_of_all_processes_together_stop_all(tmp_path):
     assert 6.4 < row["rejected"] == sum(counts)
     steps = [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*")]
     assert row["step"] in steps  # and nothing is lost
+
+
+def test_one_that_meets_too_many_bad_images_alone_ends_all(tmp_path):
+    run = run_with_bad_images(tmp_path / "images", bad=1, allowed=0.0)
+    processes, logs = start_two(tmp_path / "run", tmp_path, run)
+    statuses = ends(processes, logs, 120)
+    assert 2 in statuses
+    assert all(status in (2, *ENDED_WITH_THE_OTHER) for status in statuses)
+    said = [log.read_text() for log in logs if "of 80 images" in log.read_text()]
+    assert len(said) == statuses.count(2)
 
 
 @pytest.mark.parametrize(

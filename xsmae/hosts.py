@@ -87,8 +87,18 @@ def ends_with_the_others() -> Iterator[None]:
         )
 
 
+def end_alone(error: UserError) -> None:
+    """End this one of several processes, which alone cannot go on, at once.
+
+    The others then end too. To save, and to close what all share, it would wait for
+    them, who wait for it in the next step. One process alone returns.
+    """
+    if jax.distributed.is_initialized():
+        _end(str(error), 2)
+
+
 def _end(line: str, status: int) -> None:
-    os.write(2, f"xsmae: {line}\n".encode())
+    os.write(2, f"xsmae: {line}\n".encode(errors="backslashreplace"))  # as stderr does
     end_at_once(status)
 
 
@@ -103,7 +113,8 @@ def counted_together(ids: Collection[str], other: int) -> tuple[int, int]:
     # Texts cannot be exchanged: 64 bits of their digests can.
     digests = np.zeros((counts.max(), 2), np.uint32)
     for row, name in zip(digests, ids, strict=False):
-        row[:] = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], np.uint32)
+        encoded = name.encode(errors="surrogateescape")  # file names are any bytes
+        row[:] = np.frombuffer(hashlib.sha256(encoded).digest()[:8], np.uint32)
     distinct = set()
     if counts.any():
         for found, count in zip(

@@ -146,8 +146,8 @@ def describe_topology(name: str) -> Topology:
         shape = "x".join(map(str, sizes))
         found = topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **options)
         return Topology(TPUS[chip], found.devices, len(found.devices))
-    # JAX's own errors and NotImplementedError are RuntimeErrors: a compiler that is not
-    # installed, and a shape that it does not know, come as any of them.
+    # A compiler that is not installed and a shape that it does not know come as JAX's
+    # own errors or Python's, which are all of this class.
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(

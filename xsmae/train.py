@@ -22,7 +22,7 @@ from xsmae.data.sources import Source
 from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
-from xsmae.hosts import StopTogether, counted_together, own_folder
+from xsmae.hosts import StopTogether, counted_together, end_alone, own_folder
 from xsmae.init import load_weights
 from xsmae.lock import FolderLock
 from xsmae.metrics import MetricsWriter, Progress
@@ -193,9 +193,9 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
     for step, batch in enumerate(progress.receive(batches), start + 1):
         try:
             replaced = run.rejected.check(batch, step=step)
-        except UserError:
-            if jax.process_count() == 1:  # a save takes all processes, this is one
-                run.saver.save(step - 1, state)
+        except UserError as error:
+            end_alone(error)  # of several processes: a save would take all of them
+            run.saver.save(step - 1, state)
             raise
         arrays = put_batch({name: batch[name] for name in STEP_FIELDS}, sharding)
         state, metrics = trainer.step(state, arrays)

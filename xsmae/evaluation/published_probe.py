@@ -131,8 +131,8 @@ def create_learner(
     if movement < ENOUGH_MOVEMENT:
         job.say(
             f"{plan.num_steps} steps of this recipe move the head by at most "
-            f"{movement:.2g} of its norm (the papers': 36), so that it ends near its "
-            "random start: raise --recipe.learning_rate or --recipe.epochs, or give "
+            f"{movement:.2g} times its norm (the papers': 36), which is short of "
+            "training: raise --recipe.learning_rate or --recipe.epochs, or give "
             "--protocol=sweep"
         )
     width = feature_width(job, feature)

@@ -99,7 +99,7 @@ def _cudnn(qkv, *, num_heads):
         raise ValueError(_cannot_serve("cudnn", reason))
     try:
         return _of_cudnn(qkv, num_heads=num_heads)
-    except (RuntimeError, ValueError) as error:  # NotImplementedError is the first
+    except (RuntimeError, ValueError) as error:  # whatever of them its checks raise
         reason = " ".join(str(error).split())
         raise ValueError(_cannot_serve("cudnn", reason)) from error
 
