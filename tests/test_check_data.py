@@ -69,6 +69,17 @@ def test_report(image_folder, tmp_path, capsys):
     assert "roof/00.jpg = roof/double.png" in (tmp_path / "out/report.md").read_text()
 
 
+def test_names_that_are_not_utf8_or_look_like_formulas(image_folder, tmp_path, capsys):
+    odd = image_folder / os.fsdecode(b"ro\xffof$x_$y{$")
+    (image_folder / "roof").rename(odd)
+    (odd / os.fsdecode(b"br\xe4ken.jpg")).write_bytes(b"<html>")
+    assert run(image_folder, tmp_path) == check_data.TOO_MANY
+    told = r"ro\udcffof$x_$y{$/br\udce4ken.jpg: not a readable JPEG"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "out/report.md").read_text()
+    assert (tmp_path / "out/contact_sheet.png").exists()
+
+
 def test_pixels_of_the_test_part(tmp_path, capsys):
     root = tmp_path / "images"
     root.mkdir()

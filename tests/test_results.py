@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import re
 
 import numpy as np
@@ -183,6 +184,14 @@ def test_pictures_of_many_classes_and_of_one_without_images(tmp_path):
     pictures.confusion_matrix(tmp_path / "many.png", row, "ours")
     with Image.open(tmp_path / "many.png") as picture:
         assert min(picture.size) > 2000
+
+
+def test_classes_that_are_not_utf8_or_look_like_formulas(tmp_path):
+    path = tmp_path / "results.jsonl"
+    names = [os.fsdecode(b"fi\xffeld"), "roof$x_$y{$"]
+    append(path, some_row(class_names=names, per_class=dict.fromkeys(names, 0.8)))
+    written = results.write_report([path], tmp_path / "out")
+    assert {file.suffix for file in written} == {".md", ".csv", ".png"}
 
 
 def test_a_long_protocol_makes_the_curves_no_wider(tmp_path):

@@ -20,7 +20,7 @@ from absl import flags
 
 from xsmae.data.catalogue import build_source
 from xsmae.data.survey import Survey, survey
-from xsmae.errors import UserError
+from xsmae.errors import UserError, printable
 from xsmae.evaluation import commandline
 from xsmae.workdir import write_json
 
@@ -60,7 +60,7 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
         )
     report = describe(parts)
     report["too_many_rejected"] = _share(parts) > config.input.max_rejected_fraction
-    text = as_text(report)
+    text = printable(as_text(report))
     print(text)
     try:
         out.mkdir(parents=True, exist_ok=True)

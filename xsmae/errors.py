@@ -1,4 +1,12 @@
-"""The ways in which a user's input, or what keeps it, can be wrong."""
+"""The ways in which a user's input, or what keeps it, can be wrong, and be told."""
+
+
+def printable(text: str) -> str:
+    """As any file and terminal takes it: with the codes of bytes that are no UTF-8.
+
+    File names may have them; Python's stderr writes the same.
+    """
+    return text.encode(errors="backslashreplace").decode()
 
 
 class UserError(ValueError):

@@ -15,7 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from xsmae.errors import printable
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -331,6 +334,11 @@ def save(fig: Figure, path: str | os.PathLike) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Names of files and classes as they are: no formulas between dollars, and the codes
+    # of bytes that are no text.
+    for text in fig.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
     try:
         fig.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
         temporary.replace(path)

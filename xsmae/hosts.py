@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from xsmae.errors import UserError
+from xsmae.errors import UserError, printable
 from xsmae.signals import StopRequest, end_at_once
 from xsmae.watchdog import EXIT_STATUS
 
@@ -98,7 +98,7 @@ def end_alone(error: UserError) -> None:
 
 
 def _end(line: str, status: int) -> None:
-    os.write(2, f"xsmae: {line}\n".encode(errors="backslashreplace"))  # as stderr does
+    os.write(2, f"xsmae: {printable(line)}\n".encode())
     end_at_once(status)
 
 

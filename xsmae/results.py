@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from xsmae.errors import UserError
+from xsmae.errors import UserError, printable
 from xsmae.evaluation import pictures
 from xsmae.evaluation.protocol import Result, read
 from xsmae.evaluation.table import Table, create_tables, csv_text, label, markdown
@@ -49,7 +49,7 @@ def write_report(files: list[Path], out: Path) -> list[Path]:
             ("results.md", markdown(tables)),
             ("results.csv", csv_text(rows)),
         ):
-            (out / name).write_text(text)
+            (out / name).write_text(printable(text))
             written.append(out / name)
         for table in tables:
             protocol = table.protocol

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from xsmae.errors import printable
 from xsmae.evaluation.protocol import AVERAGE, Protocol, Result
 from xsmae.evaluation.table import FEATURE_NAMES, Line, Table, label
 from xsmae.figures import LEGEND, VIEW_COLOURS, save
@@ -140,10 +141,11 @@ def confusion_matrix(path: str | os.PathLike, row: Result, name: str) -> None:
     image = ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
     fig.colorbar(image, ax=ax, shrink=0.75, label="percent of the true class")
     ticks = range(len(classes))
-    ax.set_xticks(ticks, classes, rotation=90, fontsize=8)
+    names = list(map(printable, classes))  # ticks are drawn from what is given here
+    ax.set_xticks(ticks, names, rotation=90, fontsize=8)
     accuracy = [
-        f"{c}  {100 * row.per_class[c]:.0f} %" if c in row.per_class else c
-        for c in classes
+        f"{name}  {100 * row.per_class[c]:.0f} %" if c in row.per_class else name
+        for c, name in zip(classes, names, strict=True)
     ]
     ax.set_yticks(ticks, accuracy, fontsize=8)
     if len(classes) <= NAMED_CLASSES:

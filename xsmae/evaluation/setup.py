@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from xsmae.errors import UserError
+from xsmae.errors import UserError, printable
 from xsmae.evaluation import scales as scales_of
 from xsmae.evaluation.features import RESIZES
 from xsmae.evaluation.frozen import (
@@ -126,7 +126,9 @@ def measure_all(
         )
         rows += measure(job)
         finish(job)
-    print(terminal_table(rows), f"rows: {values.results}", sep="\n", flush=True)
+    print(
+        printable(terminal_table(rows)), f"rows: {values.results}", sep="\n", flush=True
+    )
     return rows
 
 
