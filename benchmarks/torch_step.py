@@ -115,13 +115,15 @@ def create_step(
     betas: tuple[float, float],
     dtype: str,
     compiled: bool,
-) -> Callable[[torch.Tensor], float]:
+    device: str = "cpu",
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """step(images) -> the loss, after one update. In `bfloat16`: autocast, as users do;
-    parameters are float32."""
+    parameters are float32. Images and the loss are on `device`."""
     torch.manual_seed(SEED)
     module = CrossScale(
         create_mae(model, size=size, channels=channels), temperature=temperature
-    ).train()
+    )
+    module = module.to(device).train()
     learned = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
@@ -133,14 +135,14 @@ def create_step(
     def autocast():
         if dtype == "float32":
             return contextlib.nullcontext()
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast(device, dtype=torch.bfloat16)
 
-    def step(images: torch.Tensor) -> float:
+    def step(images: torch.Tensor) -> torch.Tensor:
         with autocast():
             total = sum(forward(images).values())
         total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return total.item()
+        return total.detach()
 
     return step

@@ -1,14 +1,18 @@
 """Our training step against PyTorch's: `python -m benchmarks.train_step`.
 
-Each pair of implementations runs in two processes that are alive together and step in
-turns on the same cores, so that what else the machine does meets both alike. A JSON
-line a pair, and a table: samples/s (two views each), the ratio of the medians, peak
-resident memory, and the seconds until the first step was done (compilation).
+The implementations of a group run in processes that are alive together and step in
+turns on the same cores or GPU, so that what else the machine does meets all alike. A
+JSON line a group, and a table: samples/s (two views each), the ratio of the first's
+median to the others', peak memory (resident; on a GPU what was taken of its own), and
+the seconds until the first step was done (compilation).
 
-    --pairs=ours-float32:torch-float32,...   which; default: those of the table
-    --rounds=7 --steps=1                     turns, and steps in a turn
+    --groups=ours-float32:torch-float32,...   which; default: those of the table
+    --rounds=7 --steps=1                      turns, and steps in a turn
 
-Needs torch and transformers beside xsmae (`make test-peers` installs them). Give both
+On a GPU: --case=base_512 --case=large_512 --steps=10
+--groups=ours-bfloat16-pallas:ours-bfloat16-cudnn:ours-bfloat16-xla:torch-bfloat16
+
+Needs torch and transformers beside xsmae (`make test-peers` installs them). Give all
 sides the malloc settings of the README by setting GLIBC_TUNABLES for the command.
 """
 
@@ -19,6 +23,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,19 +38,27 @@ CASES = {
     "tiny_128": ("tiny", 128, 16, 64),
     "base_128": ("base", 128, 16, 64),
     "tiny_64": ("tiny", 64, 8, 256),
+    "base_512": ("base", 128, 16, 512),  # for a GPU, like the next
+    "large_512": ("large", 128, 16, 512),
 }
+ON_A_CPU = ("tiny_128", "base_128", "tiny_64")
 DTYPES = ("float32", "bfloat16")
 PEERS = tuple(f"{kind}-{d}" for d in DTYPES for kind in ("torch", "torch_compile"))
-IMPLEMENTATIONS = tuple(f"ours-{dtype}" for dtype in DTYPES) + PEERS
+ATTENTION = ("pallas", "cudnn", "xla")
+OURS = tuple(f"ours-{dtype}" for dtype in DTYPES)
+IMPLEMENTATIONS = (*OURS, *(f"{name}-{x}" for name in OURS for x in ATTENTION), *PEERS)
 # Ours in each dtype against the peers that the issue of speed is decided by.
-PAIRS = tuple(f"ours-float32:{peer}" for peer in PEERS if "float32" in peer) + tuple(
+GROUPS = tuple(f"ours-float32:{peer}" for peer in PEERS if "float32" in peer) + tuple(
     f"ours-bfloat16:{peer}" for peer in PEERS
 )
 LEARNING_RATE, WEIGHT_DECAY, BETAS, TEMPERATURE = 1e-4, 0.05, (0.9, 0.95), 0.5
 CHANNELS = 3
 
 
-def our_config(case: str, dtype: str):
+Step = Callable[[], Callable[[], float]]  # started; the second call waits for its loss
+
+
+def our_config(case: str, dtype: str, attention: str = "xla"):
     """The `published` method on the blocks that Hugging Face's MAE has."""
     from xsmae.configs import common
 
@@ -58,6 +71,7 @@ def our_config(case: str, dtype: str):
     config.model.update(
         patch_size=patch,
         dtype=dtype,
+        attention=attention,
         norm_style="pre",
         norm_epsilon=1e-6,
         encoder_norm=True,
@@ -69,13 +83,16 @@ def our_config(case: str, dtype: str):
     return config
 
 
-def our_step(case: str, dtype: str) -> Callable[[], float]:
-    """One update of ours, from a batch in memory."""
+def our_step(
+    case: str, dtype: str, attention: str = "xla"
+) -> tuple[Step, Callable[[], int]]:
+    """One update of ours, from a batch in memory; and the peak memory in bytes."""
     import jax
 
+    from xsmae.sharding import by_batch, put_batch
     from xsmae.trainer import batch_shapes, create_trainer
 
-    config = our_config(case, dtype)
+    config = our_config(case, dtype, attention)
     trainer = create_trainer(config, num_images=config.batch_size)
     rng = np.random.default_rng(0)
     shapes = batch_shapes(config)
@@ -83,22 +100,29 @@ def our_step(case: str, dtype: str) -> Callable[[], float]:
     image = shapes["image"]
     batch["image"] = rng.integers(0, 256, image.shape, dtype=np.uint8)
     batch["box"] = np.broadcast_to(np.float32([0, 0, 1, 1]), shapes["box"].shape)
+    batch = put_batch(batch, by_batch(trainer.mesh))
     state = [trainer.initial_state()]
 
-    def step() -> float:
+    def step() -> Callable[[], float]:
         state[0], metrics = trainer.step(state[0], batch)
-        return float(jax.block_until_ready(metrics["loss"]))
+        return lambda: float(metrics["loss"])
 
-    return step
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return step, resident
+    return step, lambda: device.memory_stats()["peak_bytes_in_use"]
 
 
-def torch_step(case: str, dtype: str, *, compiled: bool) -> Callable[[], float]:
-    """One update of the peer, from a batch in memory."""
+def torch_step(
+    case: str, dtype: str, *, compiled: bool
+) -> tuple[Step, Callable[[], int]]:
+    """One update of the peer, from a batch in memory; and the peak memory in bytes."""
     import torch
 
     from benchmarks import torch_step as peer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     _, pixels, _, batch = CASES[case]
     update = peer.create_step(
         our_config(case, dtype).model.to_dict(),
@@ -110,34 +134,41 @@ def torch_step(case: str, dtype: str, *, compiled: bool) -> Callable[[], float]:
         betas=BETAS,
         dtype=dtype,
         compiled=compiled,
+        device=device,
     )
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2 * batch, CHANNELS, pixels, pixels)).astype(np.float32)
-    images = torch.from_numpy(images)
-    return lambda: update(images)
+    images = torch.from_numpy(images).to(device)
+    peak = resident if device == "cpu" else torch.cuda.max_memory_allocated
+    return lambda: update(images).item, peak
 
 
-def create_step(case: str, implementation: str) -> Callable[[], float]:
-    """The step of one of `IMPLEMENTATIONS`."""
-    kind, dtype = implementation.split("-")
+def resident() -> int:
+    """Bytes of this process at its peak."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def create_step(case: str, implementation: str) -> tuple[Step, Callable[[], int]]:
+    """The step of one of `IMPLEMENTATIONS`, and its peak memory in bytes."""
+    kind, dtype, *attention = implementation.split("-")
     if kind == "ours":
-        return our_step(case, dtype)
+        return our_step(case, dtype, *attention)
     return torch_step(case, dtype, compiled=kind == "torch_compile")
 
 
 def serve(case: str, implementation: str) -> None:
     """A child: a first step, and then as many as each line of stdin says."""
     start = time.monotonic()
-    step = create_step(case, implementation)
-    loss = step()
+    step, peak = create_step(case, implementation)
+    loss = step()()
     _answer(first=time.monotonic() - start, loss=loss)
     for line in sys.stdin:
         start = time.monotonic()
         for _ in range(int(line)):
-            loss = step()
+            wait = step()
+        loss = wait()
         seconds = time.monotonic() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        _answer(seconds=seconds, loss=loss, peak=peak)
+        _answer(seconds=seconds, loss=loss, peak=peak())
 
 
 def _answer(**values: float) -> None:
@@ -162,7 +193,14 @@ class Child:
         pipe = subprocess.PIPE
         child = cls(
             implementation,
-            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True),
+            subprocess.Popen(
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                text=True,
+                # A GPU's memory is shared by all of them.
+                env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            ),
         )
         child.first = child.read()["first"]
         return child
@@ -195,11 +233,13 @@ class Child:
         }
 
 
-def compare(case: str, pair: str, *, rounds: int, steps: int) -> dict:
-    """The two of a pair, in turns."""
+def compare(case: str, group: str, *, rounds: int, steps: int) -> dict:
+    """Those of a group, in turns."""
     batch = CASES[case][-1]
-    children = [Child.start(case, name) for name in pair.split(":")]
+    children = []
     try:
+        for name in group.split(":"):
+            children.append(Child.start(case, name))
         for child in children:
             child.run(1, batch)
             child.rates.clear()  # what is still set up in the second step
@@ -210,15 +250,11 @@ def compare(case: str, pair: str, *, rounds: int, steps: int) -> dict:
         for child in children:
             child.process.kill()
             child.process.wait()
-    ours, theirs = (child.summary() for child in children)
-    ratio = ours["samples_per_second"] / theirs["samples_per_second"]
-    memory = ours["peak_gb"] / theirs["peak_gb"]
-    return {
-        "case": case,
-        "ratio": ratio,
-        "memory_ratio": memory,
-        "pair": [ours, theirs],
-    }
+    first, *others = (child.summary() for child in children)
+    for other in others:
+        other["ratio"] = first["samples_per_second"] / other["samples_per_second"]
+        other["memory_ratio"] = first["peak_gb"] / other["peak_gb"]
+    return {"case": case, "group": [first, *others]}
 
 
 def machine() -> dict[str, str | int]:
@@ -238,40 +274,46 @@ def machine() -> dict[str, str | int]:
     }
     for name in ("jax", "flax", "torch", "transformers"):
         found[name] = version(name)
+    if shutil.which("nvidia-smi"):
+        query = [
+            "nvidia-smi",
+            "--query-gpu=name,driver_version",
+            "--format=csv,noheader",
+        ]
+        found["gpu"] = subprocess.run(
+            query, capture_output=True, text=True, check=False
+        ).stdout.strip()
     return found
 
 
 def table(results: Sequence[dict]) -> str:
-    """Markdown, a line a pair."""
+    """Markdown, a line an implementation; ratios are of the group's first to it."""
     header = (
-        "case", "ours", "peer", "ours, samples/s", "peer's", "ratio",
-        "peak GB", "peer's", "first step s", "peer's",
+        "case", "implementation", "samples/s", "ratio", "peak GB", "first step s"
     )  # fmt: skip
-    lines = [header, ["---"] * 3 + ["---:"] * 7]
+    lines = [header, ["---"] * 2 + ["---:"] * 4]
     for result in results:
-        ours, theirs = result["pair"]
-        numbers = [
-            f"{one[name]:.{digits}f}"
-            for name, digits in (
-                ("samples_per_second", 1),
-                ("peak_gb", 2),
-                ("until_first_step_seconds", 0),
+        for one in result["group"]:
+            lines.append(
+                (
+                    result["case"],
+                    one["implementation"],
+                    f"{one['samples_per_second']:.1f}",
+                    f"{one['ratio']:.2f}" if "ratio" in one else "",
+                    f"{one['peak_gb']:.2f}",
+                    f"{one['until_first_step_seconds']:.0f}",
+                )
             )
-            for one in (ours, theirs)
-        ]
-        numbers.insert(2, f"{result['ratio']:.2f}")
-        names = [one["implementation"] for one in (ours, theirs)]
-        lines.append([result["case"], *names, *numbers])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
-    """Run the pairs that the flags name."""
+    """Run the groups that the flags name."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", choices=CASES, action="append")
-    parser.add_argument("--pairs", default=",".join(PAIRS))
+    parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--child", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
@@ -279,18 +321,18 @@ def main() -> None:
     if args.child:
         serve(args.case[0], args.child)
         return
-    pairs = args.pairs.split(",")
-    for pair in pairs:
-        if len(pair.split(":")) != 2 or set(pair.split(":")) - set(IMPLEMENTATIONS):
+    groups = args.groups.split(",")
+    for group in groups:
+        if len(group.split(":")) < 2 or set(group.split(":")) - set(IMPLEMENTATIONS):
             parser.error(
-                f"--pairs={pair}, expected two of {', '.join(IMPLEMENTATIONS)} with a "
-                "colon between them"
+                f"--groups={group}, expected two or more of "
+                f"{', '.join(IMPLEMENTATIONS)} with a colon between them"
             )
     print(json.dumps(machine()), flush=True)
     results = []
-    for case in args.case or CASES:
-        for pair in pairs:
-            result = compare(case, pair, rounds=args.rounds, steps=args.steps)
+    for case in args.case or ON_A_CPU:
+        for group in groups:
+            result = compare(case, group, rounds=args.rounds, steps=args.steps)
             results.append(result)
             print(json.dumps(result), flush=True)
     print(table(results))
