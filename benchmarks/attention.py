@@ -13,10 +13,12 @@ import importlib.metadata
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +142,14 @@ def compile_case(implementation, case, dtype, device, *, arrays=None):
     return [program.compile() for program in programs]
 
 
+def compiled_or_error(implementation, case, dtype, arrays, *, device):
+    """The programs of `compile_case`, or why there are none."""
+    try:
+        return compile_case(implementation, case, dtype, device, arrays=arrays)
+    except Exception as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _of_each(function, *arrays):
     return list(map(function, *arrays))
 
@@ -175,7 +185,7 @@ def must_move(case, dtype) -> tuple[int, int]:
     return 4 * unit, 11 * unit
 
 
-def time_case(rows, implementations, case, dtype, device):
+def time_case(rows, programs, case, dtype, device):
     """Add median seconds to `rows`, all implementations in turn in every round."""
     batch, tokens, num_heads, head_dim = case
     width = num_heads * head_dim
@@ -185,10 +195,6 @@ def time_case(rows, implementations, case, dtype, device):
         for some, columns in zip(keys, (3 * width, width), strict=True)
     ]
     arrays = jax.device_put(arrays, device)
-    programs = [
-        compile_case(implementation, case, dtype, device, arrays=ARRAYS)
-        for implementation in implementations
-    ]
     times = {}
     for _ in range(ROUNDS + 1):
         for index, pair in enumerate(programs):
@@ -260,31 +266,31 @@ def main(_):
     cases = SUITE if options.suite else CASES
     implementations = (ours,) if options.suite else IMPLEMENTATIONS
     table, failed = [], 0
-    for (name, case), dtype in itertools.product(cases.items(), map(jnp.dtype, dtypes)):
-        rows, served = [], []
+    todo = list(itertools.product(cases.items(), map(jnp.dtype, dtypes)))
+    # XLA compiles beside Python: on all cores, before anything is timed.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        build = functools.partial(compiled_or_error, device=device)
+        times = (None,) if options.compile_for else (None, ARRAYS)
+        futures = {
+            key: pool.submit(build, *key)
+            for (_, case), dtype in todo
+            for key in itertools.product(implementations, (case,), (dtype,), times)
+        }
+        compiled = {key: future.result() for key, future in futures.items()}
+    for (name, case), dtype in todo:
+        rows, timed = [], []
         for implementation in implementations:
-            try:
-                programs = compile_case(implementation, case, dtype, device)
-            except Exception as error:
+            programs = compiled[implementation, case, dtype, None]
+            if isinstance(programs, str):
                 failed += implementation is ours
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                print(
-                    json.dumps(
-                        {
-                            **about,
-                            "case": name,
-                            "dtype": dtype.name,
-                            "implementation": implementation.__name__,
-                            "failed": reason,
-                        }
-                    ),
-                    flush=True,
-                )
+                row = {"case": name, "dtype": dtype.name}
+                row |= {"implementation": implementation.__name__, "failed": programs}
+                print(json.dumps({**about, **row}), flush=True)
                 continue
             rows.append(describe(name, case, dtype, implementation, programs))
-            served.append(implementation)
+            timed.append(compiled.get((implementation, case, dtype, ARRAYS)))
         if not options.compile_for:
-            time_case(rows, served, case, dtype, device)
+            time_case(rows, timed, case, dtype, device)
         for row in rows:
             print(json.dumps({**about, **row}), flush=True)
         table.extend(rows)

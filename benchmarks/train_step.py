@@ -8,8 +8,9 @@ the seconds until the first step was done (compilation).
 
     --groups=ours-float32:torch-float32,...   which; default: those of the table
     --rounds=7 --steps=1                      turns, and steps in a turn
+    --together                                compile at the same time: many cores
 
-On a GPU: --case=base_512 --case=large_512 --steps=10
+On a GPU: --case=base_512 --case=large_256 --steps=10
 --groups=ours-bfloat16-pallas:ours-bfloat16-cudnn:ours-bfloat16-xla:torch-bfloat16
 
 Needs torch and transformers beside xsmae (`make test-peers` installs them). Give all
@@ -39,7 +40,7 @@ CASES = {
     "base_128": ("base", 128, 16, 64),
     "tiny_64": ("tiny", 64, 8, 256),
     "base_512": ("base", 128, 16, 512),  # for a GPU, like the next
-    "large_512": ("large", 128, 16, 512),
+    "large_256": ("large", 128, 16, 256),
 }
 ON_A_CPU = ("tiny_128", "base_128", "tiny_64")
 DTYPES = ("float32", "bfloat16")
@@ -187,7 +188,7 @@ class Child:
 
     @classmethod
     def start(cls, case: str, implementation: str) -> Child:
-        """Start it, and wait until its first step is done."""
+        """Start it; `first_step` waits until its first step is done."""
         command = [sys.executable, "-m", "benchmarks.train_step"]
         command += [f"--case={case}", f"--child={implementation}"]
         pipe = subprocess.PIPE
@@ -202,8 +203,11 @@ class Child:
                 env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
             ),
         )
-        child.first = child.read()["first"]
         return child
+
+    def first_step(self) -> None:
+        """Wait for it, and note how long it took."""
+        self.first = self.read()["first"]
 
     def read(self) -> dict:
         """What it answers next; what else it prints is passed over."""
@@ -233,13 +237,19 @@ class Child:
         }
 
 
-def compare(case: str, group: str, *, rounds: int, steps: int) -> dict:
-    """Those of a group, in turns."""
+def compare(
+    case: str, group: str, *, rounds: int, steps: int, together: bool = False
+) -> dict:
+    """Those of a group, in turns; `together`: they compile at the same time."""
     batch = CASES[case][-1]
     children = []
     try:
         for name in group.split(":"):
             children.append(Child.start(case, name))
+            if not together:
+                children[-1].first_step()
+        for child in children if together else ():
+            child.first_step()
         for child in children:
             child.run(1, batch)
             child.rates.clear()  # what is still set up in the second step
@@ -316,6 +326,7 @@ def main() -> None:
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--child", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -332,7 +343,13 @@ def main() -> None:
     results = []
     for case in args.case or ON_A_CPU:
         for group in groups:
-            result = compare(case, group, rounds=args.rounds, steps=args.steps)
+            result = compare(
+                case,
+                group,
+                rounds=args.rounds,
+                steps=args.steps,
+                together=args.together,
+            )
             results.append(result)
             print(json.dumps(result), flush=True)
     print(table(results))

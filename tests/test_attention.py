@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from tests.devices import run_on_devices
 from xsmae.ops.attention import IMPLEMENTATIONS, attention, choose
-from xsmae.ops.flash_kernels import Plan
+from xsmae.ops.flash_plan import Plan
 
 ON_GPU = jax.default_backend() == "gpu"
 BATCH = 2
@@ -327,10 +327,12 @@ def test_tiles_pad_little():
     for tokens in range(1, 257):
         plan = Plan(1, tokens, 12, 64, 2, backward=False)
         stop = 0
-        for start, rows in plan.tiles:
-            assert start == stop
-            assert rows.bit_count() == 1
-            stop = start + rows
+        for tile in plan.tiles:
+            assert tile.start == stop
+            assert tile.rows.bit_count() == 1
+            stop = tile.start + tile.rows
+            assert tile.inside == (stop <= tokens)
+        assert stop == plan.padded
         assert tokens <= stop < tokens + 16
         assert 12 % plan.heads == 0
         assert plan.rows * plan.blocks >= tokens

@@ -112,11 +112,25 @@ def _cannot_serve(implementation: str, reason: str) -> str:
 
 
 def _of_cudnn(qkv, *, num_heads):
+    batch, tokens, _ = qkv.shape
+    lengths = None
+    if tokens % 2:
+        # JAX (0.11.2) refuses the gradient of odd lengths, which MAE's all are, though
+        # cuDNN has it: one token more, which is told to be none.
+        qkv = jnp.pad(qkv, ((0, 0), (0, 1), (0, 0)))
+        lengths = jnp.full(batch, tokens, jnp.int32)
     query, key, value = rearrange(
         qkv, "b n (three h d) -> three b n h d", three=3, h=num_heads
     )
-    out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return rearrange(out, "b n h d -> b n (h d)")
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return rearrange(out[:, :tokens], "b n h d -> b n (h d)")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("num_heads",))

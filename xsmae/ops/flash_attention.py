@@ -6,8 +6,8 @@ masked. Nothing of it is copied, transposed or padded in memory, and no scores a
 there. The backward kernel computes them again from the saved log-sum-exp. Every program
 writes rows of its own, without atomics: gradients are bit-equal from run to run.
 
-The kernels themselves, and to what length they hold whole rows of scores, are in
-flash_kernels.py.
+The kernels themselves are in flash_kernels.py; to what length they hold whole rows of
+scores, and how they are cut, in flash_plan.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from xsmae.ops import flash_kernels as kernels
 from xsmae.ops.by_sample import by_sample
+from xsmae.ops.flash_plan import Plan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -101,9 +102,7 @@ def _backward(num_heads, qkv, *arrays):
 def _plan(qkv, num_heads, *, backward):
     batch, tokens, three_width = qkv.shape
     head_dim = three_width // (3 * num_heads)
-    return kernels.Plan(
-        batch, tokens, num_heads, head_dim, qkv.dtype.itemsize, backward
-    )
+    return Plan(batch, tokens, num_heads, head_dim, qkv.dtype.itemsize, backward)
 
 
 def _launch(kernel, plan, arrays, results):
@@ -115,7 +114,7 @@ def _launch(kernel, plan, arrays, results):
             results,
             grid=plan.grid,
             compiler_params=plgpu.CompilerParams(
-                num_warps=plan.num_warps, num_stages=2
+                num_warps=plan.num_warps, num_stages=plan.num_stages
             ),
             interpret=interpret,
             name=f"attention_{kernel.__name__}",
