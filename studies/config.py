@@ -51,8 +51,9 @@ SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "corrected": ("cross_scale_mae", "corrected", {}),
 }
 
-# One row of the comparison in the design each: `corrected` with that row as published,
-# and then each of the two added losses left out.
+# One row of the comparison in the design each: `corrected` with that row as published
+# (the contrastive loss's three parts one by one as well), and then each of the two added
+# losses left out.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "view2": {
         "views.view2_box": "batch",
@@ -73,6 +74,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
         "loss.contrastive.temperature": 0.5,
     },
     "temperature": {"loss.contrastive.temperature": 0.5},
+    "head": {"model.projection_dim": 0},
+    "denominator": {"loss.contrastive.positive_in_denominator": False},
     "cross_prediction": {
         "loss.cross_prediction.stop_gradient": False,
         "loss.cross_prediction.aligned": False,
