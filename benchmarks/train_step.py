@@ -187,8 +187,8 @@ class Child:
     peak: int = 0
 
     @classmethod
-    def start(cls, case: str, implementation: str) -> Child:
-        """Start it; `first_step` waits until its first step is done."""
+    def start(cls, case: str, implementation: str, share: float) -> Child:
+        """Start it with a share of a GPU's memory; `first_step` waits for that."""
         command = [sys.executable, "-m", "benchmarks.train_step"]
         command += [f"--case={case}", f"--child={implementation}"]
         pipe = subprocess.PIPE
@@ -199,8 +199,9 @@ class Child:
                 stdin=pipe,
                 stdout=pipe,
                 text=True,
-                # A GPU's memory is shared by all of them.
-                env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+                # Of a GPU's memory XLA takes its share at once: pools that grow, of
+                # several processes, grow beyond what they need.
+                env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"},
             ),
         )
         return child
@@ -241,11 +242,11 @@ def compare(
     case: str, group: str, *, rounds: int, steps: int, together: bool = False
 ) -> dict:
     """Those of a group, in turns; `together`: they compile at the same time."""
-    batch = CASES[case][-1]
+    batch, names = CASES[case][-1], group.split(":")
     children = []
     try:
-        for name in group.split(":"):
-            children.append(Child.start(case, name))
+        for name in names:
+            children.append(Child.start(case, name, 0.9 / len(names)))
             if not together:
                 children[-1].first_step()
         for child in children if together else ():

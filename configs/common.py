@@ -139,7 +139,7 @@ def get_common(
         model.independent_heads = True
         model.progressive = False  # the finer map continues from the coarser
     model.dtype = "bfloat16"  # of the computation; parameters are float32
-    model.attention = "xla"  # auto, pallas, cudnn, xla: xsmae.ops.attention
+    model.attention = "auto"  # or pallas, cudnn, xla: xsmae.ops.attention
     # What the backward pass computes again: none, elementwise (all but products and
     # attention), dots (all but dense layers), full.
     model.remat = "elementwise"
