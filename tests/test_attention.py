@@ -1,7 +1,9 @@
 """Every implementation of attention against one reference in float32."""
 
 import functools
+import importlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -321,6 +323,28 @@ def test_what_is_refused(implementation, shape, dtype, expected):
         attention(jnp.ones(shape, dtype), num_heads=2, implementation=implementation)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("attention: ")
+
+
+def test_a_jax_without_triton(monkeypatch):
+    """It is to be dropped: what is not the kernel goes on."""
+    dialect = "jax.experimental.pallas.triton"
+    for name in ("flash_kernels", "flash_attention", "attention"):
+        monkeypatch.delitem(sys.modules, f"xsmae.ops.{name}")
+        monkeypatch.delattr(f"xsmae.ops.{name}")
+    monkeypatch.delattr(dialect)
+    monkeypatch.setitem(sys.modules, dialect, None)
+    without = importlib.import_module("xsmae.ops.attention")
+    qkv, _ = inputs((17, 2, 16, "bfloat16"), BATCH)
+    for name in ("auto", "xla"):
+        np.testing.assert_array_equal(
+            without.attention(qkv, num_heads=2, implementation=name),
+            attention(qkv, num_heads=2, implementation="xla"),
+        )
+    with pytest.raises(ValueError, match="a JAX without Pallas's Triton dialect; auto"):
+        without.attention(qkv, num_heads=2, implementation="pallas")
+    chosen, why = without.choose(qkv.shape, qkv.dtype, num_heads=2, platform="cuda")
+    assert chosen == "xla"
+    assert why.endswith("does not serve a JAX without Pallas's Triton dialect")
 
 
 def test_tiles_pad_little():

@@ -19,11 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from xsmae.ops import flash_kernels as kernels
 from xsmae.ops.by_sample import by_sample
 from xsmae.ops.flash_plan import Plan
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+
+    from xsmae.ops import flash_kernels as kernels
+except ImportError:  # JAX says that it will drop this dialect: `refusal` says so then
+    kernels = None
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -52,6 +57,8 @@ def refusal(shape: tuple[int, ...], dtype: jnp.dtype, num_heads: int) -> str | N
     """Why a `qkv` of this shape and dtype cannot be served; None if it can."""
     _, tokens, three_width = shape
     head_dim = three_width // (3 * num_heads)
+    if kernels is None:
+        return "a JAX without Pallas's Triton dialect"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"dtype {jnp.dtype(dtype).name}, expected {' or '.join(DTYPES)}"
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
