@@ -52,8 +52,8 @@ SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 # One row of the comparison in the design each: `corrected` with that row as published
-# (the contrastive loss's three parts one by one as well), and then each of the two added
-# losses left out.
+# (of the contrastive loss's three parts each by itself too), and then each of the two
+# added losses left out.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "view2": {
         "views.view2_box": "batch",
