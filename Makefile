@@ -35,7 +35,7 @@ study: $(VENV)/installed
 	$(BIN)/python -m studies.report
 
 # The memory that attention takes on an H200, compiled for one on any Linux machine:
-# benchmarks/RESULTS.md. Ten minutes on a busy machine, two on an idle one.
+# benchmarks/RESULTS.md. Half a minute on two idle cores, after the installation.
 bench-attention: $(COMPILER)/installed
 	$(COMPILER)/bin/python -m benchmarks.attention --compile_for=h200
 

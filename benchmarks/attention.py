@@ -280,15 +280,16 @@ def main(_):
     for (name, case), dtype in todo:
         rows, timed = [], []
         for implementation in implementations:
-            programs = compiled[implementation, case, dtype, None]
-            if isinstance(programs, str):
+            found = [compiled[implementation, case, dtype, n] for n in times]
+            errors = [x for x in found if isinstance(x, str)]
+            if errors:
                 failed += implementation is ours
                 row = {"case": name, "dtype": dtype.name}
-                row |= {"implementation": implementation.__name__, "failed": programs}
+                row |= {"implementation": implementation.__name__, "failed": errors[0]}
                 print(json.dumps({**about, **row}), flush=True)
                 continue
-            rows.append(describe(name, case, dtype, implementation, programs))
-            timed.append(compiled.get((implementation, case, dtype, ARRAYS)))
+            rows.append(describe(name, case, dtype, implementation, found[0]))
+            timed.append(found[-1])
         if not options.compile_for:
             time_case(rows, timed, case, dtype, device)
         for row in rows:

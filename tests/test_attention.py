@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from tests.devices import run_on_devices
+from xsmae.models import vit
 from xsmae.ops.attention import IMPLEMENTATIONS, attention, choose
 from xsmae.ops.flash_plan import Plan
 
@@ -217,10 +219,11 @@ def test_each_device_attends_to_its_own_samples():
     """With the batch over eight devices: the same numbers, and nothing is sent."""
     found = run_on_devices("tests.attention_on_devices", 8)
     assert found.keys() == {"pallas", "auto"}
-    for implementation in found.values():
+    for name, implementation in found.items():
         assert implementation["collectives"] == []
         assert implementation["of a device"] == [2, 2]
-        assert implementation["error"] < 1e-5
+        # `auto` is compared in bfloat16: a unit in the last place of numbers to 2.
+        assert implementation["error"] < (1e-5 if name == "pallas" else 0.01)
 
 
 def lower_for_cuda(function, *arrays) -> str:
@@ -273,7 +276,7 @@ def test_auto_on_a_cpu_is_xla_to_the_bit():
 @pytest.mark.parametrize(
     ("shape", "dtype", "platform", "expected", "reason"),
     [
-        ((8, 65, 1536), "bfloat16", "cuda", "pallas", "fastest on an H100"),
+        ((8, 65, 1536), "bfloat16", "cuda", "pallas", "fastest where timed"),
         ((8, 4096, 1536), "bfloat16", "cuda", "pallas", "no scores in memory"),
         ((8, 65, 1536), "float32", "cuda", "xla", "not been timed in float32"),
         ((8, 4097, 1536), "bfloat16", "cuda", "xla", "4097 tokens, expected 1 to 4096"),
@@ -294,6 +297,39 @@ def test_what_auto_chooses(shape, dtype, platform, expected, reason):
         module = lower_for_cuda(attend, jax.ShapeDtypeStruct(shape, dtype))
         assert ("__gpu$xla.gpu.triton" in module) == (expected == "pallas")
         assert ("stablehlo.dot_general" in module) == (expected == "xla")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("7.5", "xla"), ("8.0", "pallas"), ("8.9", "xla"), ("9.0", "pallas")],
+)
+def test_auto_is_of_gpus_that_the_kernel_was_compiled_for(capability, expected):
+    given = {"num_heads": 16, "platform": "cuda", "capability": capability}
+    chosen, why = choose((8, 65, 1536), jnp.dtype("bfloat16"), **given)
+    assert chosen == expected
+    assert (f"not for {capability}" in why) == (expected == "xla")
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "auto"])
+@pytest.mark.parametrize(("remat", "kernels"), [("elementwise", 2), ("full", 3)])
+def test_what_a_rematerialised_block_runs(implementation, remat, kernels):
+    """The forward kernel again, backward, only where nothing is to be kept."""
+    blocks = vit.stacked_blocks(
+        3,
+        64,
+        2,
+        attention_implementation=implementation,
+        dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )
+    graphdef, params = nnx.split(blocks)
+
+    def total(params, x):
+        return vit.run_blocks(nnx.merge(graphdef, params), x, remat=remat).sum()
+
+    x = jax.ShapeDtypeStruct((BATCH, 17, 64), jnp.bfloat16)
+    module = lower_for_cuda(jax.grad(total, argnums=(0, 1)), params, x)
+    assert module.count("__gpu$xla.gpu.triton") == kernels
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from xsmae.models.masking import take_tokens
 from xsmae.models.position import TokenPositions
 from xsmae.ops.attention import attention
+from xsmae.ops.flash_attention import ATTENDED
 from xsmae.ops.gelu import gelu
 from xsmae.sharding import whole_where_used
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 NORM_STYLES = ("pre", "post")
 
 # Rematerialisation: what the backward pass finds kept, and does not compute again.
-ATTENDED = "attended"  # attention's result
 _products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
     "none": None,

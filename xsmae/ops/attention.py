@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 IMPLEMENTATIONS = ("auto", "pallas", "cudnn", "xla")
-TIMED_TOKENS = 65  # up to which all of them were timed
+TIMED_TOKENS = 65  # up to which the fused kernel was timed against the others
+# Compute capabilities of NVIDIA GPUs that it was compiled for: A100, H100 and H200.
+# Others have less shared memory, or no Triton (before 8.0).
+CAPABILITIES = ("8.0", "9.0")
 
 
 def attention(
@@ -55,29 +58,49 @@ def attention(
 
 
 def choose(
-    shape: tuple[int, int, int], dtype: jnp.dtype, *, num_heads: int, platform: str
+    shape: tuple[int, int, int],
+    dtype: jnp.dtype,
+    *,
+    num_heads: int,
+    platform: str,
+    capability: str | None = None,
 ) -> tuple[str, str]:
     """The implementation that `auto` is, and why, for a `qkv` of `shape` and `dtype`.
 
-    `platform` is JAX's name of it: cuda, rocm, tpu, cpu. By what was timed on an H100
-    (benchmarks/RESULTS.md): in bfloat16, at 17 to 65 tokens, the fused kernel takes a
-    sixth to a half of the time of the others. Longer sequences were not timed against
-    the others; in float32, where it was not timed at all, it is not chosen.
+    `platform` is JAX's name of it: cuda, rocm, tpu, cpu; `capability` that of a GPU
+    that is there ("9.0"), None for one that is elsewhere. By what was timed on an H100
+    (benchmarks/RESULTS.md): in bfloat16, at 17 to 65 tokens, the fused kernel takes
+    0.28 to 0.53 of the time of the fastest other. Longer sequences were not timed
+    against the others; in float32, where it was not timed at all, it is not chosen.
     """
     if platform != "cuda":
         return "xla", f"the fused kernel is not compiled for {platform}"
     reason = refusal(shape, dtype, num_heads)
     if reason is not None:
         return "xla", f"the fused kernel does not serve {reason}"
+    if capability is not None and capability not in CAPABILITIES:
+        return "xla", (
+            f"the fused kernel was compiled for compute capability "
+            f"{' and '.join(CAPABILITIES)}, not for {capability}"
+        )
     if jnp.dtype(dtype) == jnp.float32:
         return "xla", "the fused kernel has not been timed in float32"
     if shape[1] > TIMED_TOKENS:
         return "pallas", "the fused kernel keeps no scores in memory"
-    return "pallas", "the fused kernel was the fastest on an H100"
+    return "pallas", "the fused kernel was the fastest where timed, on an H100"
 
 
 def _auto(qkv, *, num_heads):
-    name, _ = choose(qkv.shape, qkv.dtype, num_heads=num_heads, platform="cuda")
+    capability = None
+    if jax.default_backend() == "gpu":
+        capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    name, _ = choose(
+        qkv.shape,
+        qkv.dtype,
+        num_heads=num_heads,
+        platform="cuda",
+        capability=capability,
+    )
     on_cuda, elsewhere = (
         functools.partial(_by_name[name], num_heads=num_heads) for name in (name, "xla")
     )

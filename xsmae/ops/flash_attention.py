@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from xsmae.ops.by_sample import by_sample
@@ -25,14 +26,15 @@ from xsmae.ops.flash_plan import Plan
 
 try:
     from jax.experimental.pallas import triton as plgpu
-
-    from xsmae.ops import flash_kernels as kernels
 except ImportError:  # JAX says that it will drop this dialect: `refusal` says so then
     kernels = None
+else:
+    from xsmae.ops import flash_kernels as kernels
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+ATTENDED = "attended"  # by it a rematerialisation knows attention's result
 MAX_TOKENS = 4096
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 DTYPES = ("bfloat16", "float32")
@@ -75,6 +77,9 @@ def _attention(qkv, num_heads):
 
 def _attention_forward(qkv, num_heads):
     out, lse = by_sample(functools.partial(_forward, num_heads, True))(qkv)
+    # Were it not kept like the result, the kernel would run once more, backward. As it
+    # does where `out` is needed below: by name it would be kept twice.
+    lse = checkpoint_name(lse, ATTENDED)
     # With whole rows the backward kernel has no use for the result.
     whole = _plan(qkv, num_heads, backward=True).whole
     return out, (qkv, None if whole else out, lse)

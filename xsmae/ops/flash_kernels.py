@@ -10,8 +10,7 @@
   blocks of queries.
 
 Each kernel takes its `Plan` (flash_plan.py), the function for products of blocks, and
-the arrays.
-`x_bar` is the gradient of the loss by x.
+the arrays. `x_bar` is the gradient of the loss by x.
 """
 
 from __future__ import annotations

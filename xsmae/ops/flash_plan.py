@@ -1,7 +1,7 @@
 """How the kernels of flash_kernels.py are cut: rows, warps, heads of a program.
 
-By what was measured on an H100 (benchmarks/RESULTS.md), in bfloat16; float32 is for
-comparisons, and cut so that little is spilled.
+By what was measured on an H100 (benchmarks/RESULTS.md), in bfloat16. Float32, which is
+for comparisons, is cut for fewer registers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import dataclasses
 import jax
 from jax.experimental import pallas as pl
 
-# Tokens up to which a program may hold whole rows of scores.
-WHOLE_FORWARD, WHOLE_BACKWARD = 256, 128
+# Tokens up to which a program may hold whole rows of scores; backward in bfloat16 and
+# in float32, by the bytes of a number.
+WHOLE_FORWARD, WHOLE_BACKWARD = 256, {2: 128, 4: 256}
 
 # Numbers of the keys (tokens times columns) that such a program may hold, by the bytes
 # of a number. Forward, the shared memory of a Hopper's core is the limit; backward the
@@ -71,7 +72,7 @@ class Plan:
     def whole(self) -> bool:
         """Whether a program holds whole rows of scores."""
         held = HELD_BACKWARD if self.backward else HELD_FORWARD
-        longest = WHOLE_BACKWARD if self.backward else WHOLE_FORWARD
+        longest = WHOLE_BACKWARD[self.itemsize] if self.backward else WHOLE_FORWARD
         return self.held <= held[self.itemsize] and self.tokens <= longest
 
     @property
@@ -113,9 +114,9 @@ class Plan:
 
     @property
     def num_warps(self) -> int:
-        """A warp for 16 queries; with whole rows backward for 40 gradients a thread.
+        """Forward one for 16 queries; backward, with whole rows, 40 gradients a thread.
 
-        In float32 twice as many: with fewer, registers were spilled.
+        Else backward, and in float32, as many as leave few registers spilled.
         """
         if self.itemsize == 4:
             warps = self.rows // 16
