@@ -134,8 +134,8 @@ class Plan:
     @property
     def num_stages(self) -> int:
         """How many blocks are loaded ahead, one included: they take shared memory."""
-        if self.itemsize == 4:
-            return 2
+        if self.itemsize == 4:  # with two, 127 x 64 is too much for an A100
+            return 1 if self.whole and self.held > 64 * 64 else 2
         if self.whole:
             return 3 if self.held <= 64 * 128 else 1
         return 3 if self.columns < 128 else 1
