@@ -161,22 +161,28 @@ def _line(study, data, name, digests, feature) -> list[str]:
     return [name, FEATURES.get(feature, ""), *cells, cell(probe)]
 
 
-def ablation_table(study: Study) -> str:
-    """`corrected` and each change of it, one seed: the value, and the difference."""
-    baseline = study.seeds("corrected")[:1]
-    header = ["change"]
-    columns = []
+def _columns(study: Study) -> dict[str, tuple[str, str, float, str]]:
+    """The columns of the ablations: header -> task, data set, scale, feature."""
+    columns = {}
     for data in study.data:
         for task, scale in (("knn", AVERAGE), ("linear_probe", 100.0)):
             for feature in FEATURES:
-                columns.append((task, data, scale, feature))
                 short = {"knn": "kNN average", "linear_probe": "probe"}[task]
-                header.append(f"{data.split('_')[0]} {short}, {feature}")
+                header = f"{data.split('_')[0]} {short}, {feature}"
+                columns[header] = (task, data, scale, feature)
+    return columns
+
+
+def ablation_table(study: Study) -> str:
+    """`corrected` and each change of it, one seed: the value, and the difference."""
+    baseline = study.seeds("corrected")[:1]
+    columns = _columns(study)
+    header = ["change", *columns]
 
     def values(run) -> list[float]:
         return [
             100 * row.value
-            for task, data, scale, feature in columns
+            for task, data, scale, feature in columns.values()
             for row in study.find(
                 task, data, [run["encoder"]], scale=scale, feature=feature
             )
@@ -199,6 +205,26 @@ def ablation_table(study: Study) -> str:
     return table(header, lines)
 
 
+def contested_table(study: Study) -> str:
+    """`corrected`, and the changes of it that have its seeds too: mean ± deviation."""
+    columns = _columns(study)
+    whole = {run["seed"] for run in study.seeds("corrected")}
+    lines = []
+    for system in systems.SYSTEMS:
+        runs = study.seeds(system)
+        shared = whole & {run["seed"] for run in runs}
+        if system.partition("-")[0] != "corrected" or len(shared) < 2:
+            continue
+        digests = [run["encoder"] for run in runs if run["seed"] in shared]
+        cells = [
+            cell(study.find(task, data, digests, scale=scale, feature=feature))
+            for task, data, scale, feature in columns.values()
+        ]
+        name = f"`{system.partition('-')[2]}`" if "-" in system else "none"
+        lines.append([name, ", ".join(map(str, sorted(shared))), *cells])
+    return table(["change", "seeds", *columns], lines)
+
+
 def _compared(study: Study) -> list[str]:
     return [system for system in NAMES if study.seeds(system)]
 
@@ -209,6 +235,7 @@ def tables(study: Study) -> str:
     for data in study.data:
         parts += [f"### {data}\n", comparison_table(study, data)]
     parts += ["### `corrected`, one change at a time\n", ablation_table(study)]
+    parts += ["### The changes with more seeds\n", contested_table(study)]
     return "\n".join(parts)
 
 

@@ -93,7 +93,7 @@ def test_a_run_is_of_the_fields_that_it_had():
 def test_every_run_is_planned_once():
     runs = head_to_head.plan((0, 1, 2))
     assert len(set(runs)) == len(runs)
-    for system in COMPARED:
+    for system in (*COMPARED, *head_to_head.CONTESTED):
         assert {(system, seed) for seed in (0, 1, 2)} <= set(runs)
     assert {system for system, _ in runs} == set(systems.SYSTEMS)
 
@@ -188,3 +188,22 @@ def test_the_page_has_the_tables_of_the_committed_rows():
         assert json.dumps(run)
         # Of these systems as they stand, not of others by the same name.
         assert head_to_head.is_of(run, head_to_head.fields_of(run["system"]))
+
+
+def test_changes_with_more_seeds_are_means_of_their_own_rows():
+    results = ROOT / "studies" / "results"
+    text = report.contested_table(report.load(results))
+    (line,) = (x for x in text.splitlines() if x.startswith("| none |"))
+    runs = head_to_head.read_runs(results / "runs.jsonl")
+    digests = {run["encoder"] for run in runs if run["system"] == "corrected"}
+    values = [
+        100 * row["value"]
+        for row in map(json.loads, (results / "knn.jsonl").read_text().splitlines())
+        if row["encoder"]["digest"] in digests
+        and row["protocol"]["data"]["name"] == "eurosat_rgb"
+        and (row["feature"], row["scale"]) == ("mean", "average")
+    ]
+    assert len(values) == len(digests) == 3
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1] == "0, 1, 2"
+    assert cells[3] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
