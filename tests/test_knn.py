@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -203,6 +204,7 @@ def test_k_and_data_are_other_protocols(tmp_path, data):
         (["--scales=0"], "expected percent above 0"),
         (["--scales="], "expected percent above 0"),
         (["--k=0"], "k=0, temperature=0.07, expected k of 1 or more"),
+        (["--k=21"], "k=21 is more than the 20 training images: give --k=20 or less"),
         (["--temperature=nan"], "temperature above 0"),
         (["--feature=cls,no"], "feature=cls,no, expected one or both of cls,mean"),
         (["--batch_size=0"], "batch_size=0, expected 1 or more"),
@@ -215,7 +217,9 @@ def test_k_and_data_are_other_protocols(tmp_path, data):
         (["--encoder=random:tiny,patch_size=0"], "does not fit together"),
         (["--encoder=random:tiny,position=foo"], "position='foo', expected one of"),
         (["--train.split=all"], "4 images are in the training and the test part"),
-        (["--train.nothing=1"], "--train.nothing=1: "),
+        (["--train.nothing=1"], "--train.nothing=1: there is no .*one of .*, split,"),
+        (["--results=/dev/null/rows"], "cannot write to /dev/null/rows: .*--results"),
+        (["--results=/tmp"], "cannot write to /tmp: Is a directory; give another"),
         (["--no_such=1"], "no_such"),
         (["--data.gsd=-1"], "the train part: .*GSD is -1.0.*--train.gsd"),
         (["--gsd=some"], "gsd"),
@@ -228,6 +232,48 @@ def test_what_is_refused_in_one_line(tmp_path, data, capsys, arguments, said):
     assert error.startswith("xsmae: ")
     assert re.search(said, error), error
     assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({"train": "roof"}, r"2 of the 4 test images .* training image \(field\)"),
+        ({"train": "roof", "test": "roof"}, r"all training .* one class \(roof\)"),
+    ],
+)
+def test_parts_whose_classes_cannot_be_told_are_refused(
+    tmp_path, data, capsys, kept, said
+):
+    for part, name in kept.items():
+        path = tmp_path / f"{part}.txt"
+        flag = next(f for f in data if f.startswith(f"--{part}.split="))
+        listed = Path(flag.partition("=")[2]).read_text().split()
+        path.write_text("\n".join(i for i in listed if i.startswith(name)))
+        data = [*data, f"--{part}.split={path}"]
+    assert call(tmp_path, SMALL, *data, "--k=1") == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error), error
+    assert len(error.splitlines()) == 1
+
+
+def test_too_little_memory_is_told(tmp_path, data, capsys, monkeypatch):
+    def fail(*arguments, **names):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nof it")
+
+    monkeypatch.setattr(knn, "measure_all", fail)
+    assert call(tmp_path, SMALL, *data) == 2
+    error = capsys.readouterr().err
+    assert "too little memory (RESOURCE_EXHAUSTED: Out of memory of it)" in error
+    assert "lower --batch_size" in error
+
+
+def test_another_failure_of_a_device_is_no_error_of_the_user(monkeypatch):
+    def fail(*arguments, **names):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    monkeypatch.setattr(knn.commandline, "parse", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+        knn.main(["knn"])
 
 
 def test_without_data_or_encoder(tmp_path, data, capsys):

@@ -38,6 +38,11 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
             "and a temperature above 0"
         )
     setup = open_setup(values, config)
+    if values.k > len(setup.parts.train):
+        raise UserError(
+            f"k={values.k} is more than the {len(setup.parts.train)} training images: "
+            f"give --k={len(setup.parts.train)} or less"
+        )
     predict = functools.partial(
         knn_predict,
         k=values.k,

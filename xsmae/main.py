@@ -11,10 +11,14 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 import xsmae.configs
-from xsmae.errors import UserError
+from xsmae.errors import UserError, memory_shortage
 
 # Config files that come with the package are found by their name from any folder.
 INSTALLED_CONFIGS = Path(xsmae.configs.__file__).parent
+LESS_MEMORY = (
+    "lower --config.batch_size, compute it in parts with "
+    "--config.optim.accumulation_steps, or give --config.model.remat=full"
+)
 
 
 def define_config(flag_values: flags.FlagValues) -> None:
@@ -170,10 +174,11 @@ def main(argv: list[str] | None = None) -> int:
             for change in init.adopt(values.config, given_fields(argv)):
                 print(f"as the weights have it: {change}")
         if values.dry_run:
-            print(report.dry_run(values.config))
+            with memory_shortage(LESS_MEMORY):
+                print(report.dry_run(values.config))
             return 0
         workdir = Path(values.workdir or default_workdir(argv))
-        with hosts.ends_with_the_others():
+        with hosts.ends_with_the_others(), memory_shortage(LESS_MEMORY):
             return train.train_and_evaluate(values.config, workdir)
     except UserError as error:
         print(f"xsmae: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from xsmae.errors import UserError
+from xsmae.errors import UserError, memory_shortage
 from xsmae.evaluation import scales as scales_of
 from xsmae.evaluation.features import FEATURES
 from xsmae.evaluation.frozen import MISSING_BANDS
@@ -19,6 +19,10 @@ from xsmae.main import find_config
 from xsmae.signals import StopRequest
 
 PARTS = ("train", "test")
+LESS_MEMORY = (
+    "lower --batch_size (where something is trained, --recipe.batch_size), or leave "
+    "the largest of --scales out"
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -170,7 +174,8 @@ def run(
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
     with StopRequest() as stop:
         try:
-            main(argv, lambda: stop.signal is not None)
+            with memory_shortage(LESS_MEMORY):
+                main(argv, lambda: stop.signal is not None)
         except UserError as error:
             print(f"xsmae: {error}", file=sys.stderr)
             return 2
@@ -208,6 +213,13 @@ def _overridden(
 ) -> ml_collections.ConfigDict:
     """`config` with the fields set that --`name`.FIELD=VALUE of `given` set."""
     values = flags.FlagValues()
+    for argument in given:
+        field = argument.partition("=")[0].partition(".")[2]
+        if field.partition(".")[0] not in config:
+            raise UserError(
+                f"{argument}: there is no such field, expected one of "
+                f"{', '.join(sorted(config))}"
+            )
     with _as_user_error(", ".join(given)), _arguments(["xsmae", *given]):
         config_flags.DEFINE_config_dict(name, config, flag_values=values)
         rest = values(["xsmae", *given])[1:]
@@ -234,7 +246,7 @@ def _as_user_error(what: str) -> Iterator[None]:
         raise
     except (flags.Error, KeyError, AttributeError, ValueError, TypeError) as error:
         message = " ".join(str(error.args[0] if error.args else error).split())
-        raise UserError(f"{what}: {message}") from None
+        raise UserError(f"{what}: {message.removeprefix(f'flag {what}: ')}") from None
 
 
 def _joined(argv: list[str], names: tuple[str, ...]) -> list[str]:

@@ -82,8 +82,8 @@ class Subset:
 def open_parts(name: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> Parts:
     """The sources of two `config.data`, checked against each other.
 
-    Raises UserError where they have no labels, other classes than each other, or an
-    image in common.
+    Raises UserError where they have no labels, other classes than each other, an image
+    in common, or test images of a class that no training image shows.
     """
     parts = Parts(name, _build("train", train), _build("test", test))
     if len(parts.train.class_names) < 2 or len(parts.test.class_names) < 2:
@@ -98,6 +98,23 @@ def open_parts(name: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> 
         raise UserError(
             f"the training and the test part of {name} have different classes ({what})"
             ": give two splits of one data set with --train.split and --test.split"
+        )
+    shown = set(map(int, parts.train.labels))
+    never = sorted(set(map(int, parts.test.labels)) - shown)
+    if never:
+        names = ", ".join(parts.class_names[label] for label in never[:5])
+        names += ", ..." if len(never) > 5 else ""
+        count = int(np.isin(parts.test.labels, never).sum())
+        raise UserError(
+            f"{count} of the {len(parts.test)} test images of {name} are of classes "
+            f"without a training image ({names}), so that no answer could be right: "
+            "give a --train.split with all classes, or leave them out of --test.split"
+        )
+    if len(shown) < 2:
+        raise UserError(
+            f"all training images of {name} are of one class "
+            f"({parts.class_names[shown.pop()]}), expected 2 or more: give another "
+            "--train.split"
         )
     common = _places(parts.train) & _places(parts.test)
     if common:

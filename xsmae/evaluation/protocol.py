@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -9,7 +10,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +133,7 @@ def append(path: Path, result: Result) -> bool:
     The file is locked meanwhile, and the line reaches the disk in one write. Half a
     line, which a killed machine may have left at the end, is cut off.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {path}: {error.strerror}; give another --results"
-        ) from None
+    file = _open(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         content = path.read_bytes()
@@ -155,6 +151,35 @@ def append(path: Path, result: Result) -> bool:
         ) from None
     finally:
         os.close(file)
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError where rows could not be added to `path`, before any is made.
+
+    A file that is not there yet is not made.
+    """
+    if path.exists():
+        os.close(_open(path))
+        return
+    with _as_user_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def _open(path: Path) -> int:
+    with _as_user_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+
+
+@contextlib.contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path}: {error.strerror}; give another --results"
+        ) from None
 
 
 def _write_whole(file: int, line: bytes, *, after: int) -> None:

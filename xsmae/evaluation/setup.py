@@ -29,7 +29,7 @@ from xsmae.evaluation.measure import (
     measure,
 )
 from xsmae.evaluation.parts import Parts, open_parts
-from xsmae.evaluation.protocol import Protocol, Result
+from xsmae.evaluation.protocol import Protocol, Result, check_writable
 from xsmae.evaluation.recipe import describe
 from xsmae.evaluation.table import terminal_table
 from xsmae.evaluation.training import CreateLearner, forget, of_trained
@@ -90,6 +90,7 @@ def measure_all(
     `Measurement.outcomes`; `finish` is called with every measurement once its rows are
     written.
     """
+    check_writable(Path(values.results))
     encoders = [setup.encoder]
     if random_control and setup.encoder.kind == "encoder":
         random = random_encoder(
