@@ -155,7 +155,9 @@ class LoadedEncoder:
                 f"images of shape {images.shape}, expected [batch, height, width, "
                 f"{len(bands)}] with the bands {', '.join(bands)} in this order"
             )
-        if 0 in images.shape or images.shape[1] % patch or images.shape[2] % patch:
+        if not images.size:
+            raise UserError(f"images of shape {images.shape}, expected one or more")
+        if images.shape[1] % patch or images.shape[2] % patch:
             raise UserError(
                 f"images of {images.shape[1]}x{images.shape[2]} px, expected multiples "
                 f"of the patch size {patch}: resize or crop them"
