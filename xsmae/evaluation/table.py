@@ -157,10 +157,13 @@ def statements(table: Table) -> list[str]:
             for c in table.columns
             if c[0] != AVERAGE and c in line.cells and line.cells[c].gsd_told
         ]
+        images, features = (
+            "as they are" if text == "none" else text
+            for text in (row.encoder["normalization"], row.feature_scaling)
+        )
         fact = (
-            f"{label(line, table)}: digest {line.digest}, images "
-            f"{row.encoder['normalization']}, features {row.feature_scaling}, seed "
-            f"{line.seed}, "
+            f"{label(line, table)}: digest {line.digest}, images {images}, features "
+            f"{features}, seed {line.seed}, "
             + (f"median GSD told {', '.join(told)} m" if told else "reads no GSD")
         )
         if fact not in facts:
