@@ -53,7 +53,7 @@ SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 # One row of the comparison in the design each: `corrected` with that row as published
 # (of the contrastive loss's three parts each by itself too), and then each of the two
-# added losses left out.
+# added losses left out; and one group of rows, below.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "view2": {
         "views.view2_box": "batch",
@@ -83,6 +83,19 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "predictor": {"model.predictor_norm": "batch_norm"},
     "no_contrastive": {"loss.contrastive.weight": 0.0},
     "no_cross_prediction": {"loss.cross_prediction.weight": 0.0},
+}
+# The losses' parts together, but for the temperature, which is known to be needed: what
+# is not the losses' is the crops', the positions' and the last norm's.
+ABLATIONS["losses"] = {
+    field: value
+    for name in (
+        "reconstruction",
+        "head",
+        "denominator",
+        "cross_prediction",
+        "predictor",
+    )
+    for field, value in ABLATIONS[name].items()
 }
 SYSTEMS |= {
     f"corrected-{name}": ("cross_scale_mae", "corrected", changes)

@@ -107,7 +107,7 @@ def archives(tmp_path):
         lists = {"train": [], "test": []}
         with zipfile.ZipFile(data / f"{one.name}.zip", "w") as file:
             for label, colour in (("field", 90), ("roof", 160)):
-                for index in range(24):
+                for index in range(56):  # a bank of more than k
                     name = f"{label}/{index:02}.png"
                     lists["test" if index % 4 == 3 else "train"].append(name)
                     image = rng.normal(colour, 20, (64, 64, 3)).clip(0, 255)
@@ -130,10 +130,10 @@ def test_a_run_from_the_zips_to_the_tables(archives, tmp_path, capsys, monkeypat
     trained = (folder / "train.csv").read_text()
     for one in head_to_head.DATA_SETS:
         tested = (folder / f"{one.name}_test.txt").read_text().split()
-        assert len(tested) == 12
+        assert len(tested) == 28
         assert not any(f"{one.folder}/{name}" in trained for name in tested)
     bank = (folder / "eurosat_rgb_bank.txt").read_text().split()
-    assert len(bank) == 36 // head_to_head.BANK_EVERY
+    assert len(bank) == 84 // head_to_head.BANK_EVERY
     (run,) = head_to_head.read_runs(results / "runs.jsonl")
     assert (run["system"], run["seed"], run["steps"]) == ("corrected", 3, 2)
     assert (run["images"], run["views"]) == (8, 16)
