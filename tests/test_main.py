@@ -435,17 +435,27 @@ def test_dry_run(argument, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_little_memory_is_told(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: allocating 9 bytes"),
+            "(RESOURCE_EXHAUSTED: allocating 9 bytes)",
+        ),
+        (MemoryError(), "(MemoryError)"),
+    ],
+)
+def test_too_little_memory_is_told(error, said, monkeypatch, tmp_path, capsys):
     def fail(config, workdir):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: allocating 9 bytes")
+        raise error
 
     monkeypatch.setattr("xsmae.train.train_and_evaluate", fail)
     run = ["xsmae", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
     assert main.main(run) == 2
-    error = capsys.readouterr().err
-    assert "too little memory (RESOURCE_EXHAUSTED: allocating 9 bytes)" in error
-    assert "lower --config.batch_size" in error
-    assert error.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert f"too little memory {said}" in printed
+    assert "lower --config.batch_size" in printed
+    assert printed.count("\n") == 1
 
 
 def test_dry_run_with_data(image_folder, tmp_path, monkeypatch, capsys):

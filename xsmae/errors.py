@@ -41,7 +41,7 @@ def memory_shortage(advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         short = any(text in reason for text in _OUT_OF_MEMORY)
         if not short and not isinstance(error, MemoryError):
             raise

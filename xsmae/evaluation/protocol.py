@@ -158,12 +158,12 @@ def check_writable(path: Path) -> None:
 
     A file that is not there yet is not made.
     """
-    if path.exists():
-        os.close(_open(path))
-        return
     with _as_user_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            os.close(_open(path))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def _open(path: Path) -> int:
