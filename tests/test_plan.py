@@ -1,6 +1,7 @@
 """Planning for machines that are not there: what is counted, and what is refused."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -294,3 +295,24 @@ def test_the_line_for_programs(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "| | |"
     assert json.loads(printed[-1])["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("RESOURCE_EXHAUSTED: 9 GB", UserError),
+        ("INTERNAL: 9", jax.errors.JaxRuntimeError),
+    ],
+)
+def test_a_step_without_room_is_told_by_its_batch(monkeypatch, text, error):
+    def compile_nothing():
+        raise jax.errors.JaxRuntimeError(text)
+
+    lowered = types.SimpleNamespace(compile=compile_nothing)
+    step = types.SimpleNamespace(lower=lambda *shapes: lowered)
+    trainer = types.SimpleNamespace(step=step, state_shapes=lambda: None)
+    monkeypatch.setattr(plan, "trainer_for", lambda config, *more: (config, trainer))
+    monkeypatch.setattr(plan, "batch_shapes", lambda config: None)
+    with pytest.raises(error, match=text) as caught:
+        plan.compile_step(None, None, 64)
+    assert ("batch_size=64 does not fit" in str(caught.value)) == (error is UserError)

@@ -23,7 +23,7 @@ from jax.extend.core import jaxprs_in_params
 from xsmae import init
 from xsmae import main as pretraining
 from xsmae.collectives import Collective, read_collectives
-from xsmae.errors import UserError
+from xsmae.errors import UserError, memory_shortage
 from xsmae.topology import Topology, describe_topology
 from xsmae.trainer import Trainer, batch_shapes, create_trainer
 
@@ -95,13 +95,8 @@ def compile_step(
     """The compiled step; raises UserError where the compiler finds no room for it."""
     config, trainer = trainer_for(config, topology, batch_size)
     lowered = trainer.step.lower(trainer.state_shapes(), batch_shapes(config))
-    try:
+    with memory_shortage(f"batch_size={batch_size} does not fit, lower it"):
         return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"batch_size={batch_size} does not fit: {reason}") from None
 
 
 def largest_batch(
