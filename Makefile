@@ -9,7 +9,7 @@ WORKDIR ?= runs/quickstart
 DATA ?= ../shared/data
 
 # XLA's large temporary arrays in huge pages that stay mapped (Linux, glibc): steps on a
-# CPU take about a quarter less processor time.
+# CPU take up to a quarter less processor time.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
