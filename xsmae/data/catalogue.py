@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from xsmae.data.fmow import FmowCsvSource, FmowSource
-from xsmae.data.sources import CsvSource, FolderSource, Source, TfdsSource
+from xsmae.data.sources import CsvSource, FolderSource, Source
 from xsmae.data.synthetic import SyntheticSource
+from xsmae.data.tfds_source import TfdsSource
 from xsmae.errors import UserError
 
 SOURCES = {
