@@ -17,6 +17,7 @@ from xsmae.models.position import TokenPositions
 from xsmae.ops.attention import attention
 from xsmae.ops.flash_attention import ATTENDED
 from xsmae.ops.gelu import gelu
+from xsmae.ops.layer_norm import layer_norm
 from xsmae.sharding import whole_where_used
 
 if TYPE_CHECKING:
@@ -102,17 +103,13 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(
         self, width: int, *, epsilon: float, out_dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        super().__init__(
-            width,
-            epsilon=epsilon,
-            dtype=jnp.float32,
-            use_fast_variance=False,
-            rngs=rngs,
-        )
+        super().__init__(width, epsilon=epsilon, rngs=rngs)
         self.out_dtype = out_dtype
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        return super().__call__(x).astype(self.out_dtype)
+        return layer_norm(
+            x, self.scale[...], self.bias[...], self.epsilon, self.out_dtype
+        )
 
 
 class Block(nnx.Module):
@@ -219,7 +216,10 @@ def run_blocks(
         return nnx.merge(graphdef, params)(x, branch_scale), None
 
     if remat != "none":
-        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        # Out of a loop XLA would find what is computed again to be there, and keep it.
+        apply = jax.checkpoint(
+            apply, policy=REMAT_POLICIES[remat], prevent_cse=not scan
+        )
     if scan:
         return jax.lax.scan(apply, x, layers)[0]
     for index in range(jax.tree.leaves(layers)[0].shape[0]):

@@ -1,0 +1,60 @@
+"""LayerNorm with a gradient that is written out."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("epsilon", "out_dtype"))
+def layer_norm(
+    x: Float[Array, "... width"],
+    scale: Float[Array, " width"],
+    bias: Float[Array, " width"],
+    epsilon: float,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "... width"]:
+    """Every row less its mean, divided by its deviation (Ba et al. 2016), times `scale`
+    plus `bias`; float32 throughout, the result alone is of `out_dtype`.
+
+    The gradient computes a row's two statistics again from `x`.
+    """
+    normed, _ = _normed(x, epsilon)
+    return (normed * scale + bias).astype(out_dtype)
+
+
+def _normed(x, epsilon, barrier=lambda statistics: statistics):
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+    mean, deviation = barrier((mean, jax.lax.rsqrt(variance + epsilon)))
+    return (x - mean) * deviation, deviation
+
+
+def _forward(x, scale, bias, epsilon, out_dtype):
+    return layer_norm(x, scale, bias, epsilon, out_dtype), (x, scale)
+
+
+def _backward(epsilon, out_dtype, saved, out_bar):
+    x, scale = saved
+    # With the statistics as arrays of their own XLA sums over the rows while it reads
+    # `x`; else, on GPUs, it writes all that is summed first, in float32.
+    normed, deviation = _normed(x, epsilon, jax.lax.optimization_barrier)
+    out_bar = out_bar.astype(jnp.float32)
+    rows = tuple(range(x.ndim - 1))
+    normed_bar = out_bar * scale
+    x_bar = deviation * (
+        normed_bar
+        - normed_bar.mean(axis=-1, keepdims=True)
+        - normed * (normed_bar * normed).mean(axis=-1, keepdims=True)
+    )
+    return x_bar.astype(x.dtype), (out_bar * normed).sum(rows), out_bar.sum(rows)
+
+
+layer_norm.defvjp(_forward, _backward)
