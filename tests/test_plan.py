@@ -310,7 +310,9 @@ def test_a_step_without_room_is_told_by_its_batch(monkeypatch, text, error):
 
     lowered = types.SimpleNamespace(compile=compile_nothing)
     step = types.SimpleNamespace(lower=lambda *shapes: lowered)
-    trainer = types.SimpleNamespace(step=step, state_shapes=lambda: None)
+    trainer = types.SimpleNamespace(
+        step=step, state_shapes=lambda: None, mesh=jax.make_mesh((1,), ("data",))
+    )
     monkeypatch.setattr(plan, "trainer_for", lambda config, *more: (config, trainer))
     monkeypatch.setattr(plan, "batch_shapes", lambda config: None)
     with pytest.raises(error, match=text) as caught:

@@ -134,7 +134,13 @@ def parse(
             "configs/common.py and the config's own file list them"
         ) from None
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        message = " ".join(str(error).split())
+        # Of a field in one that is no group of fields, --config.mesh.fsdp, Python's
+        # own words alone.
+        if re.search(r"indices must be|not subscriptable", message):
+            given = [a for a in argv if re.match(r"--config\.\w+\.", a)]
+            message = f"{' or '.join(given)}: the config has no such field ({message})"
+        raise UserError(message) from None
     finally:
         sys.argv = before
     return values

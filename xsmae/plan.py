@@ -95,7 +95,11 @@ def compile_step(
     """The compiled step; raises UserError where the compiler finds no room for it."""
     config, trainer = trainer_for(config, topology, batch_size)
     lowered = trainer.step.lower(trainer.state_shapes(), batch_shapes(config))
-    with memory_shortage(f"batch_size={batch_size} does not fit, lower it"):
+    with (
+        memory_shortage(f"batch_size={batch_size} does not fit, lower it"),
+        # Kernels of a divided batch are lowered now: they ask it which GPU it is for.
+        jax.sharding.use_abstract_mesh(trainer.mesh.abstract_mesh),
+    ):
         return lowered.compile()
 
 
