@@ -5,6 +5,7 @@ python -m benchmarks.attention                      on a GPU: times as well
 
 Prints one JSON line a case and then a table, in GitHub's Markdown. `--suite` compiles
 the lengths, widths and dtypes of tests/test_attention.py instead, all with all.
+`--case="decoder"` (any number of them) and `--dtype=float32` leave out the others.
 """
 
 import datetime
@@ -262,8 +263,8 @@ def main(_):
     else:
         raise SystemExit("no GPU here: give --compile_for=h200")
     about = environment(device, options.compile_for)
-    dtypes = ("bfloat16", "float32") if options.suite else ("bfloat16",)
-    cases = SUITE if options.suite else CASES
+    dtypes = ("bfloat16", "float32") if options.suite else (options.dtype,)
+    cases = SUITE if options.suite else {x: CASES[x] for x in options.case}
     implementations = (ours,) if options.suite else IMPLEMENTATIONS
     table, failed = [], 0
     todo = list(itertools.product(cases.items(), map(jnp.dtype, dtypes)))
@@ -305,4 +306,6 @@ def main(_):
 if __name__ == "__main__":
     flags.DEFINE_enum("compile_for", None, list(GPUS), "A GPU that is not here.")
     flags.DEFINE_bool("suite", False, "Compile the cases of the tests, all with all.")
+    flags.DEFINE_multi_enum("case", list(CASES), list(CASES), "Which; all of them.")
+    flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of the arrays.")
     app.run(main)

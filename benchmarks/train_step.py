@@ -13,8 +13,10 @@ the seconds until the first step was done (compilation).
 On a GPU: --case=base_512 --case=large_256 --steps=10
 --groups=ours-bfloat16-pallas:ours-bfloat16-cudnn:ours-bfloat16-xla:torch-bfloat16
 
-Needs torch and transformers beside xsmae (`make test-peers` installs them). Give all
-sides the malloc settings of the README by setting GLIBC_TUNABLES for the command.
+Ours is `ours-DTYPE-ATTENTION-REMAT-BLOCKS`; what is left out is as in the presets.
+
+Needs torch and transformers beside xsmae (`make test-peers` installs them). All sides
+have the command's malloc: set LD_PRELOAD or GLIBC_TUNABLES as the README says.
 """
 
 from __future__ import annotations
@@ -46,9 +48,13 @@ ON_A_CPU = ("tiny_128", "base_128", "tiny_64")
 DTYPES = ("float32", "bfloat16")
 PEERS = tuple(f"{kind}-{d}" for d in DTYPES for kind in ("torch", "torch_compile"))
 ATTENTION = ("pallas", "cudnn", "xla")
+REMAT = ("none", "elementwise", "dots", "full")
 OURS = tuple(f"ours-{dtype}" for dtype in DTYPES)
 WITH = tuple(f"ours-bfloat16-{x}" for x in ATTENTION)
-IMPLEMENTATIONS = (*OURS, *WITH, *PEERS)
+WITH += ("ours-float32-pallas", "ours-float32-xla")  # cuDNN has 16-bit kernels only
+KEEPING = tuple(f"{ours}-{x}" for ours in WITH for x in REMAT)
+KEEPING += tuple(f"{ours}-{x}" for ours in KEEPING for x in ("scanned", "unrolled"))
+IMPLEMENTATIONS = (*OURS, *WITH, *KEEPING, *PEERS)
 # Ours in each dtype against the peers that the issue of speed is decided by.
 GROUPS = tuple(f"ours-float32:{peer}" for peer in PEERS if "float32" in peer) + tuple(
     f"ours-bfloat16:{peer}" for peer in PEERS
@@ -60,7 +66,13 @@ CHANNELS = 3
 Step = Callable[[], Callable[[], float]]  # started; the second call waits for its loss
 
 
-def our_config(case: str, dtype: str, attention: str = "auto"):
+def our_config(
+    case: str,
+    dtype: str,
+    attention: str = "auto",
+    remat: str = "elementwise",
+    blocks: str = "",
+):
     """The `published` method on the blocks that Hugging Face's MAE has."""
     from xsmae.configs import common
 
@@ -74,10 +86,13 @@ def our_config(case: str, dtype: str, attention: str = "auto"):
         patch_size=patch,
         dtype=dtype,
         attention=attention,
+        remat=remat,
         norm_style="pre",
         norm_epsilon=1e-6,
         encoder_norm=True,
     )
+    if blocks:
+        config.model.scan = blocks == "scanned"
     loss = config.loss
     loss.reconstruction.update(norm_pix_loss=True, views="mean")
     loss.contrastive.update(temperature=TEMPERATURE, positive_in_denominator=True)
@@ -85,16 +100,17 @@ def our_config(case: str, dtype: str, attention: str = "auto"):
     return config
 
 
-def our_step(
-    case: str, dtype: str, attention: str = "auto"
-) -> tuple[Step, Callable[[], int]]:
-    """One update of ours, from a batch in memory; and the peak memory in bytes."""
+def our_step(case: str, *options: str) -> tuple[Step, Callable[[], int]]:
+    """One update of ours, from a batch in memory; and the peak memory in bytes.
+
+    `options` are those of `our_config` after the case.
+    """
     import jax
 
     from xsmae.sharding import by_batch, put_batch
     from xsmae.trainer import batch_shapes, create_trainer
 
-    config = our_config(case, dtype, attention)
+    config = our_config(case, *options)
     trainer = create_trainer(config, num_images=config.batch_size)
     rng = np.random.default_rng(0)
     shapes = batch_shapes(config)
@@ -153,9 +169,9 @@ def resident() -> int:
 
 def create_step(case: str, implementation: str) -> tuple[Step, Callable[[], int]]:
     """The step of one of `IMPLEMENTATIONS`, and its peak memory in bytes."""
-    kind, dtype, *attention = implementation.split("-")
+    kind, dtype, *options = implementation.split("-")
     if kind == "ours":
-        return our_step(case, dtype, *attention)
+        return our_step(case, dtype, *options)
     return torch_step(case, dtype, compiled=kind == "torch_compile")
 
 
@@ -283,7 +299,8 @@ def machine() -> dict[str, str | int]:
         "cpu": names.get("model name", "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "bf16": ", ".join(f for f in ("amx_bf16", "avx512_bf16") if f in flags),
-        "malloc": os.environ.get("GLIBC_TUNABLES", "glibc's defaults"),
+        "malloc": os.environ.get("LD_PRELOAD", "glibc"),
+        "tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
     for name in ("jax", "flax", "torch", "transformers"):
         found[name] = version(name)
@@ -342,7 +359,9 @@ def main() -> None:
         if len(group.split(":")) < 2 or set(group.split(":")) - set(IMPLEMENTATIONS):
             parser.error(
                 f"--groups={group}, expected two or more of "
-                f"{', '.join(IMPLEMENTATIONS)} with a colon between them"
+                f"{', '.join((*OURS, *WITH, *PEERS))} with a colon between them; those "
+                f"with attention may end with -{', -'.join(REMAT)}, and those with "
+                "-scanned or -unrolled"
             )
     print(json.dumps(machine()), flush=True)
     results = []
