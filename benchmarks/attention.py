@@ -5,7 +5,8 @@ python -m benchmarks.attention                      on a GPU: times as well
 
 Prints one JSON line a case and then a table, in GitHub's Markdown. `--suite` compiles
 the lengths, widths and dtypes of tests/test_attention.py instead, all with all.
-`--case="decoder"` (any number of them) and `--dtype=float32` leave out the others.
+`--case="decoder"` (any number of them) runs those alone; `--dtype=float32` instead of
+bfloat16.
 """
 
 import datetime
@@ -251,6 +252,8 @@ def print_table(rows):
 
 def main(_):
     options = flags.FLAGS
+    if options.suite and (options.case or options.dtype):
+        raise SystemExit("--suite has its own cases and dtypes: leave the others out")
     if options.compile_for:
         jax.config.update("jax_platforms", "cpu")
         try:
@@ -263,8 +266,10 @@ def main(_):
     else:
         raise SystemExit("no GPU here: give --compile_for=h200")
     about = environment(device, options.compile_for)
-    dtypes = ("bfloat16", "float32") if options.suite else (options.dtype,)
-    cases = SUITE if options.suite else {x: CASES[x] for x in options.case}
+    dtypes = (options.dtype or "bfloat16",)
+    if options.suite:
+        dtypes = ("bfloat16", "float32")
+    cases = SUITE if options.suite else {x: CASES[x] for x in options.case or CASES}
     implementations = (ours,) if options.suite else IMPLEMENTATIONS
     table, failed = [], 0
     todo = list(itertools.product(cases.items(), map(jnp.dtype, dtypes)))
@@ -306,6 +311,6 @@ def main(_):
 if __name__ == "__main__":
     flags.DEFINE_enum("compile_for", None, list(GPUS), "A GPU that is not here.")
     flags.DEFINE_bool("suite", False, "Compile the cases of the tests, all with all.")
-    flags.DEFINE_multi_enum("case", list(CASES), list(CASES), "Which; all of them.")
-    flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of the arrays.")
+    flags.DEFINE_multi_enum("case", None, list(CASES), "Which; all of them.")
+    flags.DEFINE_enum("dtype", None, ("bfloat16", "float32"), "Of the arrays.")
     app.run(main)

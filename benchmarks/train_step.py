@@ -70,7 +70,7 @@ def our_config(
     case: str,
     dtype: str,
     attention: str = "auto",
-    remat: str = "elementwise",
+    remat: str = "",
     blocks: str = "",
 ):
     """The `published` method on the blocks that Hugging Face's MAE has."""
@@ -86,11 +86,12 @@ def our_config(
         patch_size=patch,
         dtype=dtype,
         attention=attention,
-        remat=remat,
         norm_style="pre",
         norm_epsilon=1e-6,
         encoder_norm=True,
     )
+    if remat:
+        config.model.remat = remat
     if blocks:
         config.model.scan = blocks == "scanned"
     loss = config.loss
@@ -294,12 +295,14 @@ def machine() -> dict[str, str | int]:
             key, _, value = line.partition(":")
             names[key.strip()] = value.strip()
     flags = names.get("flags", "").split()
+    with open("/proc/self/maps") as file:
+        loaded = file.read()
     found = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": names.get("model name", "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "bf16": ", ".join(f for f in ("amx_bf16", "avx512_bf16") if f in flags),
-        "malloc": os.environ.get("LD_PRELOAD", "glibc"),
+        "malloc": "tcmalloc" if "tcmalloc" in loaded else "glibc",
         "tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
     for name in ("jax", "flax", "torch", "transformers"):
@@ -359,8 +362,8 @@ def main() -> None:
         if len(group.split(":")) < 2 or set(group.split(":")) - set(IMPLEMENTATIONS):
             parser.error(
                 f"--groups={group}, expected two or more of "
-                f"{', '.join((*OURS, *WITH, *PEERS))} with a colon between them; those "
-                f"with attention may end with -{', -'.join(REMAT)}, and those with "
+                f"{', '.join((*OURS, *WITH, *PEERS))} with a colon between them; after "
+                f"attention there may be -{', -'.join(REMAT)}, and after that "
                 "-scanned or -unrolled"
             )
     print(json.dumps(machine()), flush=True)

@@ -344,7 +344,10 @@ def test_a_diverging_run_stops(tmp_path, capsys):
     ("arguments", "expected"),
     [
         (["--config.model.depht=3"], "depht"),
-        (["--config.mesh.fsdp=8"], "--config.mesh.fsdp=8: the config has no such"),
+        (
+            ["--config.mesh.fsdp=8", "--config.model.depth=3"],
+            "xsmae: --config.mesh.fsdp=8: the config has no such field",
+        ),
         (["--config.batch_size=many"], "many"),
         (["--config.batch_size=1e3"], "1e3"),
         (["--worldir=x"], "worldir"),

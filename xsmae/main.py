@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import xsmae.configs
 from xsmae.errors import UserError, memory_shortage
@@ -104,6 +104,24 @@ def find_config(argv: list[str], name: str = "config") -> list[str]:
     return found
 
 
+def _in_values(
+    argv: list[str], define: Callable[[flags.FlagValues], None]
+) -> list[str]:
+    """Overrides of a field in what is itself a value, not a group of fields."""
+    overrides = [a for a in argv if re.match(r"--?config\.", a)]
+    if not overrides:
+        return []
+    config = parse([a for a in argv if a not in overrides], define).config
+    found = []
+    for override in overrides:
+        group = config
+        for name in override.partition("=")[0].split(".")[1:-1]:
+            group = group.get(name) if isinstance(group, ConfigDict) else None
+        if not isinstance(group, ConfigDict):
+            found.append(override)
+    return found
+
+
 def parse(
     argv: list[str], define: Callable[[flags.FlagValues], None] = define_flags
 ) -> flags.FlagValues:
@@ -135,11 +153,11 @@ def parse(
         ) from None
     except (flags.Error, ValueError, TypeError) as error:
         message = " ".join(str(error).split())
-        # Of a field in one that is no group of fields, --config.mesh.fsdp, Python's
-        # own words alone.
-        if re.search(r"indices must be|not subscriptable", message):
-            given = [a for a in argv if re.match(r"--config\.\w+\.", a)]
-            message = f"{' or '.join(given)}: the config has no such field ({message})"
+        if isinstance(error, TypeError):
+            # Of --config.mesh.fsdp, where mesh is a value, Python's words alone.
+            given = _in_values(argv, define)
+            if given:
+                message = f"{' or '.join(given)}: the config has no such field"
         raise UserError(message) from None
     finally:
         sys.argv = before

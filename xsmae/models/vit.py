@@ -103,7 +103,13 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(
         self, width: int, *, epsilon: float, out_dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        super().__init__(width, epsilon=epsilon, rngs=rngs)
+        super().__init__(
+            width,
+            epsilon=epsilon,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
         self.out_dtype = out_dtype
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
@@ -204,7 +210,8 @@ def run_blocks(
 ) -> Float[Array, "batch tokens width"]:
     """Apply stacked blocks one after the other, each with its `branch_scales`.
 
-    `scan=False` unrolls the loop: the same numbers, a longer compilation.
+    `scan=False` unrolls the loop: the same numbers, a longer compilation, and faster
+    steps on GPUs. On CPUs everything is kept then, whatever `remat` is.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat={remat!r}, expected one of {tuple(REMAT_POLICIES)}")
@@ -216,7 +223,8 @@ def run_blocks(
         return nnx.merge(graphdef, params)(x, branch_scale), None
 
     if remat != "none":
-        # Out of a loop XLA would find what is computed again to be there, and keep it.
+        # Out of a loop XLA would find what is computed again to be there, and keep it:
+        # on CPUs it does so all the same.
         apply = jax.checkpoint(
             apply, policy=REMAT_POLICIES[remat], prevent_cse=not scan
         )

@@ -54,7 +54,8 @@ def _backward(epsilon, out_dtype, saved, out_bar):
         - normed_bar.mean(axis=-1, keepdims=True)
         - normed * (normed_bar * normed).mean(axis=-1, keepdims=True)
     )
-    return x_bar.astype(x.dtype), (out_bar * normed).sum(rows), out_bar.sum(rows)
+    scale_bar, bias_bar = (out_bar * normed).sum(rows), out_bar.sum(rows)
+    return x_bar.astype(x.dtype), scale_bar, bias_bar  # parameters are float32
 
 
 layer_norm.defvjp(_forward, _backward)
