@@ -27,7 +27,7 @@ from studies import config as systems
 from xsmae import knn, linear_probe
 from xsmae.errors import UserError
 from xsmae.evaluation.frozen import open_encoder
-from xsmae.evaluation.protocol import append, now, read
+from xsmae.evaluation.protocol import append_all, now, read
 from xsmae.metrics import read_metrics
 from xsmae.workdir import EXECUTION_FIELDS, describe_environment, flatten
 
@@ -183,6 +183,7 @@ def publish(rows: Path, results: Path, digest: str) -> None:
 
     Without the paths of the machine that made them, which say nothing elsewhere.
     """
+    published = []
     for row in read(rows):
         if row.encoder["kind"] == "encoder" and row.encoder["digest"] != digest:
             continue
@@ -191,7 +192,8 @@ def publish(rows: Path, results: Path, digest: str) -> None:
             origin["path"] = Path(origin["path"]).parent.name
         run = {name: value for name, value in row.run.items() if name != "command"}
         encoder = {**row.encoder, "origin": origin}
-        append(results, dataclasses.replace(row, encoder=encoder, run=run))
+        published.append(dataclasses.replace(row, encoder=encoder, run=run))
+    append_all(results, published)
 
 
 def account(

@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from xsmae.evaluation.measure import (
     predictions,
 )
 from xsmae.evaluation.parts import Parts, identical_images
-from xsmae.evaluation.protocol import Protocol, Result, append, read
+from xsmae.evaluation.protocol import Protocol, Result, append, append_all, read
 from xsmae.evaluation.scales import Scale, base_size, create_scales
 
 # Rows
@@ -108,6 +109,19 @@ def test_a_row_is_added_once(tmp_path):
     assert len(read(path)) == 8
 
 
+def test_many_rows_are_added_together(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append(path, some_row(seed=1))
+    with path.open("a") as file:
+        file.write('{"schema": 1, "protocol')
+    rows = [some_row(seed=seed) for seed in (0, 1, 2, 0)]
+    assert append_all(path, rows) == [some_row(seed=0), some_row(seed=2)]
+    assert [row.seed for row in read(path)] == [1, 0, 2]
+    before = path.read_bytes()
+    assert append_all(path, rows) == []
+    assert path.read_bytes() == before
+
+
 def append_some(path, first):
     for seed in range(first, first + 10):
         append(path, some_row(seed=seed))
@@ -162,6 +176,12 @@ def test_a_disk_that_fills_leaves_the_rows_as_they_were(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:50]))
     with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
         append(path, some_row(seed=1))
+    assert path.read_bytes() == before
+    # Nor one of several rows, where the first would have had room.
+    size = len(before) + 50
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:size]))
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
+        append_all(path, [some_row(seed=1), some_row(seed=2)])
     assert path.read_bytes() == before
     monkeypatch.undo()
     assert append(path, some_row(seed=1))
@@ -487,6 +507,26 @@ def test_labels_of_the_test_images_reach_no_prediction(tmp_path):
         values.append([row.value for row in measure(this)])
     np.testing.assert_array_equal(*found)
     assert values == [[1.0] * 3, [0.0] * 3]
+
+
+def test_the_rows_are_read_as_often_for_many_scales_as_for_one(tmp_path, monkeypatch):
+    results, reads = tmp_path / "results.jsonl", []
+    read_bytes = Path.read_bytes
+
+    def counted(path):
+        if path == results:
+            reads[-1] += 1
+        return read_bytes(path)
+
+    append(results, some_row())
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    for seed, percents in enumerate(([100], [25, 50, 75, 100])):
+        reads.append(0)
+        scales = create_scales(percents, base=12, patch_size=1)
+        measure(job(tmp_path, Fingerprinted(15, seed=1), scales=scales, seed=seed))
+    monkeypatch.undo()
+    assert reads == [2, 2]
+    assert len(read(results)) == 1 + 1 + 5
 
 
 def test_rows_of_every_scale_and_their_average(tmp_path):

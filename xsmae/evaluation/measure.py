@@ -18,7 +18,7 @@ from xsmae.evaluation.parts import Parts, identical_images, labels_of
 from xsmae.evaluation.protocol import (
     AVERAGE,
     Result,
-    append,
+    append_all,
     column,
     identity,
     now,
@@ -134,8 +134,7 @@ def measure(job: Measurement) -> list[Result]:
         for feature in job.features:
             of_feature = [row for row in rows if row.feature == feature]
             rows.append(_average(job, of_feature, np.mean(correct[feature], axis=0)))
-    for row in rows:
-        append(job.results, row)
+    append_all(job.results, rows)
     return rows
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,16 @@ def identity(
 
 
 def append(path: Path, result: Result) -> bool:
-    """Add a row unless one of its identity is there; whether it was added.
+    """Add one row as `append_all` does; True if it was added."""
+    return bool(append_all(path, [result]))
 
-    The file is locked meanwhile, and the line reaches the disk in one write. Half a
-    line, which a killed machine may have left at the end, is cut off.
+
+def append_all(path: Path, results: Iterable[Result]) -> list[Result]:
+    """Add the rows whose identity is not in the file yet; returns those added.
+
+    The file is locked and read once, and all new lines reach the disk in one write, or
+    none of them. Half a line, which a killed machine may have left at the end, is cut
+    off. Raises UserError where the file cannot be written or holds other lines.
     """
     file = _open(path)
     try:
@@ -140,10 +146,15 @@ def append(path: Path, result: Result) -> bool:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.ftruncate(file, whole)
-        if result.identity in {row.identity for row in read(path)}:
-            return False
-        _write_whole(file, result.to_json().encode() + b"\n", after=whole)
-        return True
+        known = {row.identity for row in _parse(content[:whole], path)}
+        new = {}
+        for result in results:
+            if result.identity not in known:
+                new.setdefault(result.identity, result)
+        if new:
+            lines = "".join(result.to_json() + "\n" for result in new.values())
+            _write_whole(file, lines.encode(), after=whole)
+        return list(new.values())
     except OSError as error:
         raise UserError(
             f"cannot write to {path}: {error.strerror}; its rows are as they were, and "
@@ -182,10 +193,10 @@ def _as_user_error(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _write_whole(file: int, line: bytes, *, after: int) -> None:
-    """Append a line to the `after` bytes of a file, or nothing of it."""
+def _write_whole(file: int, lines: bytes, *, after: int) -> None:
+    """Append lines to the `after` bytes of a file, or nothing of them."""
     try:
-        if os.write(file, line) < len(line):
+        if os.write(file, lines) < len(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file)
     except OSError:
@@ -200,10 +211,14 @@ def read(path: Path) -> list[Result]:
     """
     if not path.exists():
         return []
-    rows = []
     content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines()
-    for number, line in enumerate(lines, 1):
+    return _parse(content[: content.rfind(b"\n") + 1], path)
+
+
+def _parse(content: bytes, path: Path) -> list[Result]:
+    """The rows of the whole lines of `path`."""
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line)
             schema = row.pop("schema")
