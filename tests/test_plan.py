@@ -258,6 +258,63 @@ def test_the_largest_batch_fits_and_a_larger_does_not(monkeypatch):
     assert 1200 < found <= 1400
 
 
+NO_EXCHANGE = """
+ENTRY %main (x: f32[6]) -> f32[6] {
+}
+"""
+
+
+def memory_by_batch(monkeypatch, needed):
+    """Let a step take `needed(batch)` bytes; returns the batches compiled, a list."""
+    compiled = []
+
+    def compile_step(config, topology, batch_size):
+        compiled.append(batch_size)
+        return types.SimpleNamespace(as_text=lambda: NO_EXCHANGE, batch=batch_size)
+
+    def used_memory(step):
+        return {"arguments": 0, "temporary": 0, "all": needed(step.batch)}
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    monkeypatch.setattr(plan, "used_memory", used_memory)
+    return compiled
+
+
+@pytest.mark.parametrize("needed", [lambda batch: 3e9, lambda batch: 3e9 - 1e6 * batch])
+def test_memory_that_does_not_grow_tells_no_largest_batch(monkeypatch, needed):
+    memory_by_batch(monkeypatch, needed)
+    found = plan.make_plan(small_config(), LOCAL, largest=True)
+    assert found["largest_batch"] is None
+    assert "batches of 8 and 4" in found["largest_batch_unknown"]
+    (row,) = [x for x in plan.table(found).splitlines() if "largest batch" in x]
+    assert found["largest_batch_unknown"] in row
+    json.dumps(found)
+    left_out = plan.make_plan(small_config(), LOCAL, largest=False)
+    assert "largest batch" not in plan.table(left_out)
+
+
+def test_no_batch_fits(monkeypatch):
+    """The state alone takes more than there is: no batch below 0 is compiled."""
+    compiled = memory_by_batch(monkeypatch, lambda batch: 99e9 + 1e9 * batch)
+    assert plan.largest_batch(small_config(), LOCAL, int(107e9)) == 0
+    assert compiled == [4]
+
+
+@pytest.mark.parametrize(("used", "expected"), [(3e9, 1), (99e9, None)])
+def test_the_smallest_batch_where_two_of_it_do_not_fit(monkeypatch, used, expected):
+    def compile_step(config, topology, batch_size):
+        raise UserError(f"batch_size={batch_size} does not fit")
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    config = small_config()
+    config.batch_size = 1
+    if expected:
+        assert plan.largest_batch(config, LOCAL, used) == expected
+    else:
+        with pytest.raises(UserError, match="batch_size=2 does not fit"):
+            plan.largest_batch(config, LOCAL, used)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

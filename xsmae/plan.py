@@ -110,29 +110,51 @@ def largest_batch(
 
     Memory grows evenly with the batch: from that of `used` bytes and of one half as
     large follows the largest, which is compiled, and made smaller where it is too much.
+    0 if none fits. Raises UserError where the memory of two batches does not tell.
     """
     devices, parts = len(topology.devices), config.optim.accumulation_steps
     unit = devices * parts
     half = max(unit, config.batch_size // 2 // unit * unit)
-    if half == config.batch_size:
-        half = 2 * half
-    other = used_memory(compile_step(config, topology, half))["all"]
+    if half >= config.batch_size:
+        half = 2 * config.batch_size
+    try:
+        other = used_memory(compile_step(config, topology, half))["all"]
+    except UserError:
+        if half > config.batch_size and used <= topology.chip.memory:
+            return config.batch_size  # one unit, and two do not fit
+        raise
     slope = (used - other) / (config.batch_size - half)
+    if slope <= 0:
+        raise UserError(
+            f"batches of {config.batch_size} and {half} take {used / 1e9:.2f} and "
+            f"{other / 1e9:.2f} GB, which does not grow with the batch: raise "
+            "--config.batch_size"
+        )
     fixed = used - slope * config.batch_size
     most = int((topology.chip.memory - fixed) / slope)
-    for eighths in range(8, 0, -1):
-        batch = most * eighths // 8 // unit * unit
-        try:
-            if batch and _fits(config, topology, batch):
-                return batch
-        except UserError:
-            continue
+    batches = (most * eighths // 8 // unit * unit for eighths in range(8, 0, -1))
+    for batch in dict.fromkeys(batches):
+        if batch > 0 and _fits(config, topology, batch):
+            return batch
     return 0
 
 
 def _fits(config, topology, batch_size) -> bool:
-    needed = used_memory(compile_step(config, topology, batch_size))["all"]
+    try:
+        needed = used_memory(compile_step(config, topology, batch_size))["all"]
+    except UserError:
+        return False
     return needed <= topology.chip.memory
+
+
+def _largest_or_reason(
+    config: ml_collections.ConfigDict, topology: Topology, used: int
+) -> tuple[int | None, str | None]:
+    """The largest batch, or None and why it is not known."""
+    try:
+        return largest_batch(config, topology, used), None
+    except UserError as error:
+        return None, str(error)
 
 
 def make_plan(
@@ -150,6 +172,9 @@ def make_plan(
     plain, trainer = trainer_for(plain, topology, config.batch_size)
     traced = trainer.step.trace(trainer.state_shapes(), batch_shapes(plain))
     flops = multiplications(traced.jaxpr.jaxpr) / devices
+    batch, reason = None, None
+    if largest:
+        batch, reason = _largest_or_reason(config, topology, memory["all"])
     network = sum(c.sent / topology.bandwidth(c.hosts, c.cards) for c in exchanged)
     return {
         "devices": devices,
@@ -162,9 +187,8 @@ def make_plan(
         "network_seconds": network,
         "network_share": network / (network + flops / chip.flops),
         "collectives": [vars(c) for c in exchanged],
-        "largest_batch": (
-            largest_batch(config, topology, memory["all"]) if largest else None
-        ),
+        "largest_batch": batch,
+        "largest_batch_unknown": reason,
     }
 
 
@@ -185,6 +209,9 @@ def table(plan: dict[str, Any]) -> str:
     ]
     if plan["largest_batch"] is not None:
         rows.append(("largest batch that fits, over all", plan["largest_batch"]))
+    elif plan["largest_batch_unknown"]:
+        reason = f"not known: {plan['largest_batch_unknown']}"
+        rows.append(("largest batch that fits, over all", reason))
     lines = ["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
     if plan["collectives"]:
         lines += ["", "| exchange | devices | hosts | times | MB | sent by each |"]
