@@ -260,6 +260,21 @@ def test_worker_processes_change_nothing(finished, tmp_path):
     assert comparable(workdir) == comparable(finished[0])
 
 
+def test_the_monitor_may_be_switched_on_later(tmp_path, capsys):
+    """Its controls are measured then, which the table and the figure need."""
+    workdir = tmp_path / "run"
+    config = "--config=configs/quickstart.py:method=mae"
+    run = [config, *SMALL_RUN, f"--workdir={workdir}", "--config.knn.full_at_end=False"]
+    assert call(*run, "--config.knn.every=-1") == 0
+    assert "kNN" not in capsys.readouterr().out
+    for _ in range(2):  # and once, however often the run is started
+        assert call(*run, "--config.knn.every=0") == 0
+        assert "image statistics alone" in capsys.readouterr().out
+    rows = read_metrics(workdir / "metrics.jsonl")
+    for name in ("knn/accuracy_cls", "knn/image_statistics"):
+        assert [row["step"] for row in rows if name in row] == [8]
+
+
 def test_a_refused_start_leaves_the_workdir_free(tmp_path, capsys):
     config = "--config=configs/quickstart.py:method=mae"
     run = [config, *SMALL_RUN, f"--workdir={tmp_path / 'run'}", "--config.knn.every=-1"]

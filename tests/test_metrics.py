@@ -286,6 +286,7 @@ def some_config(**changes):
     config.model = {"remat": "none"}
     config.checkpoint = {"every": 5}
     config.figures = {"every": 5}
+    config.knn = {"every": 5, "batch_size": 256, "full_at_end": True}
     config.log_every = 1
     config.tensorboard = True
     config.update_from_flattened_dict(changes)
@@ -377,10 +378,25 @@ def test_free_fields_may_change(tmp_path):
         "model.remat": "full",
         "log_every": 9,
         "tensorboard": False,
+        "knn.every": -1,
+        "knn.batch_size": 64,
+        "knn.full_at_end": False,
     }
     open_workdir(tmp_path, some_config(**changes))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["data"]["root"] == "/elsewhere"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meshes", "mesh.shape", "log_every_epoch", "data.roots", "input.prefetch_size",
+        "checkpoint", "knn.k", "knn.temperature", "knn.max_train", "knn.max_test",
+        "knn.train.split", "knn.test.split", "knn.every_epoch",
+    ],
+)  # fmt: skip
+def test_fields_whose_names_begin_like_free_ones_are_not_free(name):
+    assert differences({name: 1}, {name: 2}) == [f"{name} was 1, is 2"]
 
 
 def test_fields_that_come_or_go_are_differences():

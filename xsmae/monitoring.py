@@ -24,16 +24,17 @@ def is_due(run: Run, step: int) -> bool:
 
 
 def at_the_start(run: Run, state: TrainState, start: int) -> None:
-    """The controls of a new run; the accuracy that a stop has left out."""
+    """The controls where the run has none yet; the accuracy that a stop left out."""
     if run.monitor is None:
         return
-    if start == 0:
+    rows = read_metrics(run.workdir / "metrics.jsonl")
+    # A resumed run has none where the monitor was off until now.
+    if start == 0 or not any("knn/image_statistics" in row for row in rows):
         # Not of `state`, which may hold the weights of `config.init`.
         untrained = run.trainer.initial_state().params
         encode = functools.partial(run.trainer.encode, untrained)
-        run.writer.write(0, _named("knn/", run.monitor.controls(encode)))
-    elif is_due(run, start):
-        rows = read_metrics(run.workdir / "metrics.jsonl")
+        run.writer.write(start, _named("knn/", run.monitor.controls(encode)))
+    if start > 0 and is_due(run, start):
         done = {row["step"] for row in rows if "knn/accuracy_cls" in row}
         if start not in done:
             after_step(run, state, start)

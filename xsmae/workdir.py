@@ -21,8 +21,9 @@ from xsmae.errors import UserError
 
 # How the network is run: numbers are the same to rounding.
 EXECUTION_FIELDS = ("model.attention", "model.remat", "model.scan")
-# Fields that change neither the batches nor, but for rounding, the numbers: they may
-# differ on resuming.
+# Fields that change neither the batches nor, except for rounding, the numbers: they may
+# differ on resuming. A name that ends with a dot is a whole group of fields. What the
+# kNN accuracy is of (k, temperature, the images) may not change within one run's curve.
 FREE_FIELDS = (
     *EXECUTION_FIELDS,
     "mesh",
@@ -32,6 +33,9 @@ FREE_FIELDS = (
     "input.max_rejected_fraction",
     "checkpoint.",
     "figures.",
+    "knn.every",
+    "knn.batch_size",
+    "knn.full_at_end",
     "log_every",
     "optim.max_nonfinite",
     "watchdog_minutes",
@@ -69,8 +73,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(FREE_FIELDS)
+        if old.get(name) != new.get(name) and not _is_free(name)
     ]
+
+
+def _is_free(name: str) -> bool:
+    """True if a field may differ on resuming."""
+    groups = tuple(field for field in FREE_FIELDS if field.endswith("."))
+    return name in FREE_FIELDS or name.startswith(groups)
 
 
 def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
