@@ -1,6 +1,8 @@
 """What the exports of an encoder hold; tests/peers loads them where they are for."""
 
 import json
+import os
+import stat
 
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +114,20 @@ def test_names_and_shapes(format, source, tmp_path):
     per_block = 12 if format == "timm" else 16
     assert len(tensors) == 2 * per_block + 6
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype("float32")}
+
+
+def test_others_may_read_the_files(tmp_path):
+    """Every file has the mode that the umask gives to a new one."""
+    before = os.umask(0o022)
+    try:
+        source = make_encoder(tmp_path / "encoder")
+        for format in BLOCK:
+            export(source, tmp_path / format, format=format)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) == 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
 
 
 def test_both_formats_hold_the_same_numbers(source, tmp_path):

@@ -346,6 +346,17 @@ def test_kept_features_are_those_computed(tmp_path):
     assert found.computed == 0
 
 
+def test_others_may_read_kept_features(tmp_path):
+    before = os.umask(0o022)
+    try:
+        kept(tmp_path, counting_encoder([]), Fingerprinted(11))
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "cache").glob("*/*/*"))
+    assert len(files) == 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
 def test_two_extractions_at_once_count_every_image_once(tmp_path):
     source, began = Fingerprinted(18), []
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from xsmae.errors import UserError
+from xsmae.files import atomic_write
 from xsmae.layouts import collect, encoder_weights, load
 from xsmae.models.position import patch_positions
 from xsmae.models.vit import Encoder
@@ -80,9 +81,9 @@ def write_encoder(
     """
     directory.mkdir(parents=True, exist_ok=True)
     grid = (image_size // encoder.patch_size,) * 2
-    temporary = directory / "encoder.safetensors.tmp"
-    save_file(to_timm(encoder, model, grid=grid), temporary, metadata={"format": "pt"})
-    temporary.replace(directory / "encoder.safetensors")
+    tensors = to_timm(encoder, model, grid=grid)
+    with atomic_write(directory / "encoder.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(
         directory / "encoder.json",
         {

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from xsmae.encoder import LoadedEncoder, load_encoder
 from xsmae.errors import UserError
+from xsmae.files import atomic_write
 from xsmae.layouts import NAMINGS, collect, encoder_weights
 from xsmae.networks import channel_groups
 from xsmae.workdir import write_json
@@ -52,7 +53,8 @@ def export(
     content = _timm(loaded, size) if format == "timm" else _huggingface(loaded, size)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with atomic_write(out / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     for name, value in content.items():
         write_json(out / name, value)
     bands = ", ".join(loaded.info["bands"])

@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from xsmae.errors import printable
+from xsmae.files import atomic_write
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -333,14 +334,10 @@ def save(fig: Figure, path: str | os.PathLike) -> None:
     """Write a PNG whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # Names of files and classes as they are: no formulas between dollars, and the codes
     # of bytes that are no text.
     for text in fig.findobj(Text):
         text.set_parse_math(False)
         text.set_text(printable(text.get_text()))
-    try:
+    with atomic_write(path) as temporary:
         fig.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

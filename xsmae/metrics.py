@@ -16,6 +16,7 @@ from typing import TypeVar
 from tensorboardX import SummaryWriter
 
 from xsmae.errors import UserError
+from xsmae.files import keep_rows, read_jsonl
 
 SCHEMA = 1
 
@@ -41,11 +42,7 @@ class MetricsWriter:
         if wandb_config is not None:
             self.wandb = _start_wandb(workdir, wandb_config)
         self.path = workdir / "metrics.jsonl"
-        rows = [] if resume_step is None else read_metrics(self.path)
-        lines = [json.dumps(r) + "\n" for r in rows if r["step"] <= resume_step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(lines))
-        temporary.replace(self.path)
+        keep_rows(self.path, resume_step)
         self.file = self.path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []
         self.events = None
@@ -106,22 +103,8 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl` or its like, by what a run has done by a step.
-
-    Without the half-written last one of a kill; a damaged one before it is passed over,
-    and said to be.
-    """
-    rows = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            int(row["step"])
-            rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            if line.endswith(b"\n"):
-                print(f"{path}: line {number} is damaged and left out", flush=True)
-    return rows
+    """The rows of a `metrics.jsonl`, see `read_jsonl`."""
+    return read_jsonl(path)
 
 
 def _plain(value) -> float | int | None:

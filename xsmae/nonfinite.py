@@ -11,7 +11,7 @@ import numpy as np
 
 from xsmae.data.sources import Source
 from xsmae.errors import UserError
-from xsmae.metrics import read_metrics
+from xsmae.files import keep_rows
 
 FILE = "nonfinite.jsonl"
 
@@ -32,11 +32,7 @@ class NonfiniteBatches:
         self.limit = limit
         self.in_a_row = 0  # at the step that was last checked
         self._checked = resume_step or 0
-        if self.path.exists():
-            rows = [r for r in read_metrics(self.path) if r["step"] <= self._checked]
-            temporary = self.path.with_name(f"{FILE}.tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            temporary.replace(self.path)
+        keep_rows(self.path, resume_step)
 
     def check(
         self, metrics: Mapping[str, Any], indices: np.ndarray, *, step: int

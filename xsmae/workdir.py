@@ -18,6 +18,7 @@ import jax
 import ml_collections
 
 from xsmae.errors import UserError
+from xsmae.files import atomic_write
 
 # How the network is run: numbers are the same to rounding.
 EXECUTION_FIELDS = ("model.attention", "model.remat", "model.scan")
@@ -144,9 +145,8 @@ def told_in_one_line(workdir: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file so that it is either the old one or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def describe_environment() -> dict[str, Any]:

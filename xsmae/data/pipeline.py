@@ -17,7 +17,7 @@ from xsmae.data.multiscale import ViewSampler
 from xsmae.data.records import open_record
 from xsmae.data.sources import Source
 from xsmae.errors import BadImageError, UserError
-from xsmae.metrics import read_metrics
+from xsmae.files import keep_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,15 +166,8 @@ class RejectedImages:
         self.path = path
         self.source = source
         self.max_fraction = max_fraction
-        self.reasons: dict[str, str] = {}
-        if path.exists():
-            last = -1 if resume_step is None else resume_step
-            # Not the half-written line of a killed run, which is found anew.
-            rows = [row for row in read_metrics(path) if row["step"] <= last]
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            temporary.replace(path)
-            self.reasons = {row["id"]: row["reason"] for row in rows}
+        rows = keep_rows(path, resume_step)
+        self.reasons: dict[str, str] = {row["id"]: row["reason"] for row in rows}
 
     def __len__(self) -> int:
         return len(self.reasons)

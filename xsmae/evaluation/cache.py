@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation.features import encode_batches
 from xsmae.evaluation.frozen import FrozenEncoder
 from xsmae.evaluation.scales import Scale
+from xsmae.files import atomic_write
 
 VERSION = 1  # raise it whenever the same encoder and images give other features
 EVERY = 10.0  # seconds between two lines of progress
@@ -171,17 +171,14 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Whole or not at all, with a digest of the content."""
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
     except OSError as error:
         raise UserError(
             f"cannot write to the cache {path.parent}: {error.strerror}; free space "
             "or give another --cache"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:
