@@ -193,7 +193,8 @@ def get_common(
     config.input.num_workers = 0  # processes; 0 reads in threads of this one
     config.input.num_threads = 4
     config.input.prefetch = 4  # batches
-    # The run stops when more than this fraction of the images turns out bad.
+    # The run stops when more than this fraction of the images, and more than one, turns
+    # out bad; 0: at the first.
     config.input.max_rejected_fraction = 0.01
 
     config.log_every = 50  # steps

@@ -49,31 +49,42 @@ def test_report(image_folder, tmp_path, capsys):
     double = roof / "double.png"
     Image.open(roof / "00.jpg").save(double)
     (roof / "broken.jpg").write_bytes(b"<html>")
+    (roof / "empty.jpg").write_bytes(b"")
     assert run(image_folder, tmp_path) == check_data.TOO_MANY
     report, printed = report_of(tmp_path), capsys.readouterr()
-    assert report["images"] == 26
+    assert report["images"] == 27
+    assert report["too_many_rejected"]
     assert report["classes"] == {"field": 12, "roof": 13}
     assert report["width"] == report["height"] == {"min": 40, "median": 40, "max": 40}
     assert report["gsd"] == {"min": 0.5, "median": 0.5, "max": 0.5}
     assert report["identical"] == [["roof/00.jpg", "roof/double.png"]]
-    (place,) = {key.partition(": ")[2] for key in report["rejected"]}
-    assert place == "roof/broken.jpg"
+    refused = {"roof/broken.jpg", "roof/empty.jpg"}
+    assert {key.partition(": ")[2] for key in report["rejected"]} == refused
     test = FolderSource(image_folder, gsd=0.5, split="test")
-    held_out = sum(test.id(i) != "roof/broken.jpg" for i in range(len(test)))
+    held_out = sum(test.id(i) not in refused for i in range(len(test)))
     assert report["statistics_of"] == 25 - held_out
     assert "roof/00.jpg = roof/double.png" in printed.out
     assert "broken.jpg: not a readable JPEG" in printed.out
-    assert "training stops at 1.0%" in printed.err
+    assert "2 of 27 images are refused" in printed.err
+    assert "stops at more than 1:" in printed.err
     with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
         assert sheet.width > 1000
     assert "roof/00.jpg = roof/double.png" in (tmp_path / "out/report.md").read_text()
+
+
+def test_one_bad_image_of_a_few_is_not_too_many(image_folder, tmp_path, capsys):
+    """As in training."""
+    (image_folder / "roof" / "broken.jpg").write_bytes(b"<html>")
+    assert run(image_folder, tmp_path) == 0
+    assert not report_of(tmp_path)["too_many_rejected"]
+    assert "broken.jpg: not a readable JPEG" in capsys.readouterr().out
 
 
 def test_names_that_are_not_utf8_or_look_like_formulas(image_folder, tmp_path, capsys):
     odd = image_folder / os.fsdecode(b"ro\xffof$x_$y{$")
     (image_folder / "roof").rename(odd)
     (odd / os.fsdecode(b"br\xe4ken.jpg")).write_bytes(b"<html>")
-    assert run(image_folder, tmp_path) == check_data.TOO_MANY
+    assert run(image_folder, tmp_path) == 0
     told = r"ro\udcffof$x_$y{$/br\udce4ken.jpg: not a readable JPEG"
     assert told in capsys.readouterr().out
     assert told in (tmp_path / "out/report.md").read_text()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from xsmae.data.multiscale import ViewSampler
-from xsmae.data.pipeline import RejectedImages, make_batches
+from xsmae.data.pipeline import RejectedImages, allowed_rejections, make_batches
 from xsmae.data.records import Record
 from xsmae.errors import BadImageError, UserError
 from xsmae.models.position import relative_box
@@ -290,14 +290,45 @@ def run_until_it_stops(source, path, fraction, **changes):
     return str(caught.value)
 
 
-def test_over_the_limit_the_run_stops_and_names_the_file(tmp_path):
+def test_over_the_limit_the_run_stops_and_names_the_files(tmp_path):
     path = tmp_path / "rejected.jsonl"
     message = run_until_it_stops(NoiseSource(10, bad=[2, 5, 7]), path, 0.2)
-    last = json.loads(path.read_text().splitlines()[-1])
     assert len(path.read_text().splitlines()) == 3
-    assert message.startswith("3 of 10 images cannot be used, more than the 20.00%")
-    assert f"{last['id']} ({last['reason']})" in message
-    assert "--config.input.max_rejected_fraction" in message
+    assert message.startswith("3 of 10 images cannot be used, more than the 2 allowed")
+    for index in (2, 5, 7):
+        assert f"{index:02}.png ({index} is no image)" in message
+    assert " more. " not in message  # all are named
+    assert "--config.input.max_rejected_fraction=0.2" in message
+    assert "python -m xsmae.check_data" in message
+    assert path.name in message
+
+
+def test_of_many_bad_images_the_first_are_named(tmp_path):
+    source = NoiseSource(50, bad=range(25))
+    message = run_until_it_stops(source, tmp_path / "r", 0.46, num_steps=12)
+    assert message.startswith("24 of 50 images cannot be used")
+    assert message.count("is no image)") == 20
+    assert "and 4 more" in message
+
+
+@pytest.mark.parametrize(
+    ("num_images", "fraction", "allowed"),
+    [
+        (48, 0.01, 1), (100, 0.01, 1), (250, 0.01, 2), (100, 0.29, 29), (48, 0.0, 0),
+        (10, 0.99, 9), (10, 1.0, 9), (1, 0.5, 0), (2, 0.01, 1),
+    ],
+)  # fmt: skip
+def test_how_many_bad_images_are_allowed(num_images, fraction, allowed):
+    assert allowed_rejections(num_images, fraction) == allowed
+
+
+def test_one_bad_image_of_a_few_stops_no_run(tmp_path):
+    source = NoiseSource(48, bad=[5])
+    rejected = RejectedImages(tmp_path / "r", source, max_fraction=0.01)
+    found = batches(source, max_rejected_fraction=0.01, num_steps=12)
+    assert sum(rejected.check(batch, step=1) for batch in found) == 1
+    assert len(rejected) == 1
+    assert all((batch["index"] >= 0).all() for batch in found)
 
 
 def test_as_many_as_the_limit_are_allowed(tmp_path):

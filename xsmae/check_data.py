@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from xsmae.data.catalogue import build_source
+from xsmae.data.pipeline import allowed_rejections
 from xsmae.data.survey import Survey, survey
 from xsmae.errors import UserError, printable
 from xsmae.evaluation import commandline
@@ -59,7 +60,11 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
             f"none of {parts['data'].source!r} can be read: {_first(parts)}"
         )
     report = describe(parts)
-    report["too_many_rejected"] = _share(parts) > config.input.max_rejected_fraction
+    rejected = len(parts["data"].rejected)
+    allowed = allowed_rejections(
+        len(parts["data"].source), config.input.max_rejected_fraction
+    )
+    report["too_many_rejected"] = rejected > allowed
     text = printable(as_text(report))
     print(text)
     try:
@@ -73,10 +78,10 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
         ) from None
     print(f"\n{out}/report.md, report.json, contact_sheet.png")
     if report["too_many_rejected"]:
-        limit = config.input.max_rejected_fraction
         print(
-            f"xsmae: {_share(parts):.1%} of the images are refused, training stops at "
-            f"{limit:.1%}: mend them, or raise --config.input.max_rejected_fraction",
+            f"xsmae: {rejected} of {report['images']} images are refused, training "
+            f"stops at more than {allowed}: mend or remove them, or raise "
+            "--config.input.max_rejected_fraction",
             file=sys.stderr,
         )
         return TOO_MANY
@@ -173,10 +178,6 @@ def _some(lines: Any) -> list[str]:
     lines = list(lines)
     more = len(lines) - SHOWN
     return lines[:SHOWN] + ([f"  and {more} more: report.json"] if more > 0 else [])
-
-
-def _share(parts: dict[str, Survey]) -> float:
-    return len(parts["data"].rejected) / len(parts["data"].source)
 
 
 def _first(parts: dict[str, Survey]) -> str:

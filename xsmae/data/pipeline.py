@@ -19,6 +19,20 @@ from xsmae.data.sources import Source
 from xsmae.errors import BadImageError, UserError
 from xsmae.files import keep_rows
 
+SHOWN = 20  # bad images that the message of a stopped run names
+
+
+def allowed_rejections(num_images: int, max_fraction: float) -> int:
+    """How many bad images of a source a run bears, at most all except one.
+
+    A fraction above 0 allows at least one, so that a small data set does not stop for
+    a single file; 0 allows none.
+    """
+    allowed = math.floor(max_fraction * num_images + 1e-6)  # 0.29 * 100 < 29
+    if max_fraction > 0:
+        allowed = max(allowed, 1)
+    return min(allowed, num_images - 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadViews:
@@ -101,7 +115,7 @@ def make_batches(
         sampler,
         seed,
         batch_size,
-        max_tries=math.floor(max_rejected_fraction * len(source)) + 1,
+        max_tries=allowed_rejections(len(source), max_rejected_fraction) + 1,
     )
     epochs = math.ceil(num_steps * batch_size / len(source))
     local = batch_size // process_count
@@ -175,8 +189,8 @@ class RejectedImages:
     def check(self, batch: dict[str, np.ndarray], *, step: int) -> int:
         """Account for the replaced images of a step's batch; returns how many it holds.
 
-        Raises UserError where more images than `max_fraction` of the source are bad, by
-        what this process has seen.
+        Raises UserError where more images are bad than `allowed_rejections`, by what
+        this process has seen.
         """
         replaced = np.flatnonzero(batch["index"] != batch["requested"])
         for row in replaced:
@@ -206,14 +220,18 @@ class RejectedImages:
 
     def check_limit(self, number: int) -> None:
         """Raises UserError where `number` bad images of all processes are too many."""
-        allowed = self.max_fraction * len(self.source)
-        # Where all are bad there is no image to go on with, whatever is allowed.
-        if number > allowed or number >= len(self.source):
-            last = next(reversed(self.reasons.items()), None)  # of this process
-            raise UserError(
-                f"{number} of {len(self.source)} images cannot be used, more than the "
-                f"{self.max_fraction:.2%} allowed"
-                + (f"; the last: {last[0]} ({last[1]})" if last else "")
-                + f". Mend or remove the files listed in {self.path.name}, or raise "
-                "--config.input.max_rejected_fraction"
-            )
+        allowed = allowed_rejections(len(self.source), self.max_fraction)
+        if number <= allowed:
+            return
+        # Those of this process; the others' are in their own files.
+        named = [f"{name} ({reason})" for name, reason in self.reasons.items()][:SHOWN]
+        more = number - len(named)
+        if more > 0:
+            named.append(f"and {more} more")
+        raise UserError(
+            f"{number} of {len(self.source)} images cannot be used, more than the "
+            f"{allowed} allowed (--config.input.max_rejected_fraction="
+            f"{self.max_fraction:g}): {', '.join(named)}. Mend or remove the files "
+            f"listed in {self.path.name}, python -m xsmae.check_data finds all others "
+            "too; or raise --config.input.max_rejected_fraction"
+        )
