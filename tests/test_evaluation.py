@@ -21,6 +21,7 @@ from xsmae.evaluation.knn import KnnMonitor, knn_predict, normalize
 class ColourSource:
     """Images with a little noise whose colour is their class: red, green or blue."""
 
+    bands = ("red", "green", "blue")
     class_names = ("red", "green", "blue")
 
     def __init__(self, size, bad=(), seed=0):

@@ -487,6 +487,30 @@ def test_dry_run_with_data(image_folder, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("bands", "unknown"),
+    [
+        (("nir", "swir", "red"), "and no nir, swir:"),
+        (("blue", "green", "red"), None),
+        (("red", "green"), None),
+    ],
+)
+def test_bands_that_are_not_the_sources(bands, unknown, dry, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    each = [f"--config.{name}={(0.5,) * len(bands)}" for name in ("mean", "std")]
+    line = refused(
+        capsys, "--config=configs/quickstart.py:size=tiny", f"--workdir={workdir}",
+        *SMALL_RUN, f"--config.bands={bands}", *each, *["--dry_run"] * dry,
+    )  # fmt: skip
+    assert f"bands={', '.join(bands)}, but SyntheticSource(" in line
+    assert "has red, green, blue" in line
+    assert "--config.bands=\"('red', 'green', 'blue')\"" in line
+    assert (" and no " in line) == (unknown is not None)
+    assert unknown is None or unknown in line
+    assert not workdir.exists()
+
+
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_builds(name, argument):

@@ -34,6 +34,7 @@ SAMPLER = ViewSampler(
 class NoiseSource:
     """Images of noise, of which those in `bad` cannot be used."""
 
+    bands = ("red", "green", "blue")
     class_names = ()
     labels = None
 

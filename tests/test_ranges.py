@@ -96,6 +96,12 @@ def test_out_of_range(name):
         ("optim.accumulation_steps", 3, "does not divide into"),
         ("model.reference_gsd", None, "model.reference_gsd is not set"),
         ("mean", (0.5, 0.5), "has 2 values, expected 3"),
+        ("std", (0.5,) * 4, "has 4 values, expected 3, one for each of bands=red,"),
+        (
+            "bands",
+            ("red", "nir"),
+            "has 3 values, expected 2, one for each of bands=red",
+        ),
     ],
 )
 def test_what_is_said(name, value, expected):

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from xsmae.data.catalogue import SOURCES
 from xsmae.data.records import split_indices
 from xsmae.data.sources import CsvSource, FolderSource, Record
+from xsmae.data.synthetic import SyntheticSource
 from xsmae.errors import BadImageError, UserError
+from xsmae.evaluation.parts import Subset
 
 GSD = 0.5
 
@@ -465,3 +468,15 @@ def test_file_names_that_are_not_utf8(tmp_path):
     source = FolderSource(tmp_path, gsd=GSD)
     assert source[0].image.shape == (34, 36, 3)
     assert len(source.fingerprint) == 16
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_names_its_bands(name):
+    assert SOURCES[name].bands == ("red", "green", "blue")
+
+
+def test_a_subset_has_the_bands_of_its_source():
+    class Infrared(SyntheticSource):
+        bands = ("nir", "red", "green")
+
+    assert Subset(Infrared(12), np.arange(3)).bands == ("nir", "red", "green")

@@ -7,7 +7,6 @@ import sys
 import ml_collections
 import numpy as np
 
-from xsmae.data.images import BANDS
 from xsmae.errors import UserError
 from xsmae.workdir import flatten
 
@@ -138,12 +137,12 @@ def check_ranges(config: ml_collections.ConfigDict, devices: int) -> None:
             f"every weight in config.loss is 0 ({', '.join(config.loss)}): nothing "
             "would be learned; set one above 0"
         )
-    for name in ("bands", "mean", "std"):
-        if len(config[name]) != len(BANDS):
+    for name in ("mean", "std"):
+        if len(config[name]) != len(config.bands):
             raise UserError(
                 f"{name}={config[name]} has {len(config[name])} values, expected "
-                f"{len(BANDS)}, one for each of {', '.join(BANDS)}, which is what the "
-                "sources read"
+                f"{len(config.bands)}, one for each of bands={', '.join(config.bands)}:"
+                " change one of them"
             )
 
 

@@ -9,7 +9,7 @@ import ml_collections
 from flax import nnx
 
 from xsmae.data.catalogue import build_source, missing_arguments
-from xsmae.data.pipeline import check_batch_size
+from xsmae.data.pipeline import check_bands, check_batch_size
 from xsmae.data.sources import Source
 from xsmae.metrics import read_metrics
 from xsmae.trainer import (
@@ -104,6 +104,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
         batch = batch_shapes(config)
     else:
         lines.append(f"data: {source!r}")
+        check_bands(source, config.bands)
         check_batch_size(source, config.batch_size)
         create_monitors(config, source)
         batch = next(batches_of(config, source, sampler, 0, 1))

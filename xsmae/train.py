@@ -17,7 +17,7 @@ from xsmae.checkpoints import Checkpoints
 from xsmae.checkpoints.saving import Saver
 from xsmae.data.catalogue import build_source
 from xsmae.data.multiscale import ViewSampler
-from xsmae.data.pipeline import RejectedImages, check_batch_size
+from xsmae.data.pipeline import RejectedImages, check_bands, check_batch_size
 from xsmae.data.sources import Source
 from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
@@ -72,6 +72,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """
     # All that can be wrong with the input comes first, and leaves no trace.
     source = build_source(config.data)
+    check_bands(source, config.bands)
     check_batch_size(source, config.batch_size)
     sampler = create_sampler(config)
     trainer = create_trainer(config, num_images=len(source))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -154,6 +154,18 @@ def check_batch_size(source: Source, batch_size: int) -> None:
         raise UserError(
             f"{source!r} holds {len(source)} images, fewer than one batch of "
             f"{batch_size}: add images or lower --config.batch_size"
+        )
+
+
+def check_bands(source: Source, bands: Sequence[str]) -> None:
+    """Raise UserError unless `bands` are the source's, by name and in its order."""
+    if tuple(bands) != source.bands:
+        unknown = [band for band in bands if band not in source.bands]
+        raise UserError(
+            f"bands={', '.join(bands)}, but {source!r} has {', '.join(source.bands)}"
+            + (f" and no {', '.join(unknown)}" if unknown else "")
+            + ": name all of its bands in its order with "
+            f'--config.bands="{source.bands}", and give mean and std in that order'
         )
 
 

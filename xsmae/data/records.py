@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from xsmae.data.images import BANDS
 from xsmae.data.picture import Picture, open_picture
 from xsmae.errors import UserError
 
@@ -48,6 +49,10 @@ class Record:
 
 class Source(Protocol):
     """What the pipeline and the evaluations ask of a source; it must be picklable."""
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """The names of the image's channels, in order."""
 
     @property
     def fingerprint(self) -> str:
@@ -231,6 +236,8 @@ class FileSource:
 
     `options` are what else decides the pixels; they go into the fingerprint.
     """
+
+    bands = BANDS
 
     def __init__(
         self,

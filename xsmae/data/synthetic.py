@@ -14,6 +14,7 @@ import numpy as np
 
 from xsmae.data.canvas import Canvas, Materials
 from xsmae.data.ground import Ground, hashed
+from xsmae.data.images import BANDS
 from xsmae.data.scenes import KINDS
 from xsmae.data.sources import Record
 from xsmae.errors import UserError
@@ -133,6 +134,8 @@ class SyntheticSource:
     one. Up to `cache_mib` of images are kept once drawn, since drawing takes some 4 ms.
     Raises UserError for a bad argument.
     """
+
+    bands = BANDS
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from xsmae.data.images import MAX_PIXELS, MIN_SIDE
+from xsmae.data.images import BANDS, MAX_PIXELS, MIN_SIDE
 from xsmae.data.picture import open_picture
 from xsmae.data.records import (
     GSD_HELP,
@@ -48,6 +48,8 @@ class TfdsSource:
     Raises:
       UserError: not prepared, not ArrayRecord, no image, no GSD, a bad split.
     """
+
+    bands = BANDS
 
     def __init__(
         self,

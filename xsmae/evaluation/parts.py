@@ -59,6 +59,11 @@ class Subset:
         self.class_names = source.class_names
 
     @property
+    def bands(self) -> tuple[str, ...]:
+        """Those of the source."""
+        return self._source.bands
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits, as `Source` has them."""
         return fingerprint(
