@@ -89,6 +89,10 @@ def main():
         )  # fmt: skip
         trainer = create_trainer(config, num_images=100)
         state, losses = trainer.initial_state(), []
+        initial = (trainer.initial_params(), state.params)
+        for one, other in zip(*map(jax.tree.leaves, initial), strict=True):
+            assert one.sharding == other.sharding
+            np.testing.assert_array_equal(one, other)
         num_views = METHODS[method].num_views
         for seed in range(3):
             batch = some_batch(16, num_views, seed, size=crop_size(config))

@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from xsmae.configs import common
 
 from tests.test_models import MODEL
 from xsmae.methods import METHODS
 from xsmae.optim import create_optimizer, decay_mask
 from xsmae.train_state import create_train_state, prepare_views, train_step
+from xsmae.trainer import create_trainer
 
 LOSS = {
     "reconstruction": {"weight": 1.0, "norm_pix_loss": True, "views": "mean"},
@@ -256,3 +258,16 @@ def test_nnx_definition_survives_the_round_trip():
     second, _, _ = nnx.split(build(nnx.Rngs(1)), nnx.Param, nnx.BatchStat)
     assert hash(first) == hash(second)
     assert first == second
+
+
+def test_initial_params_are_those_of_the_state_without_its_moments():
+    config = common.get_common("corrected", "tiny")
+    config.model.update(
+        depth=2, embed_dim=64, num_heads=2, decoder_depth=1, reference_gsd=1.0
+    )
+    built = create_trainer(config, num_images=1000)
+    params, state = built.initial_params(), built.initial_state()
+    assert equal(params, state.params)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    memory = built.initial_params.lower().compile().memory_analysis()
+    assert size <= memory.output_size_in_bytes < 1.1 * size

@@ -31,7 +31,7 @@ def at_the_start(run: Run, state: TrainState, start: int) -> None:
     # A resumed run has none where the monitor was off until now.
     if start == 0 or not any("knn/image_statistics" in row for row in rows):
         # Not of `state`, which may hold the weights of `config.init`.
-        untrained = run.trainer.initial_state().params
+        untrained = run.trainer.initial_params()
         encode = functools.partial(run.trainer.encode, untrained)
         run.writer.write(start, _named("knn/", run.monitor.controls(encode)))
     if start > 0 and is_due(run, start):
@@ -64,7 +64,7 @@ def at_the_end(run: Run, state: TrainState) -> None:
         return
     print("kNN with all labelled images", flush=True)
     accuracy = monitor.accuracy(functools.partial(trainer.encode, state.params))
-    untrained = trainer.initial_state().params  # as it was before step 1
+    untrained = trainer.initial_params()  # as it was before step 1
     controls = monitor.controls(functools.partial(trainer.encode, untrained))
     run.writer.write(
         trainer.schedule.num_steps,

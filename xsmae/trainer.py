@@ -60,6 +60,7 @@ class Trainer:
     """A config built: the step as a function of arrays, and what it starts from.
 
     step(state, batch) -> (state, metrics). initial_state() -> the state of step 0;
+    initial_params() -> its parameters alone, in the memory of those alone;
     state_shapes() -> its shapes and placement.
     predict(state, batch) -> the `Pictures` of the batch.
     encode(params, images, gsd) -> {"cls", "mean"} features of whole uint8 images.
@@ -70,6 +71,7 @@ class Trainer:
     graphdef: nnx.GraphDef
     step: Callable
     initial_state: Callable[[], TrainState]
+    initial_params: Callable[[], nnx.State]
     state_shapes: Callable[[], TrainState]
     predict: Callable[..., Pictures]
     encode: Callable
@@ -188,6 +190,10 @@ def create_trainer(
         graphdef=graphdef,
         step=step,
         initial_state=jax.jit(initial_state, out_shardings=placed),
+        # One program, so that XLA leaves out what is not returned: the moments.
+        initial_params=jax.jit(
+            lambda: initial_state().params, out_shardings=placed.params
+        ),
         state_shapes=lambda: jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=sharding
