@@ -1,5 +1,6 @@
 """The vote against scikit-learn, ties, tiling and devices; the kNN binary."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -8,13 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from tests.devices import run_on_devices
 from xsmae import knn
+from xsmae import main as pretraining
+from xsmae.data.catalogue import build_source
+from xsmae.encoder import write_encoder
 from xsmae.evaluation.knn import knn_predict, nearest, vote
 from xsmae.evaluation.protocol import read
+from xsmae.trainer import create_monitors, create_trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,6 +179,45 @@ def test_rows_of_an_encoder_and_its_controls(tmp_path, data, capsys):
     again = capsys.readouterr().out
     assert "images/s" not in again
     assert again.count("its rows of this protocol are in") == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_monitor_measures_what_the_binary_does(tmp_path, dtype):
+    """One encoder, one number, however the run that it comes from computes."""
+    images = {"data.num_images": 200, "data.size": 40, "data.gsd": 1.5}
+    model = {"embed_dim": 48, "num_heads": 3, "depth": 2, "dtype": dtype}
+    fields = {
+        **images,
+        **{f"model.{name}": value for name, value in model.items()},
+        "knn.test.num_images": 300,
+        "views.size": 24,
+        "model.patch_size": 4,
+    }
+    arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = pretraining.parse(
+        ["xsmae", "--config=configs/quickstart.py:size=tiny", *arguments]
+    ).config
+    trainer = create_trainer(config, num_images=200)
+    state = trainer.initial_state()
+    _, monitor = create_monitors(config, build_source(config.data))
+    found = monitor.accuracy(functools.partial(trainer.encode, state.params))
+    encoder = nnx.merge(trainer.graphdef, state.params, state.batch_stats).encoder
+    write_encoder(
+        tmp_path / "encoder", encoder, model=config.model, image_size=24,
+        bands=config.bands, mean=config.mean, std=config.std, run={},
+    )  # fmt: skip
+    done = call(
+        tmp_path, f"--encoder={tmp_path / 'encoder'}", "--data=configs/quickstart.py",
+        *(f"--{name}={value}" for name, value in images.items()),
+        "--test.num_images=300", "--base_size=24", "--scales=100",
+    )  # fmt: skip
+    assert done == 0
+    rows = read(tmp_path / "results.jsonl")
+    assert {row.size for row in rows} == {24}
+    of = {(row.encoder["kind"], row.feature): row.value for row in rows}
+    assert found == {name: of["encoder", name] for name in ("cls", "mean")}
+    controls = monitor.controls(functools.partial(trainer.encode, state.params))
+    assert controls["image_statistics"] == of["statistics", "statistics"]
 
 
 def test_fixed_gsd_is_another_protocol(tmp_path, data):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.test_evaluation import ColourSource, mean_colour
 from xsmae.errors import UserError
@@ -278,12 +279,13 @@ def test_base_size_is_the_images_own_or_256():
 def test_area_averages_every_pixel_alike():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     expected = image.reshape(8, 8, 8, 8, 3).mean((1, 3))
-    found, _ = square(image, 1.0, 8, resize="area")
+    found, _ = square(image, 1.0, 8)
     # Pillow rounds twice, once an axis.
     np.testing.assert_allclose(found, expected, atol=1.0)
     # Enlarged, it is not made of repeated pixels.
-    larger, gsd = square(image, 1.0, 128, resize="area")
-    np.testing.assert_array_equal(larger, square(image, 1.0, 128)[0])
+    larger, gsd = square(image, 1.0, 128)
+    bicubic = Image.fromarray(image).resize((128, 128), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(larger, bicubic)
     assert gsd == 0.5
 
 
@@ -332,9 +334,7 @@ def test_kept_features_are_those_computed(tmp_path):
         found = kept(tmp_path, counting_encoder(calls), source)
         assert len(calls) == expected_calls
         batches = list(
-            encode_batches(
-                mean_colour, source, np.arange(11), size=6, batch_size=4, resize="area"
-            )
+            encode_batches(mean_colour, source, np.arange(11), size=6, batch_size=4)
         )
         for name in ("cls", "mean"):
             expected = np.concatenate([encoded[name] for _, encoded in batches])
@@ -432,7 +432,6 @@ def test_what_decides_the_features_decides_the_place(tmp_path):
         {"source": Fingerprinted(4, seed=1)},
         {"source": Fingerprinted(4), "scale": Scale(50, 8, 1.0)},
         {"source": Fingerprinted(4), "scale": Scale(50, 6, 0.5)},
-        {"source": Fingerprinted(4), "resize": "bicubic"},
         {
             "source": Fingerprinted(4),
             "encoder": dataclasses.replace(encoder, digest="1" * 16),

@@ -35,6 +35,10 @@ ARCHITECTURE = (
 )  # fmt: skip
 GROUPS = ("channel_groups", "group_dim")  # SatMAE's
 REQUIRED = ("architecture", "bands", "mean", "std", "pooling")
+# How an exported encoder computes, whatever its training did.
+EXECUTION = {
+    "attention": "xla", "remat": "elementwise", "scan": True, "dtype": "float32",
+}  # fmt: skip
 
 
 def to_timm(
@@ -258,8 +262,7 @@ def check_network(info: Mapping[str, Any]) -> Encoder:
 
 def _network(info: Mapping[str, Any], *, seed: int = 0) -> Encoder:
     """A new encoder as an `encoder.json` describes it."""
-    execution = {"attention": "xla", "remat": "elementwise", "scan": True}
-    model = {**info["architecture"], **execution, "dtype": "float32"}
+    model = {**info["architecture"], **EXECUTION}
     return build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(seed))
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from xsmae.data.catalogue import build_source
 from xsmae.data.multiscale import ViewSampler
 from xsmae.data.pipeline import make_batches
 from xsmae.data.sources import Source
+from xsmae.encoder import EXECUTION
 from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
 from xsmae.methods import METHODS, Method, Pictures
@@ -63,7 +65,8 @@ class Trainer:
     initial_params() -> its parameters alone, in the memory of those alone;
     state_shapes() -> its shapes and placement.
     predict(state, batch) -> the `Pictures` of the batch.
-    encode(params, images, gsd) -> {"cls", "mean"} features of whole uint8 images.
+    encode(params, images, gsd) -> {"cls", "mean"} features of whole uint8 images,
+    computed as the exported encoder does: in float32, whatever `config.model.dtype`.
     """
 
     mesh: Mesh
@@ -131,12 +134,14 @@ def create_trainer(
         "target_scale": method.target_scale(model),
     }
 
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        return method.build(model, channels=channels, view_size=size, rngs=rngs)
+    def build(rngs: nnx.Rngs, **changes: Any) -> nnx.Module:
+        fields = model | changes
+        return method.build(fields, channels=channels, view_size=size, rngs=rngs)
 
     with _as_user_error():
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         graphdef, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+        exported = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0), **EXECUTION)))
         noise_size = abstract.noise_size(size, size)
 
     def initial_state():
@@ -169,11 +174,10 @@ def create_trainer(
         out_shardings=replicated(mesh),
     )
     def features(params, images, gsd):
-        mean, std = (255 * jnp.array(config[n]) for n in ("mean", "std"))
+        mean, std = (jnp.array(config[n]) for n in ("mean", "std"))
         stats = jax.tree.map(jnp.zeros_like, shapes.batch_stats)
-        encoder = nnx.merge(graphdef, params, stats).encoder
-        tokens = encoder((images.astype(jnp.float32) - mean) / std, gsd=gsd)
-        tokens = tokens.astype(jnp.float32)
+        encoder = nnx.merge(exported, params, stats).encoder
+        tokens = encoder((images.astype(jnp.float32) / 255 - mean) / std, gsd=gsd)
         return {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(axis=1)}
 
     step = jax.jit(

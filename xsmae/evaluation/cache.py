@@ -65,22 +65,21 @@ def cached_features(
     *,
     cache: Path,
     batch_size: int = 64,
-    resize: str = "area",
     title: str = "features",
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> Features:
     """The features of every image of `source` at `scale`, computed where not yet kept.
 
-    They lie in `cache` by the encoder's digest, the source's fingerprint, size, resize
-    and GSD, a file a batch, each written whole or not at all: an extraction that was
+    They lie in `cache` by the encoder's digest, the source's fingerprint, size and GSD,
+    a file a batch, each written whole or not at all: an extraction that was
     stopped or killed goes on behind its last batch. A file that is not as it was
     written is computed again, and said to be. `say` takes the lines of progress, which
     begin with `title`. Raises KeyboardInterrupt between two batches once
     `should_stop()`, UserError where no image can be used or a feature is not finite.
     """
     gsd = f"gsd{scale.gsd_factor:.6g}" if encoder.reads_gsd else "nogsd"
-    key = f"v{VERSION}-{source.fingerprint}-{scale.size}px-{resize}-{gsd}"
+    key = f"v{VERSION}-{source.fingerprint}-{scale.size}px-area-{gsd}"
     folder = cache / encoder.digest / key
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +96,6 @@ def cached_features(
         missing,
         size=scale.size,
         batch_size=batch_size,
-        resize=resize,
         gsd_factor=scale.gsd_factor,
         should_stop=should_stop,
     )

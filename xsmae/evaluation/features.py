@@ -21,13 +21,10 @@ THUMBNAIL_SIZE = 8  # pixels; the smallest scale in use, 12.5 % of 64, is not en
 Encode = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
 
-# How whole images are brought to a size. Pillow's BOX weighs every source pixel of an
-# output pixel's square alike, exactly so where the sides divide; it would repeat pixels
-# where the image is enlarged, hence bicubic there.
-RESIZES = {
-    "area": "area-averaged (Pillow BOX); bicubic where enlarged",
-    "bicubic": "bicubic, antialiased (Pillow BICUBIC)",
-}
+# How whole images are brought to a size, as result rows say it. Pillow's BOX weighs
+# every source pixel of an output pixel's square alike, exactly so where the sides
+# divide; it would repeat pixels where the image is enlarged, hence bicubic there.
+RESIZE = "area-averaged (Pillow BOX); bicubic where enlarged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +50,14 @@ def spread(total: int, most: int) -> np.ndarray:
     return np.arange(most) * total // most
 
 
-def square(
-    image: np.ndarray, gsd: float, size: int, *, resize: str = "bicubic"
-) -> tuple[np.ndarray, float]:
-    """The largest central square, resized with antialiasing, and its GSD.
-
-    resize: one of `RESIZES`.
-    """
+def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]:
+    """The largest central square, resized as `RESIZE` says, and its GSD."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    area = resize == "area" and size <= side
     resized = Image.fromarray(image).resize(
         (size, size),
-        Image.Resampling.BOX if area else Image.Resampling.BICUBIC,
+        Image.Resampling.BOX if size <= side else Image.Resampling.BICUBIC,
         box=(left, top, left + side, top + side),
         reducing_gap=None,  # one step: no coarser first reduction
     )
@@ -79,7 +70,6 @@ def read_images(
     *,
     size: int,
     batch_size: int,
-    resize: str = "bicubic",
     threads: int = 4,
 ) -> Iterator[EvalBatch]:
     """The images at `indices`, in order; those that cannot be used are left out."""
@@ -89,7 +79,7 @@ def read_images(
             record = source[int(index)]
         except BadImageError:
             return None
-        image, gsd = square(record.image, record.gsd, size, resize=resize)
+        image, gsd = square(record.image, record.gsd, size)
         label = -1 if record.label is None else record.label
         digest = np.frombuffer(pixel_digest(record.image), np.uint8)
         return image, gsd, label, index, digest
@@ -121,7 +111,6 @@ def encode_batches(
     *,
     size: int,
     batch_size: int,
-    resize: str = "bicubic",
     gsd_factor: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[EvalBatch, dict[str, np.ndarray]]]:
@@ -131,9 +120,7 @@ def encode_batches(
     `gsd_factor`. Batches are padded, so that `encode` sees one shape. Raises
     KeyboardInterrupt between two batches once `should_stop()`.
     """
-    for batch in read_images(
-        source, indices, size=size, batch_size=batch_size, resize=resize
-    ):
+    for batch in read_images(source, indices, size=size, batch_size=batch_size):
         if should_stop():
             raise KeyboardInterrupt
         batch = dataclasses.replace(batch, gsd=batch.gsd * np.float32(gsd_factor))
@@ -188,6 +175,6 @@ def thumbnail(images: np.ndarray, gsd: np.ndarray) -> dict[str, np.ndarray]:
 
     images: [n, size, size, channels]; returns {"thumbnail": [n, 64 * channels]}.
     """
-    small = [square(image, 1.0, THUMBNAIL_SIZE, resize="area")[0] for image in images]
+    small = [square(image, 1.0, THUMBNAIL_SIZE)[0] for image in images]
     flat = np.reshape(small, (len(images), -1))
     return {"thumbnail": flat.astype(np.float32) / 255}

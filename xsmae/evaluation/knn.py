@@ -175,7 +175,8 @@ class KnnMonitor:
     """kNN accuracy of an encoder on labelled images, with its two controls.
 
     The bank is of `train`, the queries are of `test`; both whole images at `size`
-    pixels. `max_train` and `max_test` bound them, 0 for all.
+    pixels, seen as every evaluation sees them. `max_train` and `max_test` bound them, 0
+    for all.
     """
 
     def __init__(

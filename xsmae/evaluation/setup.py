@@ -13,7 +13,7 @@ from absl import flags
 
 from xsmae.errors import UserError, printable
 from xsmae.evaluation import scales as scales_of
-from xsmae.evaluation.features import RESIZES
+from xsmae.evaluation.features import RESIZE
 from xsmae.evaluation.frozen import (
     PIXEL_CONTROLS,
     FrozenEncoder,
@@ -105,7 +105,7 @@ def measure_all(
         metric="accuracy",
         data=setup.parts.describe(),
         base_size=setup.base_size,
-        resize=RESIZES["area"],
+        resize=RESIZE,
         gsd_policy=values.gsd,
         options=dict(options),
         interval=INTERVAL,

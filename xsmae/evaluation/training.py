@@ -261,7 +261,6 @@ def _classify(
         np.arange(len(job.parts.test)),
         size=scale.size,
         batch_size=job.batch_size,
-        resize="area",
         gsd_factor=scale.gsd_factor,
         should_stop=job.should_stop,
     )
