@@ -209,7 +209,8 @@ def test_a_step_that_is_not_whole_is_passed_over(two_steps, tmp_path, damage, ca
     (line,) = capsys.readouterr().out.splitlines()
     assert "is passed over" in line
     assert expected in line
-    newest = checkpoints.latest_step()
+    newest = max(checkpoints.steps())
+    assert checkpoints.latest_step() == 3
     assert expected in refused(
         lambda: checkpoints.restore(newest, some_state(0), fingerprint=None),
         DamagedError,
@@ -239,6 +240,44 @@ def test_arrays_that_were_written_wrongly_are_named(two_steps, tmp_path):
     assert "params.norm.scale is not the array that was saved" in said
     assert "params.norm.scale" in refused(lambda: verify(tmp_path / "6"), DamagedError)
     checkpoints.close()
+
+
+def test_a_damaged_newest_step_is_saved_again(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / "6" / digests.FILE, 100)
+    checkpoints = Checkpoints(tmp_path)
+    step, _ = checkpoints.restore_newest(some_state(0), fingerprint="data")
+    saver = Saver(checkpoints, fingerprint="data", allowed=0)
+    saver.save(step, some_state(step))  # is there already
+    assert not checkpoints.saving()
+    saver.save(6, some_state(6))
+    saver.finish()
+    checkpoints.close()
+    assert all(verify(tmp_path / str(step)) for step in (3, 6))
+    assert checkpoints.steps() == [3, 6]
+
+
+@pytest.mark.parametrize("damaged", [3, 9])
+def test_damaged_steps_are_removed_when_a_run_is_complete(
+    two_steps, tmp_path, damaged, capsys
+):
+    """An older step that is kept, and one after the last step of the run."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    if damaged == 9:
+        shutil.copytree(tmp_path / "6", tmp_path / "9")
+    else:
+        flip(tmp_path / "3" / "state" / "_METADATA", 77)
+    checkpoints = Checkpoints(tmp_path)
+    step, _ = checkpoints.restore_newest(some_state(0), fingerprint="data")
+    assert step == 6
+    fed = []
+    checkpoints.remove_damaged(feed=lambda: fed.append(1))
+    checkpoints.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"step {damaged} is ")
+    assert len(fed) == 1
+    assert checkpoints.steps() == ([6] if damaged == 3 else [3, 6])
+    assert main(["checkpoints", "verify", str(tmp_path)]) == 0
 
 
 def test_none_that_is_whole_is_an_error(two_steps, tmp_path):
@@ -454,9 +493,19 @@ def test_so_many_saves_may_fail_in_a_row(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
     assert "the run goes on without: 2 of 2 saves in a row" in said[1]
+    begun = []
+    save = checkpoints.save
+
+    def counted(step, state, **options):
+        begun.append(step)
+        save(step, state, **options)
+
+    monkeypatch.setattr(checkpoints, "save", counted)
     saver.save(4, some_state(4))
-    saver.save(4, some_state(4))  # is done, or under way
+    saver.save(4, some_state(4))  # while it is under way
     saver.finish()
+    saver.save(4, some_state(4))  # once it is done
+    assert begun == [4]
     assert saver.failures == 0
     monkeypatch.setattr(digests, "write", no_space)
     saver.allowed = 1

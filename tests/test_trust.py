@@ -17,6 +17,7 @@ import pytest
 from tests.test_main import SMALL_RUN, call, refused
 from xsmae import drawing, watchdog
 from xsmae.checkpoints import digests
+from xsmae.checkpoints.__main__ import main as verify
 from xsmae.errors import UserError
 from xsmae.lock import FolderLock
 from xsmae.metrics import MetricsWriter, read_metrics
@@ -290,6 +291,25 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(tmp_path, capsys, monkey
     said = refused(capsys, *SHORT, none, f"--workdir={tmp_path}")
     assert "step 5 could not be saved" in said
     assert "step 4 is saved whole; the same command goes on from there" in said
+
+
+@pytest.mark.parametrize("damaged", ["2", "3", "5"])
+def test_the_same_command_heals_a_run_with_a_damaged_step(tmp_path, damaged, capsys):
+    """A step kept by keep_every, one of the newest, the newest."""
+    run = [*SHORT, "--config.checkpoint.keep_every=2", f"--workdir={tmp_path}"]
+    assert call(*run) == 0
+    folder = tmp_path / "checkpoints"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"2", "3", "4", "5"}
+    (folder / damaged / digests.FILE).write_text("{}")
+    assert verify(["checkpoints", "verify", str(tmp_path)]) == 1
+    assert call(*run) == 0
+    capsys.readouterr()
+    assert verify(["checkpoints", "verify", str(tmp_path)]) == 0
+    newest = "5"
+    assert {path.name for path in folder.iterdir()} == names - {damaged} | {newest}
+    assert call(*run) == 0
+    assert "is passed over" not in capsys.readouterr().out
 
 
 def test_what_a_disk_says_is_told_in_one_line(tmp_path):

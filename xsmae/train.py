@@ -148,6 +148,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
             if stop.signal is None:
                 raise
         saver.finish()
+        if stop.signal is None:
+            checkpoints.remove_damaged(feed=watchdog.feed)
     if stop.signal is not None:
         print(f"stopped; the same command goes on from {workdir}", flush=True)
         return 128 + stop.signal

@@ -63,12 +63,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have been saved, in order."""
-        names = (path.name for path in self.directory.glob("[0-9]*"))
+        names = (path.name for path in self.directory.glob("[0-9]*") if path.is_dir())
         return sorted(int(name) for name in names if name.isdigit())
 
     def latest_step(self) -> int | None:
-        """The newest of them."""
-        return max(self.steps(), default=None)
+        """The newest of them that is not known to be damaged."""
+        return max(set(self.steps()) - self._damaged, default=None)
 
     def save(self, step: int, state: TrainState, *, fingerprint: str) -> None:
         """Save in the background; `fingerprint` is that of the data source.
@@ -150,6 +150,29 @@ class Checkpoints:
                 self._pass_over(step, error)
         self._raise_if_none_is_whole()
         raise UserError(f"{self.directory} holds no checkpoint")
+
+    def remove_damaged(self, *, feed: Callable[[], None] = lambda: None) -> None:
+        """Remove damaged steps of a complete run, so that no later start meets one.
+
+        Reads the files of every step kept, except the newest undamaged one, which was
+        just restored or saved. Calls `feed` after each step, for the watchdog.
+        """
+        newest = self.latest_step()
+        if newest is None or jax.process_index() != 0:
+            return
+        for step in self.steps():
+            if step != newest and step not in self._damaged:
+                try:
+                    step_of.check_files(self._path(step))
+                except DamagedError as error:
+                    self._damaged.add(step)
+                    self.say(f"step {step} is removed: {error}")
+                feed()
+        try:
+            for step in self._damaged.intersection(self.steps()):
+                self._remove(step)
+        except OSError as error:
+            self.say(f"damaged steps cannot be removed: {reason(error)}")
 
     def close(self) -> None:
         """Wait until everything is on disk; raises SaveError where it cannot be."""
