@@ -6,6 +6,7 @@ cases in `../shared/parity` where that folder is present.
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -868,6 +869,46 @@ def test_training_goes_on_from_an_import(imports, tmp_path, capsys):
     again = load_weights(first, abstract_state(config))
     for path, leaf in leaves(again["params"]).items():
         np.testing.assert_array_equal(leaf, leaves(original("mae")[0])[path])
+
+
+@pytest.mark.parametrize("left", ["nothing", "another config"])
+def test_a_run_resumes_without_the_folder_of_its_weights(
+    imports, left, tmp_path, capsys
+):
+    weights, workdir = tmp_path / "weights", tmp_path / "run"
+    shutil.copytree(imports("mae"), weights)
+    command = [f"--config.init={weights}", f"--workdir={workdir}"]
+    command.append("--config.checkpoint.every=1")
+    status, printed = run(capsys, "method=mae", *command)
+    assert status == 0, printed.err
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    shutil.rmtree(weights)
+    if left == "another config":
+        weights.mkdir()
+        (weights / "config.json").write_text('{"method": "mae", "model": {"depth": 9}}')
+    status, printed = run(capsys, "method=mae", *command)
+    assert status == 0, printed.err
+    assert [r["step"] for r in read_metrics(workdir / "metrics.jsonl")] == [1, 2]
+    assert run(capsys, "method=mae", *command, "--dry_run")[0] == 0
+    # What the command itself changes is refused as before.
+    for change, said in (
+        ("--config.seed=5", "seed was 0, is 5"),
+        ("--config.model.mask_ratio=0.5", "model.mask_ratio was 0.75, is 0.5"),
+        (f"--config.init={tmp_path / 'x'}", f"is '{tmp_path / 'x'}'"),
+    ):
+        status, printed = run(capsys, "method=mae", *command, change)
+        assert status == 2
+        assert said in printed.err
+    (workdir / "init.json").write_text("{")
+    status, printed = run(capsys, "method=mae", *command)
+    assert status == 2
+    assert "init.json is damaged" in printed.err
+    # A run that has saved nothing yet needs the weights themselves.
+    shutil.rmtree(workdir / "checkpoints")
+    shutil.rmtree(weights, ignore_errors=True)
+    status, printed = run(capsys, "method=mae", *command)
+    assert status == 2
+    assert "neither an import nor a run's workdir" in printed.err
 
 
 @pytest.mark.parametrize(

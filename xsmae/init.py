@@ -11,7 +11,7 @@ import ml_collections
 from xsmae.checkpoints import Checkpoints
 from xsmae.errors import UserError
 from xsmae.train_state import TrainState
-from xsmae.workdir import EXECUTION_FIELDS
+from xsmae.workdir import EXECUTION_FIELDS, has_checkpoint, write_json
 
 # What of the config stands in the weights' own config and is taken from there. How the
 # network is run stays the new run's.
@@ -19,13 +19,26 @@ TAKEN = ("model", "loss", "bands", "mean", "std", "views.size")
 EXECUTION = ("model.dtype", *EXECUTION_FIELDS)
 
 
-def adopt(config: ml_collections.ConfigDict, given: Iterable[str]) -> list[str]:
+# The workdir's copy of the weights' config: resuming does not need `config.init`.
+KEPT = "init.json"
+
+
+def adopt(
+    config: ml_collections.ConfigDict,
+    given: Iterable[str],
+    *,
+    workdir: Path | None = None,
+) -> list[str]:
     """Set what of `config` the weights in `config.init` decide; say what changed.
 
-    The fields in `given`, dotted, are those that the user set, and stay.
+    The fields in `given`, dotted, are those that the user set, and stay. A run that
+    resumes in `workdir` takes the same from the copy there: the folder of the weights
+    may have moved, gone or changed since.
     """
     path = Path(config.init) / "config.json"
-    if (Path(config.init) / "encoder").is_dir() and not path.exists():
+    if workdir is not None and has_checkpoint(workdir) and (workdir / KEPT).exists():
+        path = workdir / KEPT
+    elif (Path(config.init) / "encoder").is_dir() and not path.exists():
         raise UserError(
             f"init={config.init} holds an encoder alone, expected a whole network"
         )
@@ -33,6 +46,11 @@ def adopt(config: ml_collections.ConfigDict, given: Iterable[str]) -> list[str]:
         saved = json.loads(path.read_text())
         method = saved["method"]
     except (OSError, ValueError, KeyError, TypeError):
+        if path.name == KEPT:
+            raise UserError(
+                f"{path} is damaged, expected the config of the weights: copy it from "
+                f"{Path(config.init) / 'config.json'}, or give a new --workdir"
+            ) from None
         raise UserError(
             f"init={config.init} is neither an import nor a run's workdir: it has no "
             "config.json that tells the method"
@@ -74,6 +92,12 @@ def _take(config, name: str, value, kept: set[str], changed: list[str]) -> None:
 def _as_tuple(value):
     """JSON's lists as the tuples that the configs have."""
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def keep_config(directory: str | Path, workdir: Path) -> None:
+    """Copy the config of the weights in `directory` to `workdir`, for `adopt`."""
+    saved = json.loads((Path(directory) / "config.json").read_text())
+    write_json(workdir / KEPT, saved)
 
 
 def load_weights(directory: str | Path, state: TrainState) -> dict:

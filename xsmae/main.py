@@ -194,14 +194,15 @@ def main(argv: list[str] | None = None) -> int:
         from xsmae import hosts, init, report, train
 
         hosts.join(values, watchdog_minutes=values.config.watchdog_minutes)
+        workdir = Path(values.workdir or default_workdir(argv))
         if values.config.init:
-            for change in init.adopt(values.config, given_fields(argv)):
+            given = given_fields(argv)
+            for change in init.adopt(values.config, given, workdir=workdir):
                 print(f"as the weights have it: {change}")
         if values.dry_run:
             with memory_shortage(LESS_MEMORY):
                 print(report.dry_run(values.config))
             return 0
-        workdir = Path(values.workdir or default_workdir(argv))
         with hosts.ends_with_the_others(), memory_shortage(LESS_MEMORY):
             return train.train_and_evaluate(values.config, workdir)
     except UserError as error:

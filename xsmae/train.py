@@ -23,7 +23,7 @@ from xsmae.encoder import write_encoder
 from xsmae.errors import UserError
 from xsmae.evaluation.knn import KnnMonitor
 from xsmae.hosts import StopTogether, counted_together, end_alone, own_folder
-from xsmae.init import load_weights
+from xsmae.init import keep_config, load_weights
 from xsmae.lock import FolderLock
 from xsmae.metrics import MetricsWriter, Progress
 from xsmae.monitoring import due_every
@@ -175,6 +175,8 @@ def _first_state(
     state = trainer.initial_state()
     if config.init:
         state = dataclasses.replace(state, **load_weights(config.init, state))
+        if jax.process_index() == 0:
+            keep_config(config.init, workdir)
         print(f"starting from the weights in {config.init}", flush=True)
     return None, state
 

@@ -84,6 +84,11 @@ def _is_free(name: str) -> bool:
     return name in FREE_FIELDS or name.startswith(groups)
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """True if a run has saved a step in `workdir`, damaged or not."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
 def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Make the folder and its `config.json`, or check that it is the same run's.
 
@@ -94,7 +99,7 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
+        if path.exists() and has_checkpoint(workdir):
             saved = json.loads(path.read_text())
             if not isinstance(saved, dict):
                 raise json.JSONDecodeError("not an object", str(saved), 0)
