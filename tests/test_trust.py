@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_main import SMALL_RUN, call, refused
+from tests.test_main import SMALL_MODEL, SMALL_RUN, call, refused
 from xsmae import drawing, watchdog
 from xsmae.checkpoints import digests
 from xsmae.checkpoints.__main__ import main as verify
@@ -291,6 +291,41 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(tmp_path, capsys, monkey
     said = refused(capsys, *SHORT, none, f"--workdir={tmp_path}")
     assert "step 5 could not be saved" in said
     assert "step 4 is saved whole; the same command goes on from there" in said
+
+
+def test_a_run_outlives_images_that_vanish_before_they_are_drawn(
+    image_folder, tmp_path, capsys, monkeypatch
+):
+    draw = drawing.crops
+
+    def vanish(run, batch):
+        for path in image_folder.rglob("*.jpg"):
+            path.unlink()
+        draw(run, batch)
+
+    monkeypatch.setattr(drawing, "crops", vanish)
+    workdir = tmp_path / "run"
+    run = [
+        "--config=configs/folder.py:method=mae",
+        f"--config.data.root={image_folder}",
+        "--config.data.gsd=0.5",
+        *SMALL_MODEL,
+        "--config.num_steps=1",
+        "--config.optim.warmup_steps=0",
+        "--config.knn.every=-1",
+        f"--workdir={workdir}",
+    ]
+    assert call(*run) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if "cannot be drawn" in line]
+    assert [line.partition(" cannot")[0] for line in said] == [
+        "the picture of the crops",
+        "the reconstructions",
+    ]
+    assert "2 of 2 images" in said[1]
+    names = {path.name for path in (workdir / "figures").iterdir()}
+    assert names == {"gsd.png", "losses.png"}
+    assert (workdir / "encoder").is_dir()
 
 
 @pytest.mark.parametrize("damaged", ["2", "3", "5"])

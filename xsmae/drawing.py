@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from xsmae import figures
+from xsmae.errors import BadImageError
 from xsmae.metrics import read_metrics
 from xsmae.train_state import TrainState
 from xsmae.trainer import STEP_FIELDS, first_samples
@@ -32,19 +33,29 @@ def crops(run: Run, batch: dict[str, np.ndarray]) -> None:
 
 
 def progress(run: Run, state: TrainState, step: int) -> None:
-    """The loss curves, and reconstructions of the run's first samples."""
+    """The loss curves, and reconstructions of the run's first samples.
+
+    Raises BadImageError if one of these can no longer be read.
+    """
     config, folder = run.config, run.workdir / "figures"
     batch = first_samples(config, run.source, run.sampler, config.figures.samples)
+    unreadable = np.count_nonzero(batch["index"] < 0)
     batch = {name: batch[name] for name in STEP_FIELDS}
+    # All processes predict together, also where one of them cannot read an image.
+    pictures = jax.device_get(run.trainer.predict(state, batch))
+    rows = read_metrics(run.workdir / "metrics.jsonl")
+    figures.loss_curves(folder / "losses.png", rows)
+    if unreadable:
+        raise BadImageError(
+            f"{unreadable} of {len(batch['image'])} images cannot be read any more"
+        )
     figures.reconstructions(
         folder / f"reconstructions_{step:07}.png",
-        jax.device_get(run.trainer.predict(state, batch)),
+        pictures,
         _gsd_seen(run, batch["gsd"]),
         mean=config.mean,
         std=config.std,
     )
-    rows = read_metrics(run.workdir / "metrics.jsonl")
-    figures.loss_curves(folder / "losses.png", rows)
 
 
 class Gsds:

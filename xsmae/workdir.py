@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from xsmae.errors import UserError
+from xsmae.errors import BadImageError, UserError
 from xsmae.files import atomic_write
 
 # How the network is run: numbers are the same to rounding.
@@ -125,9 +125,11 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 @contextlib.contextmanager
 def goes_on_without(what: str) -> Iterator[None]:
-    """Say in one line what could not be written inside, and go on."""
+    """Say in one line what could not be drawn or written inside, and go on."""
     try:
         yield
+    except BadImageError as error:
+        print(f"{what} cannot be drawn ({error})", flush=True)
     except OSError as error:
         print(f"{what} cannot be written ({error.strerror or error})", flush=True)
 
