@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from xsmae import metrics
 from xsmae.errors import UserError
 from xsmae.metrics import MetricsWriter, Progress, read_metrics
+from xsmae.report import summary
 from xsmae.signals import StopRequest
 from xsmae.workdir import differences, flatten, open_workdir, write_json
 
@@ -271,6 +272,44 @@ def test_share_of_the_time_that_data_is_waited_for(clock):
     progress.restart(3)
     assert list(batches) == []
     assert progress.waiting_for_data() == 0
+
+
+# The table at the end
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], []),
+        (
+            [{"loss": 2.0}, {"loss": 1.0, "loss/reconstruction": None}],
+            [["loss", "2.0000", "1.0000"], ["loss/reconstruction", "-", "-"]],
+        ),
+        (
+            [{"knn/accuracy_cls": 0.5, "knn/accuracy_mean": 0.25}],
+            [
+                ["this", "encoder", "50.0", "%", "25.0", "%"],
+                ["the", "same", "encoder,", "untrained", "-", "-"],
+                ["image", "statistics", "alone", "-"],
+            ],
+        ),
+        (
+            [{"knn/random_encoder_cls": 0.5, "knn/image_statistics": 0.125}],
+            [
+                ["this", "encoder", "-", "-"],
+                ["the", "same", "encoder,", "untrained", "50.0", "%", "-"],
+                ["image", "statistics", "alone", "12.5", "%"],
+            ],
+        ),
+    ],
+)
+def test_the_summary_of_rows_that_are_not_all_there(tmp_path, rows, expected):
+    text = "".join(json.dumps({"step": 1, **row}) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    lines = [line.split() for line in summary(tmp_path).splitlines()]
+    assert [line for line in lines if line in expected] == expected
+    assert ["first", "last"] in lines or not any("loss" in row for row in rows)
+    assert lines[-1] == ["encoder:", str(tmp_path / "encoder")]
 
 
 # The workdir

@@ -41,11 +41,13 @@ def summary(workdir: Path) -> str:
     """The table at the end of a run, from its `metrics.jsonl`."""
     rows = read_metrics(workdir / "metrics.jsonl")
     losses = [row for row in rows if "loss" in row]
-    lines = ["", f"{'':32}{'first':>10}{'last':>10}"]
-    for name in losses[-1]:
-        if name == "loss" or (name.startswith("loss/") and "_view" not in name):
-            first, last = (row[name] for row in (losses[0], losses[-1]))
-            lines.append(f"{name:32}{_cell(first):>10}{_cell(last):>10}")
+    lines = []
+    if losses:  # none are left if the file was lost or damaged
+        lines += ["", f"{'':32}{'first':>10}{'last':>10}"]
+        for name in losses[-1]:
+            if name == "loss" or (name.startswith("loss/") and "_view" not in name):
+                first, last = (row.get(name) for row in (losses[0], losses[-1]))
+                lines.append(f"{name:32}{_cell(first):>10}{_cell(last):>10}")
     knn = {}
     for prefix in ("knn_full/", "knn/"):
         values = [
@@ -60,9 +62,9 @@ def summary(workdir: Path) -> str:
             ("this encoder", "accuracy"),
             ("the same encoder, untrained", "random_encoder"),
         ):
-            cells = [f"{100 * knn[f'{name}_{f}']:.1f} %" for f in ("cls", "mean")]
+            cells = [_percent(knn.get(f"{name}_{f}")) for f in ("cls", "mean")]
             lines.append(f"{title:32}{cells[0]:>10}{cells[1]:>10}")
-        cell = f"{100 * knn['image_statistics']:.1f} %"
+        cell = _percent(knn.get("image_statistics"))
         lines.append(f"{'image statistics alone':32}{cell:>10}")
     lines += ["", "figures:"]
     lines += [f"  {path}" for path in sorted((workdir / "figures").glob("*.png"))]
@@ -137,3 +139,7 @@ def count_parameters(params: nnx.State) -> int:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
