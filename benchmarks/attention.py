@@ -30,8 +30,8 @@ from einops import rearrange
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xsmae.errors import UserError
-from xsmae.ops.attention import attention
-from xsmae.topology import GPUS, describe_topology
+from xsmae.ops.attention.api import attention
+from xsmae.planning.topology import GPUS, describe_topology
 
 # Sizes of official MAE networks at 128 pixels with patches of 16 (H: 14, at 224), the
 # class token included: encoders read a quarter of the patches, decoders all.

@@ -34,11 +34,12 @@ import PIL
 from PIL import Image, features
 from xsmae.configs import folder as folder_config
 
-from xsmae.data.multiscale import ViewSampler
+from xsmae.data.folder import FolderSource
 from xsmae.data.pipeline import LoadViews
-from xsmae.data.sources import FolderSource, Record
-from xsmae.data.synthetic import Scene
-from xsmae.metrics import read_metrics
+from xsmae.data.records import Record
+from xsmae.data.synthetic.source import Scene
+from xsmae.data.views import ViewSampler
+from xsmae.run.metrics import read_metrics
 from xsmae.train import train_and_evaluate
 
 SCENES = {256: 64, 512: 16, 1024: 8, 2048: 4}  # side in pixels -> images

@@ -29,9 +29,9 @@ from xsmae.configs import common
 
 from xsmae.checkpoints import Checkpoints
 from xsmae.checkpoints.saving import Saver
-from xsmae.lock import FolderLock
+from xsmae.process.lock import FolderLock
+from xsmae.process.watchdog import Watchdog
 from xsmae.trainer import Trainer, batch_shapes, create_trainer
-from xsmae.watchdog import Watchdog
 
 
 def create(batch: int) -> tuple[Trainer, dict[str, np.ndarray], int]:

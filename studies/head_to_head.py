@@ -20,16 +20,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xsmae.main
 from absl import flags
 
-import xsmae.main
 from studies import config as systems
-from xsmae import knn, linear_probe
+from xsmae.cli import knn
+from xsmae.cli import probe as linear_probe
+from xsmae.config import EXECUTION_FIELDS, flatten
 from xsmae.errors import UserError
-from xsmae.evaluation.frozen import open_encoder
-from xsmae.evaluation.protocol import append_all, now, read
-from xsmae.metrics import read_metrics
-from xsmae.workdir import EXECUTION_FIELDS, describe_environment, flatten
+from xsmae.evaluation.rows import append_all, now, read
+from xsmae.evaluation.subjects import open_encoder
+from xsmae.process.environment import describe_environment
+from xsmae.run.metrics import read_metrics
 
 STUDIES = Path(__file__).parent
 SCHEMA = 2

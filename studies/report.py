@@ -17,7 +17,7 @@ import numpy as np
 from studies import config as systems
 from studies.head_to_head import STUDIES, TASKS, read_runs
 from xsmae.errors import UserError
-from xsmae.evaluation.protocol import AVERAGE, Result, read
+from xsmae.evaluation.rows import AVERAGE, Result, read
 
 DOCS = STUDIES.parent / "docs"
 MARKS = ("<!-- tables -->\n", "<!-- end of tables -->\n")

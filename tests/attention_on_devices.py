@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from xsmae.ops.attention import attention
+from xsmae.ops.attention.api import attention
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 

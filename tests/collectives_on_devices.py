@@ -5,7 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from xsmae.collectives import read_collectives
+from xsmae.planning.collectives import read_collectives
 from xsmae.sharding import by_batch, create_mesh, replicated
 
 

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 
-from xsmae.evaluation.knn import knn_predict, nearest
+from xsmae.evaluation.tasks.knn import knn_predict, nearest
 
 
 def main():

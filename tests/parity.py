@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xsmae.convert import import_checkpoint
-from xsmae.layouts import leaves, weights_of
+from xsmae.cli.convert import import_checkpoint
 from xsmae.methods import METHODS, frequencies_of
 from xsmae.models.mae import Views
 from xsmae.models.scale_mae import combine
 from xsmae.models.vit import patchify
-from xsmae.official import OPTIONS
+from xsmae.weights.layouts import leaves, weights_of
+from xsmae.weights.official import OPTIONS
 
 OUTPUTS, LOSSES, GRADIENTS = 1e-4, 1e-5, 1e-3
 # What a case's JSON calls otherwise than the importer.

@@ -9,9 +9,9 @@ from xsmae.configs import common
 
 from tests.test_train_state import some_batch
 from xsmae import sharding
-from xsmae.collectives import read_collectives
 from xsmae.losses import contrastive
 from xsmae.methods import METHODS
+from xsmae.planning.collectives import read_collectives
 from xsmae.sharding import by_batch, create_mesh, put_batch, replicated
 from xsmae.trainer import batch_shapes, create_trainer, crop_size
 

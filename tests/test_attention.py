@@ -14,8 +14,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from tests.devices import run_on_devices
 from xsmae.models import vit
-from xsmae.ops.attention import IMPLEMENTATIONS, attention, choose
-from xsmae.ops.flash_plan import Plan
+from xsmae.ops.attention.api import IMPLEMENTATIONS, attention, choose
+from xsmae.ops.attention.flash_plan import Plan
 
 ON_GPU = jax.default_backend() == "gpu"
 BATCH = 2

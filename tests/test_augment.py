@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from xsmae.evaluation.augment import cutmix_rectangle, mix, random_erasing
+from xsmae.evaluation.fitting.augment import cutmix_rectangle, mix, random_erasing
 from xsmae.models.drop_path import drop_path_scales
 from xsmae.models.vit import run_blocks, stacked_blocks
 

@@ -7,9 +7,10 @@ import pytest
 from PIL import ImageFile
 
 from tests.corpus import FORMATS, READ, corpus, encoded, scene
+from xsmae.data.folder import FolderSource
 from xsmae.data.images import decode
 from xsmae.data.records import open_record
-from xsmae.data.sources import CsvSource, FolderSource
+from xsmae.data.tables import CsvSource
 from xsmae.errors import BadImageError
 
 CORPUS = {name: (content, outcome) for name, content, outcome in corpus()}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xsmae import check_data
+from xsmae.cli import check_data
 from xsmae.data.catalogue import build_source
+from xsmae.data.folder import FolderSource
 from xsmae.data.images import decode
-from xsmae.data.sources import CsvSource, FolderSource
 from xsmae.data.survey import survey
+from xsmae.data.tables import CsvSource
 
 
 def run(root, tmp_path, *flags, gsd="0.5"):

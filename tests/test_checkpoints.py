@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from xsmae.checkpoints import Checkpoints, digests, store
-from xsmae.checkpoints.__main__ import main
 from xsmae.checkpoints.saving import Saver
 from xsmae.checkpoints.step import create_handler, verify
+from xsmae.cli.verify import main
 from xsmae.errors import DamagedError, SaveError, UserError
 from xsmae.train_state import TrainState
 

@@ -18,16 +18,18 @@ from safetensors.numpy import load_file, save_file
 from xsmae.configs import common
 
 import xsmae
-from xsmae import convert, main, official, official_config
+from xsmae.cli import convert
+from xsmae.cli import pretrain as main
 from xsmae.errors import UserError
-from xsmae.init import adopt, load_weights
-from xsmae.layouts import collect, encoder_weights, leaves, weights_of
 from xsmae.methods import METHODS
-from xsmae.metrics import read_metrics
 from xsmae.models.mae import Views
-from xsmae.official import import_checkpoint
-from xsmae.torch_file import Namespace
+from xsmae.run.metrics import read_metrics
 from xsmae.trainer import create_trainer
+from xsmae.weights import official, official_config
+from xsmae.weights.layouts import collect, encoder_weights, leaves, weights_of
+from xsmae.weights.official import import_checkpoint
+from xsmae.weights.torch_pickle import Namespace
+from xsmae.weights.warm_start import adopt, load_weights
 
 CASES = Path(__file__).parent.parent.parent / "shared" / "parity"
 SIZE = 16

@@ -14,10 +14,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import xsmae
-from xsmae.encoder import LoadedEncoder, load_encoder, to_timm, write_encoder
 from xsmae.errors import UserError
+from xsmae.models.build import build_encoder
 from xsmae.models.position import patch_positions
-from xsmae.networks import build_encoder
+from xsmae.weights.encoder import LoadedEncoder, load_encoder, to_timm, write_encoder
 
 MODEL = {
     "patch_size": 4,

@@ -15,7 +15,7 @@ from xsmae.evaluation.features import (
     square,
     standardize,
 )
-from xsmae.evaluation.knn import KnnMonitor, knn_predict, normalize
+from xsmae.evaluation.tasks.knn import KnnMonitor, knn_predict, normalize
 
 
 class ColourSource:

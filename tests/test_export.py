@@ -11,12 +11,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import xsmae
-from xsmae import convert
-from xsmae.encoder import write_encoder
+from xsmae.cli import convert
 from xsmae.errors import UserError
-from xsmae.export import export
-from xsmae.layouts import leaves
-from xsmae.networks import build_encoder
+from xsmae.models.build import build_encoder
+from xsmae.weights.encoder import write_encoder
+from xsmae.weights.export import export
+from xsmae.weights.layouts import leaves
 
 MODEL = {
     "patch_size": 4,

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from tests.test_main import ROOT, SMALL_RUN, comparable
-from xsmae.checkpoints.__main__ import main as checkpoints
-from xsmae.metrics import read_metrics
+from xsmae.cli.verify import main as checkpoints
+from xsmae.run.metrics import read_metrics
 
 KILLS = 20
 NUM_STEPS = 600

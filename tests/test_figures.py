@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xsmae import drawing, figures
-from xsmae.drawing import GSD_SAMPLES
+from xsmae.figures import training as figures
 from xsmae.methods import Pictures
+from xsmae.run import drawing
+from xsmae.run.drawing import GSD_SAMPLES
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.1, 0.25)
 PATCH, SIZE, SAMPLES = 8, 32, 2

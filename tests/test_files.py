@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from xsmae.files import atomic_write, keep_rows, read_jsonl
+from xsmae.process.files import atomic_write, keep_rows, read_jsonl
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])

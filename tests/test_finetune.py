@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 from xsmae.configs import common
 
-from xsmae.evaluation import finetune as finetuning
-from xsmae.evaluation.frozen import open_encoder
+from xsmae.evaluation.subjects import open_encoder
+from xsmae.evaluation.tasks import finetune as finetuning
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import xsmae
 from tests.test_main import SMALL_RUN
 from tests.test_main import call as pretrain
 from xsmae.errors import UserError
-from xsmae.evaluation.frozen import open_encoder, random_encoder
+from xsmae.evaluation.subjects import open_encoder, random_encoder
 
 
 @pytest.fixture(scope="module")

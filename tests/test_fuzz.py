@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xsmae.data.fmow import FmowSource
-from xsmae.data.sources import CsvSource, FolderSource
+from xsmae.data.folder import FolderSource
+from xsmae.data.tables import CsvSource
 from xsmae.errors import BadImageError, UserError
 
 # The fixtures are folders that every case may write to.

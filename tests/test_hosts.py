@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.test_main import ROOT, SMALL_MODEL, SMALL_RUN, comparable, refused
-from xsmae.metrics import read_metrics
-from xsmae.watchdog import EXIT_STATUS
+from xsmae.process.watchdog import EXIT_STATUS
+from xsmae.run.metrics import read_metrics
 
 NUM_STEPS = 60
 RUN = [

@@ -14,13 +14,14 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from tests.devices import run_on_devices
-from xsmae import knn
-from xsmae import main as pretraining
+from xsmae.cli import knn
+from xsmae.cli import pretrain as pretraining
 from xsmae.data.catalogue import build_source
-from xsmae.encoder import write_encoder
-from xsmae.evaluation.knn import knn_predict, nearest, vote
-from xsmae.evaluation.protocol import read
-from xsmae.trainer import create_monitors, create_trainer
+from xsmae.evaluation.rows import read
+from xsmae.evaluation.tasks.knn import knn_predict, nearest, vote
+from xsmae.run.monitors import create_monitors
+from xsmae.trainer import create_trainer
+from xsmae.weights.encoder import write_encoder
 
 ROOT = Path(__file__).parent.parent
 

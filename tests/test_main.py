@@ -16,9 +16,9 @@ from PIL import Image
 from xsmae.configs import common
 
 import xsmae
-from xsmae import main
-from xsmae.evaluation.knn import KnnMonitor
-from xsmae.metrics import read_metrics
+from xsmae.cli import pretrain as main
+from xsmae.evaluation.tasks.knn import KnnMonitor
+from xsmae.run.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted({p.name for p in (ROOT / "configs").glob("[a-z]*.py")} - {"common.py"})

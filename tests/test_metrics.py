@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from xsmae import metrics
+from xsmae.config import flatten
 from xsmae.errors import UserError
-from xsmae.metrics import MetricsWriter, Progress, read_metrics
-from xsmae.report import summary
-from xsmae.signals import StopRequest
-from xsmae.workdir import differences, flatten, open_workdir, write_json
+from xsmae.process.progress import Progress
+from xsmae.process.signals import StopRequest
+from xsmae.run import metrics
+from xsmae.run.metrics import MetricsWriter, read_metrics
+from xsmae.run.report import summary
+from xsmae.run.workdir import differences, open_workdir, write_json
 
 # metrics.jsonl
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsmae.methods import METHODS
+from xsmae.models.build import build_encoder
 from xsmae.models.cross_scale_mae import PositionBatchNorm
 from xsmae.models.mae import Views
 from xsmae.models.masking import random_masking, take_tokens
@@ -23,8 +24,7 @@ from xsmae.models.vit import (
     stacked_blocks,
     unpatchify,
 )
-from xsmae.networks import build_encoder
-from xsmae.ops.attention import attention
+from xsmae.ops.attention.api import attention
 from xsmae.ops.gelu import gelu
 from xsmae.ops.layer_norm import layer_norm
 

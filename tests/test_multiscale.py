@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xsmae.data.multiscale import Box, ViewSampler, cut, draw_box
-from xsmae.data.synthetic import CLASS_NAMES, Scene
+from xsmae.data.synthetic.source import CLASS_NAMES, Scene
+from xsmae.data.views import Box, ViewSampler, cut, draw_box
 
 SETTINGS = {
     "num_views": 2,

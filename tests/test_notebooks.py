@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell
 
 from tests.execute_notebooks import NOTEBOOKS, execute, install_kernel, set_parameters
-from xsmae.metrics import read_metrics
+from xsmae.run.metrics import read_metrics
 
 SMALL = [
     "--config.data.size=32",

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from xsmae.data.folder import FolderSource
 from xsmae.data.images import MAX_PIXELS, decode
-from xsmae.data.multiscale import ViewSampler
 from xsmae.data.picture import MARGIN, open_picture
 from xsmae.data.pipeline import make_batches
 from xsmae.data.records import open_record
-from xsmae.data.sources import FolderSource
-from xsmae.data.synthetic import Scene
+from xsmae.data.synthetic.source import Scene
+from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError
 
 SIZE = 32

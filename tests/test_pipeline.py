@@ -9,11 +9,12 @@ import logging
 import numpy as np
 import pytest
 
-from xsmae.data.multiscale import ViewSampler
-from xsmae.data.pipeline import RejectedImages, allowed_rejections, make_batches
+from xsmae.data.pipeline import allowed_rejections, make_batches
 from xsmae.data.records import Record
+from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError, UserError
 from xsmae.models.position import relative_box
+from xsmae.run.rejected import RejectedImages
 
 SAMPLER = ViewSampler(
     num_views=2,

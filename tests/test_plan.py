@@ -10,10 +10,10 @@ from jax.experimental import topologies
 from xsmae.configs import common
 
 from tests.devices import run_on_devices
-from xsmae import plan
-from xsmae.collectives import read_collectives
+from xsmae.cli import plan
 from xsmae.errors import UserError
-from xsmae.topology import GPUS, TPUS, Topology, describe_topology, parse
+from xsmae.planning.collectives import read_collectives
+from xsmae.planning.topology import GPUS, TPUS, Topology, describe_topology, parse
 
 LOCAL = Topology(TPUS["v5e"], jax.devices()[:1], 1)
 

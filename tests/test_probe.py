@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from xsmae import linear_probe
+from xsmae.cli import probe as linear_probe
 from xsmae.errors import UserError
-from xsmae.evaluation.probe import fit, hold_out, sweep_predict
-from xsmae.evaluation.protocol import read
+from xsmae.evaluation.rows import read
+from xsmae.evaluation.tasks.probe import fit, hold_out, sweep_predict
 
 
 def clusters(n, classes=4, width=10, spread=1.5, seed=0):

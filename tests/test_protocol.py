@@ -15,7 +15,6 @@ from tests.test_evaluation import ColourSource, mean_colour
 from xsmae.errors import UserError
 from xsmae.evaluation.cache import cached_features
 from xsmae.evaluation.features import encode_batches, square
-from xsmae.evaluation.frozen import FrozenEncoder, pixel_control
 from xsmae.evaluation.intervals import bootstrap_interval
 from xsmae.evaluation.measure import (
     INTERVAL,
@@ -25,8 +24,9 @@ from xsmae.evaluation.measure import (
     predictions,
 )
 from xsmae.evaluation.parts import Parts, identical_images
-from xsmae.evaluation.protocol import Protocol, Result, append, append_all, read
+from xsmae.evaluation.rows import Protocol, Result, append, append_all, read
 from xsmae.evaluation.scales import Scale, base_size, create_scales
+from xsmae.evaluation.subjects import FrozenEncoder, pixel_control
 
 # Rows
 

@@ -6,8 +6,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from xsmae.evaluation import recipe
-from xsmae.evaluation.published_probe import LinearProbe, create_lars, most_movement
+from xsmae.evaluation.fitting import recipe
+from xsmae.evaluation.tasks.published_probe import (
+    LinearProbe,
+    create_lars,
+    most_movement,
+)
 
 
 def test_lars_is_the_papers_formula():

@@ -5,9 +5,8 @@ import math
 import pytest
 from xsmae.configs import common
 
+from xsmae.config import BELOW_1, LARGE, RANGES, SMALL, check_ranges, flatten
 from xsmae.errors import UserError
-from xsmae.ranges import BELOW_1, LARGE, RANGES, SMALL, check_ranges
-from xsmae.workdir import flatten
 
 PRESETS = [
     ("published", "cross_scale_mae"),

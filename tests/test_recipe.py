@@ -7,10 +7,11 @@ import pytest
 
 from tests.test_evaluation import ColourSource
 from tests.test_protocol import PROTOCOL
-from xsmae import finetune, linear_probe
+from xsmae.cli import finetune
+from xsmae.cli import probe as linear_probe
 from xsmae.errors import UserError
-from xsmae.evaluation import recipe
-from xsmae.evaluation.protocol import Protocol
+from xsmae.evaluation.fitting import recipe
+from xsmae.evaluation.rows import Protocol
 
 RECIPES = {"probe": recipe.published_probe, "finetune": recipe.finetuning}
 FIELDS = [(kind, name) for kind, new in RECIPES.items() for name in new()]

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tests.test_protocol import PROTOCOL, some_row
-from xsmae import results
-from xsmae.evaluation import pictures
-from xsmae.evaluation.protocol import append
-from xsmae.evaluation.table import create_tables, markdown, statements, terminal_table
+from xsmae.cli import results
+from xsmae.evaluation.rows import append
+from xsmae.evaluation.tables import create_tables, markdown, statements, terminal_table
+from xsmae.figures import results as pictures
 
 CONTROL = {
     "name": "statistics", "kind": "statistics", "digest": "0" * 16, "pooling": None,

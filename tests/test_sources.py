@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xsmae.data.catalogue import SOURCES
-from xsmae.data.records import split_indices
-from xsmae.data.sources import CsvSource, FolderSource, Record
-from xsmae.data.synthetic import SyntheticSource
+from xsmae.data.folder import FolderSource
+from xsmae.data.records import Record, Subset
+from xsmae.data.splits import split_indices
+from xsmae.data.synthetic.source import SyntheticSource
+from xsmae.data.tables import CsvSource
 from xsmae.errors import BadImageError, UserError
-from xsmae.evaluation.parts import Subset
 
 GSD = 0.5
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 from studies import config as systems
 from studies import head_to_head, report
-from xsmae import knn, linear_probe
-from xsmae.evaluation.protocol import read
-from xsmae.workdir import flatten
+from xsmae.cli import knn
+from xsmae.cli import probe as linear_probe
+from xsmae.config import flatten
+from xsmae.evaluation.rows import read
 
 ROOT = Path(__file__).parent.parent
 COMPARED = [system for system in systems.SYSTEMS if "-" not in system]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xsmae.data.synthetic import CLASS_NAMES, Scene, SyntheticSource
+from xsmae.data.synthetic.source import CLASS_NAMES, Scene, SyntheticSource
 from xsmae.errors import UserError
 
 # Changes only together with GENERATOR_VERSION.

@@ -15,8 +15,8 @@ from PIL import Image
 
 from xsmae.data import fmow_tfds
 from xsmae.data.fmow import FmowSource
-from xsmae.data.records import split_indices
-from xsmae.data.tfds_source import TfdsSource
+from xsmae.data.splits import split_indices
+from xsmae.data.tfds import TfdsSource
 from xsmae.errors import BadImageError, UserError
 
 COUNT = 30

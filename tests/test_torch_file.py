@@ -25,9 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from xsmae import torch_file
 from xsmae.errors import UserError
-from xsmae.torch_file import Namespace, read_pytorch
+from xsmae.weights import torch_pickle
+from xsmae.weights.torch_file import read_pytorch
+from xsmae.weights.torch_pickle import Namespace
 
 CASES = Path(__file__).parent.parent.parent / "shared" / "parity"
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -521,7 +522,7 @@ HOSTILE = [
     (Name("torch._utils", "_rebuild_tensor_v2.__globals__"), ()),
     (Name("collections", "OrderedDict.__init__.__globals__"), ()),
     (Name("argparse", "Namespace.__class__"), ()),
-    (Name("xsmae.torch_file", "GLOBALS"), ()),
+    (Name("xsmae.weights.torch_pickle", "GLOBALS"), ()),
     (Name("torch", "load"), (MARKER,)),
     (Name("torch", "Tensor"), ()),
 ]
@@ -596,10 +597,10 @@ REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
 )
 @pytest.mark.parametrize("state", [{"__code__": 1}, (None, {"__doc__": "x"}), (3, ">")])
 def test_state_of_nothing_but_a_namespace(write, target, state):
-    before = dict(vars(torch_file._tensor)), torch_file._tensor.__doc__
+    before = dict(vars(torch_pickle._tensor)), torch_pickle._tensor.__doc__
     data = pickled(target)[:-1] + pickled(state)[2:-1] + pickle.BUILD + pickle.STOP
     assert "sets the state of a" in refusal(write(data, {"0": FLOATS}))
-    assert (dict(vars(torch_file._tensor)), torch_file._tensor.__doc__) == before
+    assert (dict(vars(torch_pickle._tensor)), torch_pickle._tensor.__doc__) == before
     assert vars(Namespace).get("__code__") is None
 
 
@@ -812,8 +813,8 @@ def test_bombs(tmp_path):
     refusal(path)
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
-    write_zip(path, bytes(torch_file.LIMIT + 1))
-    assert f"expected at most {torch_file.LIMIT}" in refusal(path)
+    write_zip(path, bytes(torch_pickle.LIMIT + 1))
+    assert f"expected at most {torch_pickle.LIMIT}" in refusal(path)
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,17 @@ import pytest
 
 from tests.test_finetune import tiny_encoder
 from tests.test_protocol import Fingerprinted, Permuted, counting_encoder, job
-from xsmae import finetune, linear_probe, results
-from xsmae.encoder import write_random_encoder
+from xsmae.cli import finetune, results
+from xsmae.cli import probe as linear_probe
 from xsmae.errors import UserError
-from xsmae.evaluation import finetune as finetuning
-from xsmae.evaluation import published_probe, recipe
+from xsmae.evaluation.fitting import recipe
+from xsmae.evaluation.fitting.fit import forget, of_trained, state_folder
 from xsmae.evaluation.measure import measure
-from xsmae.evaluation.protocol import read
+from xsmae.evaluation.rows import read
 from xsmae.evaluation.scales import create_scales
-from xsmae.evaluation.training import forget, of_trained, state_folder
+from xsmae.evaluation.tasks import finetune as finetuning
+from xsmae.evaluation.tasks import published_probe
+from xsmae.weights.encoder import write_random_encoder
 
 ROOT = Path(__file__).parent.parent
 

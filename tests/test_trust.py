@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 
 from tests.test_main import SMALL_MODEL, SMALL_RUN, call, refused
-from xsmae import drawing, watchdog
 from xsmae.checkpoints import digests
-from xsmae.checkpoints.__main__ import main as verify
+from xsmae.cli.verify import main as verify
 from xsmae.errors import UserError
-from xsmae.lock import FolderLock
-from xsmae.metrics import MetricsWriter, read_metrics
-from xsmae.nonfinite import NonfiniteBatches
-from xsmae.watchdog import Watchdog
-from xsmae.workdir import told_in_one_line
+from xsmae.process import watchdog
+from xsmae.process.lock import FolderLock
+from xsmae.process.watchdog import Watchdog
+from xsmae.run import drawing
+from xsmae.run.metrics import MetricsWriter, read_metrics
+from xsmae.run.nonfinite import NonfiniteBatches
+from xsmae.run.workdir import told_in_one_line
 
 ROOT = Path(__file__).parent.parent
 SHORT = [

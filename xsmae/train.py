@@ -12,36 +12,38 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from xsmae import drawing, monitoring
 from xsmae.checkpoints import Checkpoints
 from xsmae.checkpoints.saving import Saver
 from xsmae.data.catalogue import build_source
-from xsmae.data.multiscale import ViewSampler
-from xsmae.data.pipeline import RejectedImages, check_bands, check_batch_size
-from xsmae.data.sources import Source
-from xsmae.encoder import write_encoder
+from xsmae.data.pipeline import check_bands, check_batch_size
+from xsmae.data.records import Source
+from xsmae.data.views import ViewSampler
 from xsmae.errors import UserError
-from xsmae.evaluation.knn import KnnMonitor
-from xsmae.hosts import StopTogether, counted_together, end_alone, own_folder
-from xsmae.init import keep_config, load_weights
-from xsmae.lock import FolderLock
-from xsmae.metrics import MetricsWriter, Progress
-from xsmae.monitoring import due_every
-from xsmae.nonfinite import NonfiniteBatches
-from xsmae.report import describe, summary
+from xsmae.evaluation.tasks.knn import KnnMonitor
+from xsmae.process.lock import FolderLock
+from xsmae.process.progress import Progress
+from xsmae.process.signals import StopRequest
+from xsmae.process.watchdog import Watchdog
+from xsmae.run import drawing, monitoring
+from xsmae.run.hosts import StopTogether, counted_together, end_alone, own_folder
+from xsmae.run.metrics import MetricsWriter
+from xsmae.run.monitoring import due_every
+from xsmae.run.monitors import create_monitors
+from xsmae.run.nonfinite import NonfiniteBatches
+from xsmae.run.rejected import RejectedImages
+from xsmae.run.report import describe, summary
+from xsmae.run.workdir import goes_on_without, open_workdir, told_in_one_line
 from xsmae.sharding import by_batch, put_batch, replicated
-from xsmae.signals import StopRequest
 from xsmae.train_state import TrainState
 from xsmae.trainer import (
     STEP_FIELDS,
     Trainer,
     batches_of,
-    create_monitors,
     create_sampler,
     create_trainer,
 )
-from xsmae.watchdog import Watchdog
-from xsmae.workdir import goes_on_without, open_workdir, told_in_one_line
+from xsmae.weights.encoder import write_encoder
+from xsmae.weights.warm_start import keep_config, load_weights
 
 
 @dataclasses.dataclass(frozen=True)

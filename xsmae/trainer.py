@@ -16,16 +16,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from xsmae.data.catalogue import build_source
-from xsmae.data.multiscale import ViewSampler
+from xsmae.config import check_ranges
 from xsmae.data.pipeline import make_batches
-from xsmae.data.sources import Source
-from xsmae.encoder import EXECUTION
+from xsmae.data.records import Source
+from xsmae.data.views import ViewSampler
 from xsmae.errors import UserError
-from xsmae.evaluation.knn import KnnMonitor
 from xsmae.methods import METHODS, Method, Pictures
 from xsmae.optim import Optimizer, create_optimizer
-from xsmae.ranges import check_ranges
 from xsmae.sharding import (
     by_batch,
     create_mesh,
@@ -41,10 +38,10 @@ from xsmae.train_state import (
     prepare_views,
     train_step,
 )
+from xsmae.weights.encoder import EXECUTION
 
 # What of a batch the step reads; the rest is the host's account of the images.
 STEP_FIELDS = ("image", "gsd", "box", "flip")
-PARTS = ("train", "test")  # of the kNN monitor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,41 +207,6 @@ def create_trainer(
             params, put_whole(images, by_batch(mesh)), put_whole(gsd, by_batch(mesh))
         ),
     )
-
-
-def create_monitors(
-    config: ml_collections.ConfigDict,
-    source: Source,
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[KnnMonitor | None, KnnMonitor | None]:
-    """The kNN monitor during the run, and the one over all images at its end.
-
-    None where there are no labels, or where `config.knn` does not want it.
-    """
-    knn = config.knn
-    if len(source.class_names) < 2 or knn.every < 0:
-        return None, None
-    try:
-        train, test = (build_source({**config.data, **knn[n]}) for n in PARTS)
-    except UserError as error:
-        raise UserError(
-            f"the kNN monitor's images (config.knn.train, config.knn.test): {error}; "
-            "or switch it off with --config.knn.every=-1"
-        ) from None
-    devices = jax.device_count()
-    create = functools.partial(
-        KnnMonitor,
-        train,
-        test,
-        size=config.views.size,
-        k=knn.k,
-        temperature=knn.temperature,
-        batch_size=-(-knn.batch_size // devices) * devices,
-        should_stop=should_stop,
-    )
-    during = create(max_train=knn.max_train, max_test=knn.max_test)
-    return during, create(max_train=0, max_test=0) if knn.full_at_end else None
 
 
 def batch_shapes(

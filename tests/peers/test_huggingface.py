@@ -14,11 +14,11 @@ from safetensors.numpy import save_file
 
 import xsmae
 from tests.test_export import make_encoder
-from xsmae.convert import import_checkpoint
-from xsmae.export import export
-from xsmae.layouts import leaves, weights_of
+from xsmae.cli.convert import import_checkpoint
 from xsmae.methods import METHODS
 from xsmae.models.mae import Views
+from xsmae.weights.export import export
+from xsmae.weights.layouts import leaves, weights_of
 
 BATCH = 3
 SIZES = [

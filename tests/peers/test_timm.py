@@ -10,7 +10,7 @@ import torch
 
 from tests.peers.test_huggingface import assert_close, tokens_of
 from tests.test_export import make_encoder
-from xsmae.export import export
+from xsmae.weights.export import export
 
 TORCHVISION = ("", ".datasets", ".models", ".ops", ".ops.misc", ".transforms")
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from xsmae.data.fmow import FmowCsvSource, FmowSource
-from xsmae.data.sources import CsvSource, FolderSource, Source
-from xsmae.data.synthetic import SyntheticSource
-from xsmae.data.tfds_source import TfdsSource
+from xsmae.data.folder import FolderSource
+from xsmae.data.records import Source
+from xsmae.data.synthetic.source import SyntheticSource
+from xsmae.data.tables import CsvSource
+from xsmae.data.tfds import TfdsSource
 from xsmae.errors import UserError
 
 SOURCES = {

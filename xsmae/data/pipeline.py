@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import grain
 import numpy as np
 from absl import flags
 
-from xsmae.data.multiscale import ViewSampler
-from xsmae.data.records import open_record
-from xsmae.data.sources import Source
+from xsmae.data.records import Source, open_record
+from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError, UserError
-from xsmae.files import keep_rows
 
 SHOWN = 20  # bad images that the message of a stopped run names
 
@@ -172,78 +168,3 @@ def check_bands(source: Source, bands: Sequence[str]) -> None:
 def _leave_interrupts_to_the_parent(worker_index: int, worker_count: int) -> None:
     """Ctrl-C reaches every process of a terminal; the parent decides what ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class RejectedImages:
-    """Which images of a source could not be used, in memory and in `rejected.jsonl`.
-
-    `resume_step` is the step that the run goes on from: what later steps of a killed
-    run found is dropped, since they will find it again.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        source: Source,
-        *,
-        max_fraction: float,
-        resume_step: int | None = None,
-    ):
-        self.path = path
-        self.source = source
-        self.max_fraction = max_fraction
-        rows = keep_rows(path, resume_step)
-        self.reasons: dict[str, str] = {row["id"]: row["reason"] for row in rows}
-
-    def __len__(self) -> int:
-        return len(self.reasons)
-
-    def check(self, batch: dict[str, np.ndarray], *, step: int) -> int:
-        """Account for the replaced images of a step's batch; returns how many it holds.
-
-        Raises UserError where more images are bad than `allowed_rejections`, by what
-        this process has seen.
-        """
-        replaced = np.flatnonzero(batch["index"] != batch["requested"])
-        for row in replaced:
-            index, used = int(batch["requested"][row]), int(batch["index"][row])
-            # A replaced image is read again for its reason: rare, and it spares every
-            # batch a column of texts.
-            while index != used:
-                self._reject(index, step)
-                self.check_limit(len(self))
-                index = (index + 1) % len(self.source)
-        return len(replaced)
-
-    def _reject(self, index: int, step: int) -> None:
-        identifier = self.source.id(index)
-        if identifier in self.reasons:
-            return
-        try:
-            self.source[index]
-        except BadImageError as error:
-            self.reasons[identifier] = str(error)
-        else:
-            self.reasons[identifier] = "could not be read at first, later it could"
-        row = {"schema": 1, "step": step, "id": identifier}
-        row["reason"] = self.reasons[identifier]
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def check_limit(self, number: int) -> None:
-        """Raises UserError where `number` bad images of all processes are too many."""
-        allowed = allowed_rejections(len(self.source), self.max_fraction)
-        if number <= allowed:
-            return
-        # Those of this process; the others' are in their own files.
-        named = [f"{name} ({reason})" for name, reason in self.reasons.items()][:SHOWN]
-        more = number - len(named)
-        if more > 0:
-            named.append(f"and {more} more")
-        raise UserError(
-            f"{number} of {len(self.source)} images cannot be used, more than the "
-            f"{allowed} allowed (--config.input.max_rejected_fraction="
-            f"{self.max_fraction:g}): {', '.join(named)}. Mend or remove the files "
-            f"listed in {self.path.name}, python -m xsmae.check_data finds all others "
-            "too; or raise --config.input.max_rejected_fraction"
-        )

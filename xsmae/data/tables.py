@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xsmae.data.records import Listing, check_folder, check_gsd, file_size, number
+from xsmae.data.files import FileSource, Listing, check_folder, file_size
+from xsmae.data.images import MAX_PIXELS, MIN_SIDE
+from xsmae.data.records import GSD_HELP, check_gsd, number
+from xsmae.data.splits import split_indices
 from xsmae.errors import UserError
 
 # The first that is present counts. image_path and category are the names in the CSVs
@@ -175,3 +178,50 @@ def _confined(path: str, real_root: str, where: str) -> str:
             "file, or give a root that holds both"
         )
     return parts.as_posix()
+
+
+class CsvSource(FileSource):
+    """The images that a CSV lists, in its order.
+
+    The header names the columns, in any case: one of `PATH_COLUMNS`, and optionally one
+    of `LABEL_COLUMNS` and `gsd`; others are ignored. The delimiter is the one of comma,
+    semicolon and tab that the header has most of. Labels are text (numbered in sorted
+    order) or whole numbers (numbered in their order). A CSV numbers its own labels: for
+    numbers that agree between training and test, use one CSV and `split`.
+
+    Paths are relative to `root` and stay inside it: an absolute path, a `..` or a link
+    that leads out is a UserError with its line. A listed file that is missing is a
+    BadImageError when it is read, unless all are.
+
+    Args:
+      csv_path: the table, UTF-8.
+      root: the folder of the paths; None: the folder of the CSV.
+      gsd: metres per pixel of every image, where the table has no `gsd` column.
+      split, test_fraction: see `records`; an id is a path as listed.
+      min_side, max_pixels: see `images.decode`.
+
+    Raises:
+      UserError: anything wrong with the table, the GSD or the split.
+    """
+
+    def __init__(
+        self,
+        csv_path: str | os.PathLike,
+        *,
+        root: str | os.PathLike | None = None,
+        gsd: float | None = None,
+        split: str = "all",
+        test_fraction: float = 0.1,
+        min_side: int = MIN_SIDE,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        folder, listing = read_listing(csv_path, root=root, gsd=gsd)
+        if listing.gsds is None:
+            raise UserError(
+                f"{csv_path} has no gsd column and no gsd is given: {GSD_HELP}, or add "
+                "the column"
+            )
+        chosen = split_indices(listing.ids, listing.labels, split, test_fraction)
+        super().__init__(
+            folder, listing.take(chosen), min_side=min_side, max_pixels=max_pixels
+        )

@@ -11,12 +11,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from xsmae.data.sources import Source
+from xsmae.data.records import Source
 from xsmae.errors import UserError
 from xsmae.evaluation.features import encode_batches
-from xsmae.evaluation.frozen import FrozenEncoder
 from xsmae.evaluation.scales import Scale
-from xsmae.files import atomic_write
+from xsmae.evaluation.subjects import FrozenEncoder
+from xsmae.process.files import atomic_write
 
 VERSION = 1  # raise it whenever the same encoder and images give other features
 EVERY = 10.0  # seconds between two lines of progress

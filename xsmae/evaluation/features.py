@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xsmae.data.records import pixel_digest
-from xsmae.data.sources import Source
+from xsmae.data.records import Source, pixel_digest
 from xsmae.errors import BadImageError, UserError
 
 FEATURES = ("cls", "mean")

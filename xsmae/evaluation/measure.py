@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from xsmae.data.records import labels_of
 from xsmae.errors import UserError
 from xsmae.evaluation.cache import Features, cached_features
 from xsmae.evaluation.features import standardize
-from xsmae.evaluation.frozen import FrozenEncoder
 from xsmae.evaluation.intervals import LEVEL, RESAMPLES, bootstrap_interval
-from xsmae.evaluation.parts import Parts, identical_images, labels_of
-from xsmae.evaluation.protocol import (
+from xsmae.evaluation.parts import Parts, identical_images
+from xsmae.evaluation.rows import (
     AVERAGE,
     Result,
     append_all,
@@ -24,9 +24,10 @@ from xsmae.evaluation.protocol import (
     now,
     read,
 )
-from xsmae.evaluation.protocol import Protocol as ResultProtocol
+from xsmae.evaluation.rows import Protocol as ResultProtocol
 from xsmae.evaluation.scales import Scale
-from xsmae.workdir import describe_environment
+from xsmae.evaluation.subjects import FrozenEncoder
+from xsmae.process.environment import describe_environment
 
 INTERVAL = {
     "method": "percentile bootstrap over test images",

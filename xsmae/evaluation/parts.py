@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xsmae.data.catalogue import build_source
-from xsmae.data.records import Record, fingerprint
-from xsmae.data.sources import Source
+from xsmae.data.records import Source, fingerprint
 from xsmae.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Int, UInt8
+    from jaxtyping import UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,40 +47,6 @@ class Parts:
                 "split": fingerprint((source.id(i),) for i in range(len(source))),
             }
         return found
-
-
-class Subset:
-    """The images of a source at `positions`, in that order; a source itself."""
-
-    def __init__(self, source: Source, positions: Int[np.ndarray, " n"]):
-        self._source, self._positions = source, positions
-        self.labels = labels_of(source, positions)
-        self.class_names = source.class_names
-
-    @property
-    def bands(self) -> tuple[str, ...]:
-        """Those of the source."""
-        return self._source.bands
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits, as `Source` has them."""
-        return fingerprint(
-            (self._source.fingerprint,), *((int(i),) for i in self._positions)
-        )
-
-    def id(self, index: int) -> str:
-        """That of the source."""
-        return self._source.id(int(self._positions[index]))
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._positions[index])]
-
-    def __repr__(self) -> str:
-        return f"{len(self)} of {self._source!r}"
 
 
 def open_parts(name: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> Parts:
@@ -144,11 +109,6 @@ def _places(source: Source) -> set[str]:
     if hasattr(source, "path"):
         return {os.path.realpath(source.path(i)) for i in range(len(source))}
     return {source.id(i) for i in range(len(source))}
-
-
-def labels_of(source: Source, index: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The labels of the images at `index`."""
-    return np.asarray(source.labels)[index]
 
 
 def identical_images(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xsmae.data.sources import Source
+from xsmae.data.records import Source
 from xsmae.errors import BadImageError, UserError
 from xsmae.evaluation.features import spread
 

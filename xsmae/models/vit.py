@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from xsmae.models.masking import take_tokens
 from xsmae.models.position import TokenPositions
-from xsmae.ops.attention import attention
-from xsmae.ops.flash_attention import ATTENDED
+from xsmae.ops.attention.api import attention
+from xsmae.ops.attention.flash import ATTENDED
 from xsmae.ops.gelu import gelu
 from xsmae.ops.layer_norm import layer_norm
 from xsmae.sharding import whole_where_used

@@ -1,0 +1,211 @@
+"""Read a data set before training on it:
+
+    python -m xsmae.check_data --data=configs/folder.py --data.root=DIR --data.gsd=0.5
+
+Every image is read as pretraining would read it. Prints counts, sizes, GSDs, classes,
+mean and standard deviation, images that are there twice and those that are refused, and
+writes report.md, report.json and contact_sheet.png.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from xsmae.cli import evaluation as commandline
+from xsmae.data.catalogue import build_source
+from xsmae.data.pipeline import allowed_rejections
+from xsmae.data.survey import Survey, survey
+from xsmae.errors import UserError, printable
+from xsmae.run.workdir import write_json
+
+SHOWN = 20  # of a list that may be long; report.json has all of it
+TOO_MANY = 3
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags besides `--data` and its fields."""
+    flags.DEFINE_string(
+        "out", "data_report", "The folder of the report.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "samples", 24, "Images on the contact sheet, evenly spaced.", flag_values=values
+    )
+
+
+def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
+    """Read, print and write; returns 3 where training would refuse so many images."""
+    config, rest = commandline.data_of(argv)
+    values = flags.FlagValues()
+    define_flags(values)
+    try:
+        unknown = values(rest)[1:]
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if unknown or values.samples < 1:
+        found = " ".join(unknown) or f"samples={values.samples}, expected 1 or more"
+        raise UserError(f"flags: {found}")
+    out = Path(values.out)
+    parts = {"data": _survey("data", config.data, should_stop)}
+    if config.test.to_dict() != config.data.to_dict():
+        parts["test"] = _survey("test", config.test, should_stop)
+    if not parts["data"].images:
+        raise UserError(
+            f"none of {parts['data'].source!r} can be read: {_first(parts)}"
+        )
+    report = describe(parts)
+    rejected = len(parts["data"].rejected)
+    allowed = allowed_rejections(
+        len(parts["data"].source), config.input.max_rejected_fraction
+    )
+    report["too_many_rejected"] = rejected > allowed
+    text = printable(as_text(report))
+    print(text)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "report.json", report)
+        (out / "report.md").write_text(f"# Data\n\n```\n{text}\n```\n")
+        _draw(out / "contact_sheet.png", parts["data"], values.samples)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out}: {error.strerror}; give --out"
+        ) from None
+    print(f"\n{out}/report.md, report.json, contact_sheet.png")
+    if report["too_many_rejected"]:
+        print(
+            f"xsmae: {rejected} of {report['images']} images are refused, training "
+            f"stops at more than {allowed}: mend or remove them, or raise "
+            "--config.input.max_rejected_fraction",
+            file=sys.stderr,
+        )
+        return TOO_MANY
+    return 0
+
+
+def describe(parts: dict[str, Survey]) -> dict[str, Any]:
+    """All that is found, as JSON: what `data` holds, and `test` where there is one."""
+    data, test = parts["data"], parts.get("test")
+    held_out = {test.source.id(i) for i in range(len(test.source))} if test else set()
+    counted = [i for i in data.images if data.source.id(i.index) not in held_out]
+    report = {"schema": 1, "source": repr(data.source), "images": len(data.source)}
+    for name, values in (
+        ("height", [image.shape[0] for image in data.images]),
+        ("width", [image.shape[1] for image in data.images]),
+        ("gsd", [image.gsd for image in data.images]),
+    ):
+        low, middle, high = np.quantile(values, (0, 0.5, 1)).tolist()
+        report[name] = {"min": low, "median": middle, "max": high}
+    report["classes"] = data.classes()
+    report["mean"], report["std"] = (
+        data.statistics(held_out) if counted else (None, None)
+    )
+    report["statistics_of"] = len(counted)
+    report["identical"] = data.identical()
+    if test:
+        report["test"] = {"source": repr(test.source), "classes": test.classes()}
+        pairs = data.also_in(test)
+        report["identical_in_test"] = [p for p in pairs if p[0] not in held_out]
+    report["rejected"] = {
+        f"{name}: {key}": reason
+        for name, part in parts.items()
+        for key, reason in part.rejected.items()
+    }
+    return report
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    lines = [report["source"]]
+    if "test" in report:
+        lines.append(f"test: {report['test']['source']}")
+    for name, unit in (("width", "px"), ("height", "px"), ("gsd", "m/px")):
+        found = report[name]
+        spread = f"{found['median']:g} {unit}"
+        if found["min"] != found["max"]:
+            spread += f" in the middle, {found['min']:g} to {found['max']:g}"
+        lines.append(f"{name:8}{spread}")
+    if report["mean"]:
+        lines.append(f"of the {report['statistics_of']} images not of the test part:")
+        for name in ("mean", "std"):
+            numbers = ", ".join(f"{value:.4f}" for value in report[name])
+            lines.append(f"  --config.{name}='({numbers})'")
+    classes = report["classes"]
+    if classes:
+        lines.append(
+            f"{len(classes)} classes: {min(classes.values())} to "
+            f"{max(classes.values())} images"
+        )
+        lines += _some(f"  {count:7} {name}" for name, count in classes.items())
+    groups = report["identical"]
+    lines.append(f"{len(groups)} groups of images with the same pixels")
+    lines += _some("  " + " = ".join(ids[:SHOWN]) for ids in groups)
+    if "test" in report:
+        pairs = report["identical_in_test"]
+        lines.append(f"{len(pairs)} images with the pixels of one of the test part")
+        lines += _some(f"  {one} = {other}" for one, other in pairs)
+    lines.append(f"{len(report['rejected'])} refused")
+    lines += _some(f"  {key}: {reason}" for key, reason in report["rejected"].items())
+    return "\n".join(lines)
+
+
+def _survey(name: str, data: Any, should_stop: Callable[[], bool]) -> Survey:
+    try:
+        source = build_source(data.to_dict())
+    except UserError as error:
+        raise UserError(str(error).replace("--config.data.", f"--{name}.")) from None
+    start = last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 5 or done == total:
+            last = now
+            print(
+                f"{name}: {done}/{total}, {done / (now - start):.0f} images/s",
+                flush=True,
+            )
+
+    return survey(source, progress=progress, should_stop=should_stop)
+
+
+def _some(lines: Any) -> list[str]:
+    lines = list(lines)
+    more = len(lines) - SHOWN
+    return lines[:SHOWN] + ([f"  and {more} more: report.json"] if more > 0 else [])
+
+
+def _first(parts: dict[str, Survey]) -> str:
+    key, reason = next(iter(parts["data"].rejected.items()))
+    return f"{key}: {reason}"
+
+
+def _draw(path: Path, data: Survey, samples: int) -> None:
+    from xsmae.figures.contact_sheet import contact_sheet
+
+    rows = np.linspace(0, len(data.images) - 1, min(samples, len(data.images)))
+    chosen = [data.images[row].index for row in rows.round().astype(int)]
+    contact_sheet(path, [data.source[i] for i in chosen], data.source.class_names)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    status = 0
+
+    def run(argv: list[str], should_stop: Callable[[], bool]) -> None:
+        nonlocal status
+        status = check(argv, should_stop)
+
+    ended = commandline.run(
+        run, argv, doc=__doc__, define=define_flags, common=lambda values: None
+    )
+    return ended or status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

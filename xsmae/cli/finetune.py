@@ -1,0 +1,80 @@
+"""Fine-tuning on labelled images: `python -m xsmae.finetune --encoder=RUN ...`.
+
+The whole encoder is trained with a classifier on it by MAE's recipe, each number of
+which is set by --recipe.FIELD=VALUE. The control is the same architecture trained by
+the same recipe from random weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from xsmae.cli import evaluation as commandline
+from xsmae.cli.setup import measure_trained, open_setup
+from xsmae.data.images import BANDS
+from xsmae.errors import UserError
+from xsmae.evaluation.fitting import recipe
+from xsmae.evaluation.rows import Result
+from xsmae.evaluation.subjects import PIXEL_CONTROLS
+from xsmae.evaluation.tasks.finetune import create_learner
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this binary alone."""
+    flags.DEFINE_bool(
+        "controls",
+        True,
+        "Train the same architecture from random weights too.",
+        flag_values=values,
+    )
+    recipe.define_flags(values)
+
+
+def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
+    """Measure what the flags name, and its control; prints the table."""
+    values, config = commandline.parse(
+        argv, define_flags, lambda values: recipe.finetuning()
+    )
+    recipe.check(config.recipe)
+    if values.encoder in PIXEL_CONTROLS:
+        raise UserError(
+            f"encoder={values.encoder} has no weights to fine-tune: give an exported "
+            "encoder, a workdir, RUN/checkpoints/STEP or random:SIZE"
+        )
+    if values["missing_bands"].present:
+        raise UserError(
+            "--missing_bands has no meaning for fine-tuning, which needs an encoder of "
+            "the images' bands: leave it out"
+        )
+    commandline.default(values, "scales", ["100"])
+    commandline.default(values, "feature", ["mean"])
+    setup = open_setup(values, config)
+    bands = tuple(setup.encoder.info["bands"])
+    if bands != BANDS:
+        raise UserError(
+            f"{setup.encoder.name} reads the bands {', '.join(bands)}, expected those "
+            f"of the images to fine-tune it: {', '.join(BANDS)} in this order"
+        )
+    return measure_trained(
+        setup,
+        values,
+        "finetune",
+        "the whole encoder and a linear layer",
+        config.recipe,
+        create_learner,
+        should_stop=should_stop,
+        random_control=values.controls,
+        pixel_controls=False,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return commandline.run(evaluate, argv, doc=__doc__, define=define_flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

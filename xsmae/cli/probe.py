@@ -1,0 +1,132 @@
+"""Linear probe of frozen features: `python -m xsmae.linear_probe --encoder=RUN ...`.
+
+--protocol=sweep: features are extracted once, a multinomial logistic regression is
+fitted for each of a grid of L2 penalties, and the penalty is chosen on a part of the
+training images. --protocol=published: the papers' probe, batch norm and a linear layer
+trained by LARS on random crops that are encoded anew in every epoch; its numbers are
+set by --recipe.FIELD=VALUE. The same is measured of the controls: image statistics, a
+thumbnail, and the encoder's architecture with random weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import ml_collections
+from absl import flags
+
+from xsmae.cli import evaluation as commandline
+from xsmae.cli.setup import measure_all, measure_trained, open_setup
+from xsmae.errors import UserError
+from xsmae.evaluation.fitting import recipe
+from xsmae.evaluation.measure import of_frozen_features
+from xsmae.evaluation.rows import Result
+from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_predict
+from xsmae.evaluation.tasks.published_probe import create_learner
+
+# The flags that one protocol alone has a use for.
+FLAGS = {"sweep": ("penalties", "validation"), "published": ("num_workers",)}
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this binary alone."""
+    flags.DEFINE_enum(
+        "protocol",
+        "sweep",
+        tuple(FLAGS),
+        "sweep: logistic regression, the penalty chosen on training images. published: "
+        "the papers', by LARS on random crops.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "penalties",
+        [f"{penalty:g}" for penalty in PENALTIES],
+        "The L2 penalties to choose from, of the sweep.",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "validation",
+        VALIDATION,
+        "The part of each class's training images that the sweep's penalty is chosen "
+        "on.",
+        flag_values=values,
+    )
+    recipe.define_flags(values)
+
+
+def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
+    """Measure what the flags name, and its controls; prints the table."""
+    values, config = commandline.parse(argv, define_flags, _recipe_of)
+    for protocol, names in FLAGS.items():
+        given = [name for name in names if values[name].present]
+        if given and values.protocol != protocol:
+            raise UserError(
+                f"--{given[0]} has no meaning for protocol={values.protocol}: leave it "
+                f"out, or give --protocol={protocol}"
+            )
+    if values.protocol == "published":
+        return _published(values, config, should_stop)
+    return _sweep(values, config, should_stop)
+
+
+def _recipe_of(values: flags.FlagValues) -> ml_collections.ConfigDict | None:
+    return recipe.published_probe() if values.protocol == "published" else None
+
+
+def _sweep(values, config, should_stop) -> list[Result]:
+    try:
+        penalties = sorted({float(text) for text in values.penalties})
+    except ValueError:
+        penalties = []
+    if not penalties or penalties[0] < 0 or not 0 < values.validation < 1:
+        raise UserError(
+            f"penalties={','.join(values.penalties)}, validation={values.validation}, "
+            "expected numbers of 0 or more, and a fraction between 0 and 1"
+        )
+    setup = open_setup(values, config)
+    options = {
+        "classifier": "logistic regression, L-BFGS, standardised features",
+        "penalties": penalties,
+        "validation": values.validation,
+    }
+
+    def outcomes(job, scale):
+        predict = functools.partial(
+            sweep_predict,
+            penalties=penalties,
+            validation=values.validation,
+            seed=values.seed,
+            should_stop=should_stop,
+            say=lambda line: job.say(f"{job.encoder.name}: {line}"),
+        )
+        return of_frozen_features(job, scale, predict=predict)
+
+    return measure_all(
+        setup, values, "linear_probe", options, outcomes, should_stop=should_stop
+    )
+
+
+def _published(values, config, should_stop) -> list[Result]:
+    recipe.check(config.recipe)
+    commandline.default(values, "scales", ["100"])
+    commandline.default(values, "feature", ["cls"])
+    return measure_trained(
+        open_setup(values, config),
+        values,
+        "linear_probe_published",
+        "batch norm, linear; LARS on random crops",
+        config.recipe,
+        create_learner,
+        should_stop=should_stop,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return commandline.run(evaluate, argv, doc=__doc__, define=define_flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

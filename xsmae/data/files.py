@@ -1,0 +1,139 @@
+"""Sources that read image files below one root."""
+
+import contextlib
+import operator
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xsmae.data.images import BANDS
+from xsmae.data.picture import open_picture
+from xsmae.data.records import Record, decoded, fingerprint
+from xsmae.errors import UserError
+
+
+class Listing(NamedTuple):
+    """Every image of a data set, before the split; one entry a record.
+
+    `sizes` are bytes, of the image and of what lies beside it (-1: not there), so that
+    a changed file changes the fingerprint. `gsds` is None where each is read later.
+    """
+
+    ids: list[str]
+    sizes: list[tuple[int, ...]]
+    labels: np.ndarray | None
+    class_names: tuple[str, ...]
+    gsds: np.ndarray | None
+
+    def take(self, indices: np.ndarray) -> "Listing":
+        """Returns the records at `indices`; the class names stay."""
+        return Listing(
+            [self.ids[i] for i in indices],
+            [self.sizes[i] for i in indices],
+            None if self.labels is None else self.labels[indices],
+            self.class_names,
+            None if self.gsds is None else self.gsds[indices],
+        )
+
+
+class FileSource:
+    """Image files under one root; the base of the sources that read files.
+
+    `options` are what else decides the pixels; they go into the fingerprint.
+    """
+
+    bands = BANDS
+
+    def __init__(
+        self,
+        root: pathlib.Path,
+        listing: Listing,
+        *,
+        min_side: int,
+        max_pixels: int,
+        options: Sequence[object] = (),
+    ):
+        self._root = root
+        self._listing = listing
+        self._min_side = min_side
+        self._max_pixels = max_pixels
+        ids, sizes, labels, names, gsds = listing
+        records = zip(
+            ids,
+            sizes,
+            [None] * len(ids) if labels is None else labels,
+            [None] * len(ids) if gsds is None else gsds,
+            strict=True,
+        )
+        kind = type(self).__name__
+        self._fingerprint = fingerprint((kind, *options), names, *records)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over class, ids, sizes in bytes, labels and GSDs."""
+        return self._fingerprint
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of every label; empty without labels."""
+        return self._listing.class_names
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [len(self)]; None without labels."""
+        return self._listing.labels
+
+    def id(self, index: int) -> str:
+        """The path relative to the root, with forward slashes."""
+        return self._listing.ids[index]
+
+    def path(self, index: int) -> pathlib.Path:
+        """The record's file on this machine."""
+        return self._root / self._listing.ids[index]
+
+    def __len__(self) -> int:
+        return len(self._listing.ids)
+
+    def __getitem__(self, index: int) -> Record:
+        with self.open(index) as record:
+            return decoded(record)
+
+    @contextlib.contextmanager
+    def open(self, index: int) -> Iterator[Record]:
+        """The record with its image undecoded, see `open_record`."""
+        index = operator.index(index)
+        gsd, crop = self._gsd_and_crop(index)
+        limits = {"min_side": self._min_side, "max_pixels": self._max_pixels}
+        with open_picture(self.path(index), **limits, **crop) as picture:
+            label = None if self.labels is None else int(self.labels[index])
+            yield Record(picture, gsd, label, self.id(index))
+
+    def _gsd_and_crop(self, index: int) -> tuple[float, dict[str, Any]]:
+        """Metres per pixel, and the `box` and `context` of `open_picture`, if any."""
+        return float(self._listing.gsds[index]), {}
+
+    def __repr__(self) -> str:
+        # grain compares repr(source) on resume: no path, no address.
+        return (
+            f"{type(self).__name__}({len(self)} images, fingerprint={self.fingerprint})"
+        )
+
+
+def check_folder(root: str | os.PathLike) -> pathlib.Path:
+    """Returns the folder as an absolute path; UserError if it is none."""
+    path = pathlib.Path(root).expanduser().absolute()
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {found}; expected a folder of images")
+    return path
+
+
+def file_size(path: str | os.PathLike) -> int:
+    """Returns a file's size in bytes, -1 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1

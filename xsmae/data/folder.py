@@ -1,0 +1,124 @@
+"""The sources of files: a folder of images, and a CSV that lists them.
+
+`records.py` says what a source is and how the published split is drawn,
+`tfds_source.py` has prepared TFDS data sets, `fmow.py` fMoW as it is distributed.
+"""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from xsmae.data.files import FileSource, Listing, check_folder, file_size
+from xsmae.data.images import MAX_PIXELS, MIN_SIDE, SUFFIXES
+from xsmae.data.records import GSD_HELP, check_gsd, number
+from xsmae.data.splits import split_indices
+from xsmae.data.tables import gsds_from_csv
+from xsmae.errors import UserError
+
+
+class FolderSource(FileSource):
+    """Every JPEG, PNG and WebP under a folder, sorted by path.
+
+    The id is the path relative to `root`. If the images lie in sub-folders, the
+    first-level sub-folder is the class; if all lie directly in `root` there are no
+    labels; a mixture is a UserError. Suffixes count in any case; hidden files and
+    folders (a leading dot) do not count. Linked files and folders are followed, also
+    out of the root, since the user placed the links; each real folder is read once, so
+    that a loop ends.
+
+    Args:
+      root: the folder.
+      gsd: metres per pixel of every image; or else
+      gsd_csv: a CSV with the columns `path` (relative to `root`) and `gsd`, which has
+        every image of the folder; other rows are ignored.
+      split, test_fraction: see `records`.
+      min_side, max_pixels: see `images.decode`.
+
+    Raises:
+      UserError: no such folder, no images, no valid GSD, a mixture, a bad split.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        gsd: float | None = None,
+        gsd_csv: str | None = None,
+        split: str = "all",
+        test_fraction: float = 0.1,
+        min_side: int = MIN_SIDE,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        root = check_folder(root)
+        if (gsd is None) == (gsd_csv is None):
+            found = "neither gsd nor gsd_csv is" if gsd is None else "both are"
+            raise UserError(
+                f"{found} given for {root}: {GSD_HELP} for all images, or with "
+                "--config.data.gsd_csv=FILE, a table with the columns path,gsd"
+            )
+        found = _images_below(root)
+        if not found:
+            raise UserError(
+                f"no image ({', '.join(SUFFIXES)}) in {root} or its sub-folders; give "
+                "the folder that holds them"
+            )
+        ids = sorted(found)
+        if gsd is not None:
+            gsds = np.full(len(ids), check_gsd(gsd, "gsd"))
+        else:
+            gsds = gsds_from_csv(gsd_csv, ids)
+        labels, names = _folder_labels(root, ids)
+        sizes = [(found[name],) for name in ids]
+        listing = Listing(ids, sizes, labels, names, gsds)
+        chosen = split_indices(ids, labels, split, test_fraction)
+        super().__init__(
+            root, listing.take(chosen), min_side=min_side, max_pixels=max_pixels
+        )
+
+
+def _images_below(root: pathlib.Path) -> dict[str, int]:
+    """Relative path -> size in bytes."""
+    found = {}
+    seen = set()
+    folders, links = [""], []
+    while folders or links:
+        # Links last: a folder is then found under its own name rather than a link's.
+        folder = folders.pop() if folders else links.pop()
+        real = os.path.realpath(root / folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(
+                f"{root / folder} cannot be listed ({error.strerror}); make it readable"
+            ) from None
+        for entry in entries:
+            path = f"{folder}/{entry.name}".lstrip("/")
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                found[path] = file_size(entry.path)
+        # The order of discovery decides which of two links to one folder counts.
+        links.sort(reverse=True)
+    return found
+
+
+def _folder_labels(
+    root: pathlib.Path, ids: Sequence[str]
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    loose = [name for name in ids if "/" not in name]
+    if len(loose) == len(ids):
+        return None, ()
+    if loose:
+        raise UserError(
+            f"{root} has {len(loose)} images directly in it (first {loose[0]!r}) and "
+            f"{len(ids) - len(loose)} in sub-folders; expected all in sub-folders (one "
+            "per class) or none: move them, or list the images in a CSV"
+        )
+    return number([name.split("/")[0] for name in ids])

@@ -1,0 +1,83 @@
+"""The published split: which records are for training and which for testing."""
+
+import collections
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from xsmae.data.records import sha256_of_text
+from xsmae.errors import UserError
+
+
+def split_indices(
+    ids: Sequence[str],
+    labels: np.ndarray | None,
+    split: str,
+    test_fraction: float,
+) -> np.ndarray:
+    """Chooses the records of a split by the published rule (see the module).
+
+    Args:
+      ids: one per record.
+      labels: int [len(ids)] or None.
+      split: "all", "train", "test", or the path of a text file with one id a line.
+      test_fraction: between 0 and 1, for "train" and "test".
+
+    Returns:
+      int64 [n], ascending.
+
+    Raises:
+      UserError: no such split or file, unknown or repeated ids, nothing left.
+    """
+    if split == "all":
+        return np.arange(len(ids))
+    if split not in ("train", "test"):
+        return _listed(ids, split)
+    if not 0 < test_fraction < 1:
+        raise UserError(
+            f"test_fraction is {test_fraction}, expected a number between 0 and 1"
+        )
+    members = collections.defaultdict(list)
+    for index in range(len(ids)):
+        members[None if labels is None else int(labels[index])].append(index)
+    is_test = np.zeros(len(ids), bool)
+    for indices in members.values():
+        # The index breaks ties between equal ids.
+        indices.sort(key=lambda index: (sha256_of_text(ids[index]), index))
+        is_test[indices[: round(test_fraction * len(indices))]] = True
+    chosen = np.flatnonzero(is_test if split == "test" else ~is_test)
+    if not len(chosen):
+        raise UserError(
+            f"split={split!r} is empty: test_fraction={test_fraction} of {len(ids)} "
+            f"images in {len(members)} classes; change test_fraction"
+        )
+    return chosen
+
+
+def _listed(ids: Sequence[str], path: str) -> np.ndarray:
+    try:
+        lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"split={path!r} is none of 'all', 'train', 'test' and cannot be read as "
+            f"a text file of ids ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    wanted = [line.strip() for line in lines if line.strip()]
+    if not wanted:
+        raise UserError(f"the split list {path} is empty; write one id a line")
+    repeated = len(wanted) - len(set(wanted))
+    if repeated:
+        first = collections.Counter(wanted).most_common(1)[0][0]
+        raise UserError(
+            f"the split list {path} repeats {repeated} ids, e.g. {first!r}; list each "
+            "id once"
+        )
+    index_of = {name: index for index, name in enumerate(ids)}
+    unknown = [name for name in wanted if name not in index_of]
+    if unknown:
+        raise UserError(
+            f"the split list {path} has {len(unknown)} of {len(wanted)} ids that are "
+            f"not in the data, the first {unknown[0]!r}; ids look like {ids[0]!r}"
+        )
+    return np.array(sorted(index_of[name] for name in wanted))

@@ -1,0 +1,96 @@
+"""What the synthetic world is painted on, and the colours of one scene."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xsmae.data.synthetic.ground import Array, Cells, Crowns, inside
+
+Colour = Sequence[float] | Sequence[Array]  # red, green, blue; 0 to 255
+
+
+class Canvas:
+    """Three float32 planes of reflected light, 0 to 255, painted layer over layer."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.planes = np.zeros((3, *shape), np.float32)
+
+    def paint(
+        self, cover: float | Array, colour: Colour, tone: float | Array = 1
+    ) -> None:
+        """Lay `colour` x `tone` over the share `cover` of each sample."""
+        for plane, value in zip(self.planes, colour, strict=True):
+            plane += (value * tone - plane) * cover
+
+    def shade(self, cover: Array, strength: float = 0.55) -> None:
+        """Put the share `cover` of each sample into shadow."""
+        self.planes *= 1 - strength * cover
+
+    def plant(self, trees: Crowns, colour: Colour, where: float | Array = 1) -> None:
+        """Trees with their shadows, as far as `where` allows."""
+        self.shade(trees.shadow * where)
+        self.paint(trees.cover * where, colour, trees.brightness)
+
+    def build(
+        self,
+        cells: Cells,
+        half: tuple[float | Array, float | Array],
+        colour: Colour,
+        *,
+        at: tuple[float | Array, float | Array] = (0, 0),
+        height: float | Array = 5,
+        there: float | Array = 1,
+        ridge: float = 0,
+    ) -> None:
+        """One box with its shadow in each cell, metres; `ridge`: a gable's contrast."""
+        light_u, light_v = cells.ground.light
+        fallen = [
+            cells.box(*half, at[0] + light_u * height * t, at[1] + light_v * height * t)
+            for t in (0.5, 1)
+        ]
+        roof = cells.box(*half, *at) * there
+        self.shade(np.maximum(*fallen) * there * (1 - roof))
+        tone = 1.0
+        if ridge:
+            footprint = cells.ground.footprint_v
+            sunny = 1 - 2 * inside(cells.v - at[1], footprint)
+            tone = 1 - ridge * (1 if light_v > 0 else -1) * sunny
+        self.paint(roof, colour, tone)
+
+
+def blend(first: Sequence[float], second: Sequence[float], share: float) -> list[float]:
+    """A colour so far on the way from the first to the second."""
+    return [a + (b - a) * share for a, b in zip(first, second, strict=True)]
+
+
+class Materials:
+    """The colours of one scene: what its season, geology and builders made of it."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        dry, autumn, bright = rng.random(), rng.random(), rng.random()
+        self.grass = blend((92, 118, 62), (168, 152, 104), dry)
+        self.crop = blend((84, 124, 58), (190, 170, 105), rng.random())
+        self.tree = blend(
+            blend((48, 78, 42), (66, 88, 58), bright), (118, 96, 58), autumn
+        )
+        self.soil = blend(
+            (104, 84, 66), blend((178, 132, 98), (196, 178, 148), dry), bright
+        )
+        self.sand = blend(self.soil, (206, 192, 164), 0.6)
+        self.asphalt = blend((84, 84, 88), (142, 140, 138), rng.random())
+        self.concrete = blend((140, 138, 134), (202, 198, 190), rng.random())
+        clear, muddy = (38, 62, 72), (122, 112, 88)
+        self.water = blend(
+            blend(clear, (66, 96, 78), rng.random()), muddy, rng.random()
+        )
+        tiles = blend((150, 84, 64), (172, 112, 84), rng.random())
+        slate, pale = (96, 98, 106), blend((170, 160, 150), (206, 204, 200), bright)
+        order = rng.permutation(3).tolist()
+        self.roofs = [(tiles, slate, pale)[i] for i in order]
+
+    def roof(self, choice: Array, variety: float) -> list[Array]:
+        """Roofs for uniform numbers: of one kind at `variety` 0, of all three at 1."""
+        kind = (choice * (2.99 * variety)).astype(np.int32)
+        tone = 0.85 + 0.3 * ((choice * 37) % 1)
+        table = np.array(self.roofs, np.float32)
+        return [table[:, channel].take(kind) * tone for channel in range(3)]

@@ -1,0 +1,244 @@
+"""The built-in world: labelled aerial images, made up, at any ground sample distance.
+
+A `Scene` is one continuous piece of ground, so a finer and a coarser rendering of the
+same window are truly two scales of the same place. `SyntheticSource` is a data set of
+such scenes: the same on every machine, endless, and without a download.
+"""
+
+import functools
+import hashlib
+import math
+import operator
+
+import numpy as np
+
+from xsmae.data.images import BANDS
+from xsmae.data.records import Record
+from xsmae.data.synthetic.canvas import Canvas, Materials
+from xsmae.data.synthetic.ground import Ground, hashed
+from xsmae.data.synthetic.land import KINDS
+from xsmae.errors import UserError
+
+GENERATOR_VERSION = 1  # raise it whenever any pixel of any scene changes
+CLASS_NAMES = tuple(KINDS)
+
+FINEST_GSD, COARSEST_GSD = 0.01, 30.0  # metres per pixel that can be rendered
+
+_GSD_RANGE = f"metres per pixel from {FINEST_GSD} to {COARSEST_GSD}"
+_LARGEST_SAMPLE = 1.75  # metres: coarser pixels are averages of several samples ...
+_MOST_SAMPLES = 4  # ... but of no more than so many, either way
+_STRIP = 2**15  # samples painted at once, to stay in cache and bound the memory
+
+
+class Scene:
+    """One place of the synthetic world.
+
+    Its ground frame is in metres, y down and x to the right; what the class is named
+    for lies about the origin.
+    """
+
+    def __init__(self, seed: int, index: int, label: int) -> None:
+        self.seed, self.index, self.label = seed, index, label
+
+    def __repr__(self) -> str:
+        return f"Scene(seed={self.seed}, index={self.index}, label={self.label})"
+
+    @property
+    def class_name(self) -> str:
+        """The land use, one of `CLASS_NAMES`."""
+        return CLASS_NAMES[self.label]
+
+    def render(
+        self,
+        *,
+        top: float,
+        left: float,
+        height: int,
+        width: int,
+        gsd: float | tuple[float, float],
+    ) -> np.ndarray:
+        """The ground from (top, left) on, uint8 [height, width, 3].
+
+        `top`, `left` are metres in the scene's frame, `gsd` metres per pixel (or y, x).
+        Pixel (i, j) is the average, near enough, of the ground from top + i * gsd_y to
+        top + (i + 1) * gsd_y, and so across. Raises UserError for an empty window, or a
+        GSD outside FINEST_GSD to COARSEST_GSD.
+        """
+        gsd_y, gsd_x = gsd if isinstance(gsd, tuple) else (gsd, gsd)
+        if not all(FINEST_GSD <= side <= COARSEST_GSD for side in (gsd_y, gsd_x)):
+            raise UserError(f"gsd: expected {_GSD_RANGE}, got {gsd}")
+        if height < 1 or width < 1:
+            raise UserError(f"expected a window of >= 1 pixel, got {height} x {width}")
+        samples_y, samples_x = _samples(gsd_y), _samples(gsd_x)
+        y = _positions(top, height, gsd_y, samples_y)
+        x = _positions(left, width, gsd_x, samples_x)
+        image = np.empty((height, width, 3), np.uint8)
+        rows = max(1, _STRIP // (samples_y * len(x)))
+        for start in range(0, height, rows):
+            strip = y[start * samples_y : (start + rows) * samples_y]
+            planes = self._paint(strip, x, gsd_y / samples_y, gsd_x / samples_x)
+            # Added up in a fixed order, so that the window's size changes no bit.
+            parts = (
+                planes[:, i::samples_y, j::samples_x]
+                for i in range(samples_y)
+                for j in range(samples_x)
+            )
+            mean = functools.reduce(operator.add, parts) / (samples_y * samples_x)
+            mean = np.minimum(np.maximum(mean + 0.5, 0), 255)
+            image[start : start + rows] = mean.transpose(1, 2, 0)
+        return image
+
+    def _paint(
+        self, y: np.ndarray, x: np.ndarray, step_y: float, step_x: float
+    ) -> np.ndarray:
+        """The light from every sample, 0 to 255 or more, float32 [3, rows, columns]."""
+        rng = np.random.Generator(np.random.PCG64([self.seed, self.index, 1]))
+        key = int(rng.integers(2**31))
+        material = Materials(rng)
+        sun = rng.uniform(-1, 1)
+        length = rng.uniform(0.35, 1.1) * (-1 if rng.random() < 0.5 else 1)
+        gain, haze, vivid = (
+            rng.uniform(0.85, 1.15),
+            rng.uniform(0, 0.2),
+            rng.uniform(0.8, 1.1),
+        )
+        tint = rng.uniform(0.98, 1.02, 3).astype(np.float32)[:, None, None]
+        light = (sun * length, (1 - abs(sun)) * length)
+        ground = Ground(x[None, :], y[:, None], step_x, step_y, light, key)
+        canvas = Canvas((len(y), len(x)))
+        KINDS[self.class_name](canvas, ground, material, rng)
+        # Nothing but linear maps, so averages over the ground stay averages.
+        grey = (canvas.planes[0] + canvas.planes[1] + canvas.planes[2]) * (1 / 3)
+        seen = grey + vivid * (canvas.planes - grey)
+        veil = np.array((118, 124, 132), np.float32)[:, None, None]
+        return gain * tint * ((1 - haze) * seen + haze * veil)
+
+
+def _samples(gsd: float) -> int:
+    return min(math.ceil(gsd / _LARGEST_SAMPLE - 1e-9), _MOST_SAMPLES)
+
+
+def _positions(first: float, pixels: int, gsd: float, samples: int) -> np.ndarray:
+    """The centres of the samples of a line of pixels, metres, float32."""
+    steps = (np.arange(pixels * samples) + 0.5) / samples
+    # On a grid of 1/1024 m: a position is one number, whichever window it is seen in.
+    return (np.rint((first + steps * gsd) * 1024) / 1024).astype(np.float32)
+
+
+class SyntheticSource:
+    """Images of made-up ground with their land use; a source for training and tests.
+
+    Another `seed` is another world: use one for training and one for held-out data.
+    Labels are balanced and shuffled. GSDs (metres per pixel) are log-uniform in
+    [gsd / gsd_spread, gsd * gsd_spread]. A shorter source is the beginning of a longer
+    one. Up to `cache_mib` of images are kept once drawn, since drawing takes some 4 ms.
+    Raises UserError for a bad argument.
+    """
+
+    bands = BANDS
+
+    def __init__(
+        self,
+        num_images: int,
+        *,
+        seed: int = 0,
+        size: int = 96,
+        gsd: float = 1.0,
+        gsd_spread: float = 2.0,
+        cache_mib: float = 512,
+    ) -> None:
+        for name, value, least in (
+            ("num_images", num_images, 1),
+            ("seed", seed, 0),
+            ("size", size, 32),
+        ):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise UserError(f"{name}: expected at least {least}, got {value!r}")
+        if not 1 <= gsd_spread < math.inf:
+            raise UserError(f"gsd_spread: expected a factor >= 1, got {gsd_spread}")
+        if not FINEST_GSD * gsd_spread <= gsd <= COARSEST_GSD / gsd_spread:
+            raise UserError(
+                f"gsd: expected {_GSD_RANGE}, got {gsd} with gsd_spread={gsd_spread}"
+            )
+        if not 0 <= cache_mib < math.inf:
+            raise UserError(f"cache_mib: expected at least 0, got {cache_mib}")
+        self.num_images, self.seed, self.size = int(num_images), int(seed), int(size)
+        self.gsd, self.gsd_spread = float(gsd), float(gsd_spread)
+        self.cache_mib = float(cache_mib)
+        self.class_names = CLASS_NAMES
+        self.labels = self._labels()
+        self._start_cache()
+
+    def _labels(self) -> np.ndarray:
+        """Every class once in each run of as many images, shuffled; int64."""
+        classes = len(CLASS_NAMES)
+        runs = np.arange(-(-self.num_images // classes))[:, None]
+        rank = hashed(np.arange(classes), runs, self.seed)
+        return np.argsort(rank, axis=1, kind="stable").ravel()[: self.num_images]
+
+    def _start_cache(self) -> None:
+        image_bytes = 3 * self.size**2
+        self._cache_slots = int(self.cache_mib * 2**20) // image_bytes
+        self._cache: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict:
+        # The images are drawn anew, the same, where the source arrives.
+        return {k: v for k, v in self.__dict__.items() if k != "_cache"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._start_cache()
+
+    def __repr__(self) -> str:
+        return (
+            f"SyntheticSource({self.num_images}, seed={self.seed}, size={self.size}, "
+            f"gsd={self.gsd}, gsd_spread={self.gsd_spread})"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of all that images, GSDs and labels follow from."""
+        said = f"{self!r} generator={GENERATOR_VERSION} classes={CLASS_NAMES}"
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def id(self, index: int) -> str:
+        """A name for the image: seed and index."""
+        return f"synthetic/{self.seed}/{self._checked(index)}"
+
+    def scene(self, index: int) -> Scene:
+        """The ground that the image shows, about its origin."""
+        index = self._checked(index)
+        return Scene(self.seed, index, int(self.labels[index]))
+
+    def image_gsd(self, index: int) -> float:
+        """Metres per pixel of one image."""
+        rng = np.random.Generator(np.random.PCG64([self.seed, self._checked(index), 2]))
+        # Rounded, so that no digit depends on the platform's pow().
+        return float(f"{self.gsd * self.gsd_spread ** rng.uniform(-1, 1):.5g}")
+
+    def __getitem__(self, index: int) -> Record:
+        index = self._checked(index)
+        gsd = self.image_gsd(index)
+        image = self._cache.get(index)
+        if image is None:
+            half = self.size * gsd / 2
+            image = self.scene(index).render(
+                top=-half, left=-half, height=self.size, width=self.size, gsd=gsd
+            )
+            # The same image, whichever thread stores it, so no lock: a race can cost
+            # a second drawing or a slot, never a wrong image.
+            image.setflags(write=False)
+            if len(self._cache) < self._cache_slots:
+                self._cache[index] = image
+        return Record(
+            image=image, gsd=gsd, label=int(self.labels[index]), id=self.id(index)
+        )
+
+    def _checked(self, index: int) -> int:
+        index = operator.index(index)
+        if not 0 <= index < self.num_images:
+            raise IndexError(f"index {index} of a source of {self.num_images} images")
+        return index

@@ -1,0 +1,271 @@
+"""Classifiers that are trained on crops, step by step, and go on where they stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from xsmae.checkpoints import Checkpoints
+from xsmae.data.pipeline import make_batches
+from xsmae.data.records import Subset
+from xsmae.errors import UserError
+from xsmae.evaluation.cache import Features, cached_features
+from xsmae.evaluation.features import encode_batches
+from xsmae.evaluation.fitting.recipe import Plan, create_crops, create_plan
+from xsmae.evaluation.measure import Measurement, Outcome
+from xsmae.evaluation.scales import Scale
+from xsmae.evaluation.subjects import pixel_control
+from xsmae.process.lock import FolderLock
+from xsmae.process.progress import Progress
+from xsmae.train_state import TrainState
+
+VERSION = 1  # raise it whenever the same training gives other numbers
+EVERY = 5.0  # seconds between two lines of progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A classifier that can be trained. feature_scaling: as a result row has it.
+
+    state: what it starts from. step(state, images, gsd, labels) -> (state, loss).
+    predict(state, images, gsd) -> scores [n, classes]. images: [n, size, size, 3]
+    uint8; gsd: [n, 2] metres per pixel; labels: [n].
+    """
+
+    state: TrainState
+    step: Callable[..., tuple[TrainState, jax.Array]]
+    predict: Callable[[TrainState, np.ndarray, np.ndarray], jax.Array]
+    feature_scaling: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """The test images as they were classified, for a result row."""
+
+    positions: np.ndarray
+    pixels: np.ndarray
+    gsd: np.ndarray
+    scores: np.ndarray
+
+
+# From what is measured, the feature and the plan of the training.
+CreateLearner = Callable[[Measurement, str, Plan], Learner]
+
+
+def of_trained(
+    job: Measurement,
+    scale: Scale,
+    *,
+    create_learner: CreateLearner,
+    recipe: Mapping[str, Any],
+    num_workers: int = 0,
+) -> Iterator[Outcome]:
+    """A classifier a feature, trained by `recipe` on crops of the training images.
+
+    Which crops a step sees depends on the seed and the step alone. No choice is made
+    on the way: what counts is the last step's. The state is saved at the end of each
+    epoch, and before KeyboardInterrupt is raised once `job.should_stop()`; it stays
+    until `forget`. Raises UserError where the loss is not finite.
+    """
+    used = _usable(job, scale)
+    for feature in job.features:
+        source = Subset(job.parts.train, used.positions)
+        plan = create_plan(recipe, num_images=len(source))
+        learner = create_learner(job, feature, plan)
+        begin = time.monotonic()
+        batches = _Batches(job, scale, source, plan, recipe, num_workers)
+        state, steps = _train(job, scale, feature, learner, batches)
+        seconds = time.monotonic() - begin
+        test = _classify(job, scale, learner, state)
+        yield Outcome(
+            feature=feature,
+            feature_scaling=learner.feature_scaling,
+            predicted=test.scores.argmax(axis=1),
+            train=used,
+            test=test,
+            gsd_told=float(np.median(test.gsd)) if job.encoder.reads_gsd else None,
+            seconds=seconds if steps else None,
+            images_per_second=steps * recipe["batch_size"] / seconds if steps else None,
+        )
+
+
+def forget(job: Measurement) -> None:
+    """Remove what was saved of the trainings of `job`, once its rows are written."""
+    for scale in job.scales:
+        for feature in job.features:
+            shutil.rmtree(state_folder(job, scale, feature), ignore_errors=True)
+
+
+def state_folder(job: Measurement, scale: Scale, feature: str) -> Path:
+    """Where a training's state is: a place for all that decides it."""
+    name = (
+        f"training-v{VERSION}-{job.protocol.key}-{scale.percent:g}-{scale.size}px-"
+        f"{feature}-seed{job.seed}"
+    )
+    return job.cache / job.encoder.digest / name
+
+
+def _usable(job: Measurement, scale: Scale) -> Features:
+    """Which training images can be read, and their digests: kept, as features are."""
+    return cached_features(
+        pixel_control("statistics"),
+        job.parts.train,
+        scale,
+        cache=job.cache,
+        batch_size=job.batch_size,
+        title="training images read",
+        should_stop=job.should_stop,
+        say=job.say,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """The crops of a training, from any step on."""
+
+    job: Measurement
+    scale: Scale
+    source: Subset
+    plan: Plan
+    recipe: Mapping[str, Any]
+    num_workers: int
+
+    @property
+    def size(self) -> int:
+        return self.recipe["batch_size"]
+
+    @property
+    def epochs_per_step(self) -> float:
+        return self.size / len(self.source)
+
+    def after(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Images, GSDs as they are told, and labels, of the steps after `start`."""
+        if start >= self.plan.num_steps:
+            return
+        crops = make_batches(
+            self.source,
+            create_crops(self.recipe, size=self.scale.size),
+            seed=self.job.seed,
+            batch_size=self.size,
+            start_step=start,
+            num_steps=self.plan.num_steps,
+            max_rejected_fraction=0.0,
+            num_workers=self.num_workers,
+        )
+        for batch in crops:
+            if (batch["index"] < 0).any():
+                lost = self.source.id(batch["requested"][batch["index"] < 0][0])
+                raise UserError(
+                    f"{lost} could be read before the training and now cannot: put it "
+                    "back; the same command goes on from the last epoch"
+                )
+            gsd = batch["gsd"][:, 0] * np.float32(self.scale.gsd_factor)
+            yield batch["image"][:, 0], gsd, self.source.labels[batch["index"]]
+
+
+def _train(
+    job: Measurement, scale: Scale, feature: str, learner: Learner, batches: _Batches
+) -> tuple[TrainState, int]:
+    """The state after the last step, and how many steps were made now."""
+    title = f"{job.encoder.name}, {scale.percent:g} % ({scale.size} px), {feature}"
+    folder = state_folder(job, scale, feature)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache {job.cache}: {error.strerror}; free space or "
+            "give another --cache"
+        ) from None
+    with FolderLock(folder):
+        return _train_in(folder, job, title, learner, batches)
+
+
+def _train_in(
+    folder: Path, job: Measurement, title: str, learner: Learner, batches: _Batches
+) -> tuple[TrainState, int]:
+    """As `_train`, in a folder that is this process's alone."""
+    checkpoints = Checkpoints(folder, keep=1, say=job.say)
+    num_steps = batches.plan.num_steps
+    state, start = _restore(job, checkpoints, learner)
+    if start:
+        job.say(f"{title}: going on from step {start}/{num_steps}")
+    progress = Progress(start_step=start, num_steps=num_steps, batch_size=batches.size)
+    said, previous = -math.inf, None
+    try:
+        for step, batch in enumerate(batches.after(start), start + 1):
+            state, loss = learner.step(state, *batch)
+            # Of the step before, so that the device does not wait for the host.
+            _check_finite(previous, step - 1)
+            previous = loss
+            if step == start + 1:
+                jax.block_until_ready(loss)
+                progress.restart(step)  # the first step compiles
+            epoch = step * batches.epochs_per_step
+            whole = math.floor(epoch) > math.floor(epoch - batches.epochs_per_step)
+            stopping = job.should_stop()
+            if whole or stopping or step == num_steps:
+                _check_finite(loss, step)
+                checkpoints.save(step, state, fingerprint=job.parts.train.fingerprint)
+            if time.monotonic() - said > EVERY or stopping or step == num_steps:
+                first = step == start + 1
+                rate = math.nan if first else progress.images_per_second(step)
+                told = {"loss": loss, "epoch": epoch, "images_per_second": rate}
+                job.say(f"{title}: {progress.line(step, told)}")
+                said = time.monotonic()
+            if stopping:
+                raise KeyboardInterrupt
+    finally:
+        checkpoints.close()
+    return state, num_steps - start
+
+
+def _restore(
+    job: Measurement, checkpoints: Checkpoints, learner: Learner
+) -> tuple[TrainState, int]:
+    """The saved state and its step, or the first one and 0."""
+    fingerprint, folder = job.parts.train.fingerprint, checkpoints.directory
+    try:
+        found = checkpoints.restore_newest(learner.state, fingerprint=fingerprint)
+    except UserError as error:  # a training can always begin anew
+        job.say(f"{folder} is damaged ({error}): this training begins anew")
+        for step in checkpoints.steps():
+            shutil.rmtree(folder / str(step))
+        found = None
+    start, state = found or (0, learner.state)
+    return state, start
+
+
+def _check_finite(loss: jax.Array | None, step: int) -> None:
+    if loss is not None and not np.isfinite(loss):
+        raise UserError(
+            f"the loss is {float(loss)} at step {step}: lower --recipe.learning_rate"
+        )
+
+
+def _classify(
+    job: Measurement, scale: Scale, learner: Learner, state: TrainState
+) -> Seen:
+    """The scores of the test images: whole ones, resized as for frozen features."""
+    found = []
+    batches = encode_batches(
+        lambda images, gsd: {"scores": learner.predict(state, images, gsd)},
+        job.parts.test,
+        np.arange(len(job.parts.test)),
+        size=scale.size,
+        batch_size=job.batch_size,
+        gsd_factor=scale.gsd_factor,
+        should_stop=job.should_stop,
+    )
+    for batch, encoded in batches:
+        found.append((batch.index, batch.pixels, batch.gsd, encoded["scores"]))
+    if not found:
+        raise UserError(f"none of the images of {job.parts.test!r} can be used")
+    return Seen(*map(np.concatenate, zip(*found, strict=True)))

@@ -1,0 +1,211 @@
+"""How a classifier is trained in an evaluation: recipes, their ranges and schedules.
+
+A recipe is a ConfigDict whose fields are all part of the result row's protocol; any is
+set with `--recipe.FIELD=VALUE`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import optax
+from absl import flags
+
+from xsmae.config import DTYPES
+from xsmae.data.views import INTERPOLATIONS, ViewSampler
+from xsmae.errors import UserError
+
+# What a number may be, and how an error says so.
+COUNT = (lambda x: x >= 2, "2 or more")
+ABOVE_0 = (lambda x: x > 0, "a number above 0")
+FROM_0 = (lambda x: x >= 0, "a number of 0 or more")
+SHARE = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
+BELOW_1 = (lambda x: 0 <= x < 1, "a number of 0 or more, below 1")
+RANGES = {
+    "batch_size": COUNT,
+    "epochs": ABOVE_0,
+    "warmup_epochs": FROM_0,
+    "learning_rate": ABOVE_0,
+    "learning_rate_batch": ABOVE_0,
+    "min_learning_rate": FROM_0,
+    "weight_decay": FROM_0,
+    "trust_coefficient": ABOVE_0,
+    "momentum": BELOW_1,
+    "b1": BELOW_1,
+    "b2": BELOW_1,
+    "batch_norm_momentum": SHARE,
+    "batch_norm_epsilon": ABOVE_0,
+    "head_std": FROM_0,
+    "layer_decay": (lambda x: 0 < x <= 1, "a number above 0, up to 1 (1: no decay)"),
+    "drop_path": BELOW_1,
+    "mixup": FROM_0,
+    "cutmix": FROM_0,
+    "mixup_switch": SHARE,
+    "random_erasing": SHARE,
+    "label_smoothing": BELOW_1,
+    "horizontal_flip": SHARE,
+    "vertical_flip": SHARE,
+}
+PAIRS = {"crop_area": 1.0, "crop_ratio": math.inf}  # (low, high), and the most
+CHOICES = {"interpolation": tuple(INTERPOLATIONS), "dtype": DTYPES}
+
+
+def published_probe() -> ml_collections.ConfigDict:
+    """The linear probe of Cross-Scale MAE's main_linprobe.py, with MAE's crops.
+
+    Batch, epochs, warm-up and rates are its defaults; LARS's numbers are those of
+    util/lars.py (MoCo v3's). The crops are MAE's main_linprobe.py: torchvision's
+    RandomResizedCrop with its default area 0.08-1, bicubic, and a horizontal flip.
+    Cross-Scale MAE's own util/datasets.py has an area of 0.25-1 and both flips.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "batch_size": 512,
+            "epochs": 50.0,
+            "warmup_epochs": 10.0,
+            "learning_rate": 0.1,  # of a batch of `learning_rate_batch`
+            "learning_rate_batch": 256,
+            "min_learning_rate": 0.0,
+            "momentum": 0.9,
+            "trust_coefficient": 0.001,
+            "weight_decay": 0.0,
+            "batch_norm_momentum": 0.1,  # the new value's weight, PyTorch's default
+            "batch_norm_epsilon": 1e-6,
+            "head_std": 0.01,
+            **_crops(),
+        }
+    )
+
+
+def finetuning() -> ml_collections.ConfigDict:
+    """The fine-tuning of MAE (He et al. 2022, table 9), which Cross-Scale MAE takes.
+
+    The rate is the default of main_finetune.py's --blr, as is the least rate; the
+    paper's own rate for ImageNet is 5e-4 for ViT-B, with batches of 1024. AdamW's betas
+    are PyTorch's. RandAugment, which the paper has besides, is not here: its colour
+    operations are made for photographs.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "batch_size": 256,
+            "epochs": 100.0,
+            "warmup_epochs": 5.0,
+            "learning_rate": 1e-3,  # of a batch of `learning_rate_batch`
+            "learning_rate_batch": 256,
+            "min_learning_rate": 1e-6,
+            "weight_decay": 0.05,
+            "b1": 0.9,
+            "b2": 0.999,
+            "layer_decay": 0.75,
+            "drop_path": 0.1,
+            "mixup": 0.8,  # the beta distribution's parameter
+            "cutmix": 1.0,  # likewise
+            "mixup_switch": 0.5,  # how often it is cutmix, where both are on
+            "random_erasing": 0.25,
+            "label_smoothing": 0.1,
+            "head_std": 2e-5,
+            "dtype": "float32",  # of the computation; parameters are float32
+            **_crops(),
+        }
+    )
+
+
+def _crops() -> dict[str, Any]:
+    """torchvision's RandomResizedCrop, and MAE's flips."""
+    return {
+        "crop_area": (0.08, 1.0),
+        "crop_ratio": (3 / 4, 4 / 3),
+        "interpolation": "bicubic",
+        "horizontal_flip": 0.5,
+        "vertical_flip": 0.0,
+    }
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of a training beside its recipe."""
+    flags.DEFINE_integer(
+        "num_workers",
+        0,
+        "Processes that read images beside the device, in a training; the images are "
+        "the same for any number.",
+        lower_bound=0,
+        flag_values=values,
+    )
+
+
+def check(recipe: ml_collections.ConfigDict) -> None:
+    """Raise UserError, by name, for the first field that is out of its range."""
+    for name, value in recipe.items():
+        if name in RANGES:
+            good, expected = RANGES[name]
+            fits = math.isfinite(value) and good(value)
+        elif name in PAIRS:
+            expected = f"(low, high) with 0 < low <= high <= {PAIRS[name]:g}"
+            fits = len(value) == 2 and 0 < value[0] <= value[1] <= PAIRS[name]
+        else:
+            expected = f"one of {', '.join(CHOICES[name])}"
+            fits = value in CHOICES[name]
+        if not fits:
+            raise UserError(f"recipe.{name}={value}, expected {expected}")
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise UserError(
+            f"recipe.warmup_epochs={recipe.warmup_epochs:g} of recipe.epochs="
+            f"{recipe.epochs:g}, expected fewer: lower the one or raise the other"
+        )
+
+
+def describe(recipe: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Every field as a result row has it: plain JSON values."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in recipe.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The length of a training in steps, and its learning rate by update."""
+
+    num_steps: int
+    learning_rate: optax.Schedule
+
+
+def create_plan(recipe: Mapping[str, Any], *, num_images: int) -> Plan:
+    """Epochs to steps; a linear warm-up from 0, then a cosine to the least rate.
+
+    Raises UserError where there are fewer images than a batch has.
+    """
+    batch = recipe["batch_size"]
+    if num_images < batch:
+        raise UserError(
+            f"recipe.batch_size={batch} is more than the {num_images} training images "
+            f"that can be used: give --recipe.batch_size={num_images} or less"
+        )
+    per_epoch = num_images / batch
+    num_steps = math.ceil(recipe["epochs"] * per_epoch)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=recipe["learning_rate"] * batch / recipe["learning_rate_batch"],
+        warmup_steps=min(round(recipe["warmup_epochs"] * per_epoch), num_steps - 1),
+        decay_steps=num_steps,
+        end_value=recipe["min_learning_rate"],
+    )
+    return Plan(num_steps, schedule)
+
+
+def create_crops(recipe: Mapping[str, Any], *, size: int) -> ViewSampler:
+    """The random resized crops of `size` pixels, each with its own GSD."""
+    return ViewSampler(
+        num_views=1,
+        size=size,
+        area=recipe["crop_area"],
+        ratio=recipe["crop_ratio"],
+        area_distribution="uniform",
+        interpolation=recipe["interpolation"],
+        horizontal_flip=recipe["horizontal_flip"],
+        vertical_flip=recipe["vertical_flip"],
+    )

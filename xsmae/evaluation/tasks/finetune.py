@@ -1,0 +1,242 @@
+"""Fine-tuning: the whole encoder trained with a classifier on it, MAE's recipe."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from xsmae.evaluation.fitting.augment import mix, random_erasing
+from xsmae.evaluation.fitting.fit import Learner
+from xsmae.evaluation.fitting.recipe import Plan
+from xsmae.evaluation.measure import Measurement
+from xsmae.models.build import build_encoder
+from xsmae.models.drop_path import drop_path_scales
+from xsmae.models.vit import Encoder, LayerNorm
+from xsmae.optim import Optimizer, decay_mask
+from xsmae.sharding import by_batch, create_mesh, replicated
+from xsmae.train_state import TrainState, create_train_state, updated
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, PyTree, UInt8
+
+# Not decayed: biases, norms, and the class token (MAE's models_vit.py).
+NOT_DECAYED = ("bias", "scale", "cls_token")
+
+
+class Classifier(nnx.Module):
+    """An encoder and a linear layer on it.
+
+    feature: `mean`, the patch tokens' mean and a LayerNorm of its own, `fc_norm`, for
+    which the encoder's last norm is left out (MAE's global_pool); `cls`, the class
+    token as the encoder gives it.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        *,
+        feature: str,
+        head_std: float,
+        rngs: nnx.Rngs,
+    ):
+        width = encoder.embed_dim
+        self.encoder = encoder
+        if feature == "mean":
+            self.fc_norm = LayerNorm(
+                width, epsilon=1e-6, out_dtype=jnp.float32, rngs=rngs
+            )
+        else:
+            self.fc_norm = None
+        self.head = nnx.Linear(
+            width,
+            num_classes,
+            kernel_init=nnx.initializers.normal(head_std),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        gsd: Float[Array, "batch 2"],
+        branch_scales: Float[Array, "depth 2 batch"] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """Scores of normalised images; `branch_scales` in training alone."""
+        tokens = self.encoder(images, gsd=gsd, branch_scales=branch_scales)
+        tokens = tokens.astype(jnp.float32)
+        if self.fc_norm is None:
+            return self.head(tokens[:, 0])
+        return self.head(self.fc_norm(tokens[:, 1:].mean(axis=1)))
+
+
+def layer_scales(params: PyTree, *, depth: int, decay: float) -> PyTree:
+    """What each parameter's learning rate is multiplied by, in shapes that broadcast.
+
+    decay ** (depth + 1 - layer): the patch embedding and the class token are layer 0,
+    block i is layer i + 1, and what comes behind the blocks is layer depth + 1, at the
+    full rate (BEiT's, in MAE's util/lr_decay.py). Of stacked blocks each slice of the
+    leading axis has its own.
+    """
+
+    def scale(path, leaf):
+        names = {str(getattr(key, "key", key)) for key in path}
+        if "blocks" in names:
+            below = depth - jnp.arange(depth)
+            return decay ** below.reshape(-1, *[1] * (leaf.ndim - 1))
+        first = {"patch_embed", "cls_token"} & names
+        return jnp.asarray(decay ** (depth + 1 if first else 0))
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def create_adamw(
+    learning_rate: float | optax.Schedule,
+    *,
+    depth: int,
+    layer_decay: float,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+) -> optax.GradientTransformation:
+    """AdamW whose rate, of updates and decay alike, is smaller in lower layers."""
+    adamw = optax.adamw(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        weight_decay=weight_decay,
+        mask=functools.partial(decay_mask, exempt=NOT_DECAYED),
+    )
+
+    def scaled(updates, params):
+        scales = layer_scales(params, depth=depth, decay=layer_decay)
+        return jax.tree.map(jnp.multiply, updates, scales)
+
+    return optax.chain(adamw, optax.stateless(scaled))
+
+
+def create_learner(
+    job: Measurement, feature: str, plan: Plan, *, recipe: Mapping[str, Any]
+) -> Learner:
+    """`job.encoder`'s network with its weights, and a new linear layer."""
+    info, num_classes = job.encoder.info, len(job.parts.class_names)
+    shape = dict(info["architecture"])
+    if feature == "mean":
+        shape["encoder_norm"] = False
+    execution = {"attention": "xla", "remat": "elementwise", "scan": True}
+    model = {**shape, **execution, "dtype": recipe["dtype"]}
+
+    def build(rngs):
+        # Shapes alone, without the time that random weights take.
+        encoder = nnx.eval_shape(
+            lambda: build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(0))
+        )
+        # Copied, since the step donates its state.
+        nnx.update(encoder, jax.tree.map(jnp.copy, nnx.state(job.encoder.network)))
+        return Classifier(
+            encoder,
+            num_classes,
+            feature=feature,
+            head_std=recipe["head_std"],
+            rngs=rngs,
+        )
+
+    names = ("layer_decay", "weight_decay", "b1", "b2")
+    optimizer = Optimizer(
+        create_adamw(
+            plan.learning_rate,
+            depth=shape["depth"],
+            **{name: recipe[name] for name in names},
+        ),
+        plan.learning_rate,
+    )
+    graphdef, state = create_train_state(build, optimizer, jax.random.key(job.seed))
+    mesh = create_mesh(recipe["batch_size"])
+    whole, divided = replicated(mesh), by_batch(mesh)
+    normalize = functools.partial(_normalized, mean=info["mean"], std=info["std"])
+    step = functools.partial(
+        finetune_step,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        normalize=normalize,
+        num_classes=num_classes,
+        depth=shape["depth"],
+        recipe=recipe,
+    )
+
+    rows = whole if job.batch_size % mesh.size else divided
+
+    @functools.partial(jax.jit, in_shardings=(whole, rows, rows))
+    def scores(state, images, gsd):
+        network = nnx.merge(graphdef, state.params, state.batch_stats)
+        return network(normalize(images), gsd=gsd)
+
+    return Learner(
+        state=jax.device_put(state, whole),
+        step=jax.jit(
+            step,
+            in_shardings=(whole, divided, divided, divided),
+            out_shardings=whole,
+            donate_argnums=0,
+        ),
+        predict=scores,
+        feature_scaling="layer norm (fc_norm)" if feature == "mean" else "none",
+    )
+
+
+def finetune_step(
+    state: TrainState,
+    images: UInt8[Array, "batch height width channels"],
+    gsd: Float[Array, "batch 2"],
+    labels: Int[Array, " batch"],
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: Optimizer,
+    normalize: functools.partial,
+    num_classes: int,
+    depth: int,
+    recipe: Mapping[str, Any],
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One update, and the loss before it: the mean cross-entropy with mixed targets."""
+    step_key = jax.random.fold_in(state.key, state.step)
+    erase_key, mix_key, drop_key = jax.random.split(step_key, 3)
+    x = random_erasing(
+        erase_key, normalize(images), probability=recipe["random_erasing"]
+    )
+    targets = optax.smooth_labels(
+        jax.nn.one_hot(labels, num_classes), recipe["label_smoothing"]
+    )
+    x, targets = mix(
+        mix_key,
+        x,
+        targets,
+        mixup=recipe["mixup"],
+        cutmix=recipe["cutmix"],
+        switch=recipe["mixup_switch"],
+    )
+    scales = None
+    if recipe["drop_path"]:
+        scales = drop_path_scales(
+            drop_key, rate=recipe["drop_path"], depth=depth, batch=len(labels)
+        )
+
+    def loss_fn(params):
+        model = nnx.merge(graphdef, params, state.batch_stats)
+        scores = model(x, gsd=gsd, branch_scales=scales)
+        return optax.softmax_cross_entropy(scores, targets).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    state = updated(state, grads, state.batch_stats, finite=finite, optimizer=optimizer)
+    return state, loss
+
+
+def _normalized(images, *, mean, std):
+    mean, std = (255 * jnp.array(x, jnp.float32) for x in (mean, std))
+    return (images.astype(jnp.float32) - mean) / std

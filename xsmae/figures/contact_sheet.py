@@ -1,0 +1,33 @@
+"""Images of a data set at a glance, each with its class, its ground and a scale bar."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from xsmae.data.records import Record
+from xsmae.figures.style import number, save, scale_bar, show
+
+
+def contact_sheet(
+    path: str | os.PathLike, records: Sequence[Record], class_names: Sequence[str]
+) -> None:
+    """A PNG of the records, six a row; images are decoded."""
+    columns = min(6, len(records))
+    rows = math.ceil(len(records) / columns)
+    fig = Figure(figsize=(2.5 * columns, 3.1 * rows), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False)
+    for ax, record in zip(axes.flat, records, strict=False):
+        show(ax, record.image)
+        scale_bar(ax, record.image.shape[1], record.gsd)
+        height, width = record.image.shape[:2]
+        name = "" if record.label is None else f"{class_names[record.label]}\n"
+        text = f"{width} × {height} px, {number(record.gsd)} m/px"
+        ax.set_title(f"{name}{record.id[-34:]}\n{text}", fontsize=8)
+    for ax in np.ravel(axes)[len(records) :]:
+        ax.set_axis_off()
+    save(fig, path)

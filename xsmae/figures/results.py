@@ -1,0 +1,172 @@
+"""The pictures of results: accuracy against scale, confusion matrices."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from xsmae.errors import printable
+from xsmae.evaluation.rows import AVERAGE, Protocol, Result
+from xsmae.evaluation.tables import FEATURE_NAMES, Line, Table, label
+from xsmae.figures.style import LEGEND, VIEW_COLOURS, save
+
+COLOURS = (*VIEW_COLOURS, "#56B4E9", "#D55E00", "#8C564B", "#332288")
+CONTROL_STYLES = {
+    "random": ("#555555", "--"),
+    "thumbnail": ("#888888", "-."),
+    "statistics": ("#222222", ":"),
+}
+NAMED_CLASSES = 30  # more do not fit with their counts
+
+
+def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
+    """A line an encoder over the scales, with intervals, a panel a feature.
+
+    The controls from pixels, which have one feature, stand in both panels. Returns
+    False, and draws nothing, where there are fewer than two scales.
+    """
+    percents = sorted({c[0] for c in table.columns if c[0] != AVERAGE})
+    if len(percents) < 2:
+        return False
+    features = [n for n in FEATURE_NAMES if any(ln.feature == n for ln in table.lines)]
+    features = features or [None]
+    fig = Figure(figsize=(max(4.6 * len(features), 7), 5.6), layout="constrained")
+    axes = fig.subplots(1, len(features), sharey=True, squeeze=False)[0]
+    names = list(
+        dict.fromkeys(
+            label(line, table)
+            for line in table.lines
+            if line.kind not in CONTROL_STYLES
+        )
+    )
+    for ax, feature in zip(axes, features, strict=True):
+        lines = [ln for ln in table.lines if ln.feature in (feature, ln.kind)]
+        for index, line in enumerate(lines):
+            name = label(line, table)
+            colour, style = CONTROL_STYLES.get(line.kind, (None, "-"))
+            if colour is None:
+                colour = COLOURS[names.index(name) % len(COLOURS)]
+            # A little apart, so that intervals at one scale do not hide each other.
+            shift = 1.012 ** (index - (len(lines) - 1) / 2)
+            _line(ax, line, shift, color=colour, ls=style, label=name)
+        _axis(ax, percents, table)
+        ax.set_title(FEATURE_NAMES.get(feature, ""), fontsize=11)
+    axes[0].set_ylabel(f"{table.protocol.metric} (%)", fontsize=10)
+    # Some eleven characters an inch, so that the title is no wider than the panels.
+    title = _title(table.protocol, int(11 * fig.get_figwidth()))
+    fig.suptitle(title, fontsize=11)
+    handles = dict(
+        (text, handle)
+        for ax in axes
+        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
+    )
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=2, **LEGEND)
+    save(fig, path)
+    return True
+
+
+def _title(protocol: Protocol, width: int) -> str:
+    data, level = protocol.data, protocol.interval["level"]
+    options = ", ".join(f"{k}={v}" for k, v in protocol.options.items())
+    told = "its own" if protocol.gsd_policy == "true" else "that of 100 %"
+    lines = (
+        f"{data['name']}: {protocol.task} {protocol.metric} over scales, "
+        f"{data['train']['images']:,} training and {data['test']['images']:,} test "
+        "images",
+        options,
+        f"at each scale the encoder is told {told} GSD; bars: {100 * level:g} % "
+        "intervals",
+    )
+    return "\n".join(textwrap.fill(line, width) for line in lines)
+
+
+def _line(ax: Axes, line: Line, shift: float, **style) -> None:
+    rows = [row for column, row in line.cells.items() if column[0] != AVERAGE]
+    rows.sort(key=lambda row: row.scale)
+    value, low, high = 100 * np.array([(r.value, r.low, r.high) for r in rows]).T
+    ax.errorbar(
+        shift * np.array([row.scale for row in rows]),
+        value,
+        [np.maximum(value - low, 0), np.maximum(high - value, 0)],
+        marker="o",
+        markersize=4,
+        capsize=3,
+        lw=1.6,
+        elinewidth=1,
+        **style,
+    )
+
+
+def _axis(ax: Axes, percents: list[float], table: Table) -> None:
+    """Scales a constant ratio apart; under the percent the pixels and the GSD told."""
+    sizes = {p: sorted({c[1] for c in table.columns if c[0] == p}) for p in percents}
+    told: dict[float, set[str]] = {percent: set() for percent in percents}
+    for line in table.lines:
+        for column, row in line.cells.items():
+            if column[0] != AVERAGE and row.gsd_told:
+                told[column[0]].add(f"{row.gsd_told:.3g} m/px")
+
+    def tick(percent: float) -> str:
+        pixels = "/".join(map(str, sizes[percent]))
+        return "\n".join([f"{percent:g} %", f"{pixels} px", *sorted(told[percent])])
+
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(percents)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticklabels([tick(percent) for percent in percents])
+    ax.set_xlim(percents[0] / 1.25, percents[-1] * 1.25)
+    ax.set_xlabel("scale: side of the image that the encoder sees", fontsize=9)
+    ax.tick_params(labelsize=9)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def confusion_matrix(path: str | os.PathLike, row: Result, name: str) -> None:
+    """Which classes are taken for which; colours in percent of the true class.
+
+    The counts are written in, where the classes are few enough. `name` is what the
+    table calls the encoder.
+    """
+    # A class without test images has no accuracy, and an empty row.
+    counts, classes = np.array(row.confusion), row.class_names
+    share = 100 * counts / np.maximum(counts.sum(axis=1), 1)[:, None]
+    side = max(6.0, 0.34 * len(classes) + 2.6)
+    fig = Figure(figsize=(side + 1.2, side), layout="constrained")
+    ax = fig.subplots()
+    image = ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    fig.colorbar(image, ax=ax, shrink=0.75, label="percent of the true class")
+    ticks = range(len(classes))
+    names = list(map(printable, classes))  # ticks are drawn from what is given here
+    ax.set_xticks(ticks, names, rotation=90, fontsize=8)
+    accuracy = [
+        f"{name}  {100 * row.per_class[c]:.0f} %" if c in row.per_class else name
+        for c, name in zip(classes, names, strict=True)
+    ]
+    ax.set_yticks(ticks, accuracy, fontsize=8)
+    if len(classes) <= NAMED_CLASSES:
+        for true, predicted in zip(*np.nonzero(counts), strict=True):
+            ax.text(
+                predicted,
+                true,
+                counts[true, predicted],
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share[true, predicted] > 55 else "black",
+            )
+    ax.set_xlabel("predicted class", fontsize=10)
+    ax.set_ylabel("true class, and how much of it is right", fontsize=10)
+    value, low, high = (100 * x for x in (row.value, row.low, row.high))
+    feature = FEATURE_NAMES.get(row.feature, row.feature)
+    ax.set_title(
+        f"{row.protocol.data['name']}, {row.protocol.task}: {name}, {feature}\n"
+        f"{row.num_test:,} test images at {row.scale:g} % ({row.size} px), accuracy "
+        f"{value:.1f} % [{low:.1f}, {high:.1f}]",
+        fontsize=10,
+    )
+    save(fig, path)

@@ -1,0 +1,101 @@
+"""What all figures share: colours, axes, images, scale bars, and how they are saved."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+
+from xsmae.errors import printable
+from xsmae.process.files import atomic_write
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from matplotlib.axes import Axes
+
+
+# A colour a view, the same in every picture: Okabe and Ito's blue, orange, green and
+# purple, which stay apart for colour-blind readers.
+VIEW_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+NEUTRAL, ALARM = "#555555", "#D55E00"
+DPI = 150
+LEGEND = {"fontsize": 9, "frameon": False}
+
+
+def to_pixels(
+    images: Float[np.ndarray, "... bands"], mean: Sequence[float], std: Sequence[float]
+) -> Float[np.ndarray, "... bands"]:
+    """Normalised images in 0-1; what a diverged model predicts, NaN, is black."""
+    pixels = np.asarray(images, np.float32) * np.float32(std) + np.float32(mean)
+    return np.nan_to_num(pixels).clip(0, 1)
+
+
+def show(ax: Axes, image: np.ndarray) -> None:
+    """An image without a frame."""
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def title_with_gsd(
+    ax: Axes, name: str, gsd: Sequence[float], shape: Sequence[int]
+) -> None:
+    """The name, the GSD (two numbers where the axes differ) and the ground shown."""
+    y, x = (number(value) for value in gsd)
+    ground = " × ".join(number(g * n) for g, n in zip(gsd, shape, strict=False))
+    text = y if x == y else f"{y} × {x}"
+    ax.set_title(f"{name}\n{text} m/px, {ground} m", fontsize=10)
+
+
+def scale_bar(ax: Axes, width: int, gsd: float) -> None:
+    """A bar of 1, 2 or 5 times a power of ten metres, under the image."""
+    limit = 0.4 * width * gsd
+    power = 10.0 ** math.floor(math.log10(limit))
+    metres = max(digit * power for digit in (1, 2, 5) if digit * power <= limit)
+    place = ax.get_xaxis_transform()
+    bar = {"color": "black", "linewidth": 4, "solid_capstyle": "butt", "clip_on": False}
+    ax.plot([-0.5, metres / gsd - 0.5], [-0.035, -0.035], transform=place, **bar)
+    # The axis label, for which the layout leaves room.
+    ax.set_xlabel(f"{metres:g} m", loc="left", labelpad=10, fontsize=10)
+    ax.set_xlim(-0.5, width - 0.5)
+
+
+def label_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    ax.set_title(title, fontsize=11)
+    ax.set_xlabel(xlabel, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=9)
+    ax.tick_params(labelsize=9)
+    ax.xaxis.set_major_locator(
+        MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def geometric_mean(gsd: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.prod(np.asarray(gsd, np.float64), axis=-1))
+
+
+def number(value: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def save(fig: Figure, path: str | os.PathLike) -> None:
+    """Write a PNG whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Names of files and classes as they are: no formulas between dollars, and the codes
+    # of bytes that are no text.
+    for text in fig.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
+    with atomic_write(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")

@@ -1,0 +1,188 @@
+"""The encoder in the files of other frameworks: timm's and Hugging Face's ViT."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from xsmae.errors import UserError
+from xsmae.models.build import channel_groups
+from xsmae.process.files import atomic_write
+from xsmae.run.workdir import write_json
+from xsmae.weights.encoder import LoadedEncoder, load_encoder
+from xsmae.weights.layouts import NAMINGS, collect, encoder_weights
+
+FORMATS = ("timm", "huggingface")
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    gsd: float | None = None,
+    image_size: int | None = None,
+) -> list[str]:
+    """Write the encoder of `source` into the new folder `out`; what is to be known.
+
+    `gsd` is the metres per pixel that positions which the encoder scales by the GSD are
+    written for: the other frameworks have fixed ones. `image_size` is in pixels, by
+    default that of training. Raises UserError for what cannot be expressed there.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format={format}, expected one of {', '.join(FORMATS)}")
+    loaded = load_encoder(source)
+    architecture = loaded.info["architecture"]
+    _check(architecture, format)
+    size = loaded.info["image_size"] if image_size is None else image_size
+    positions, notes = _positions(loaded, size, gsd)
+    names = NAMINGS[format]
+    weights = encoder_weights(architecture, naming=format)
+    tensors = collect(loaded.encoder, weights) | {names.position: positions}
+    if not architecture["encoder_norm"]:
+        # timm's ViT has none then, and refuses what it has no place for.
+        tensors = {
+            k: v for k, v in tensors.items() if not k.startswith(f"{names.norm}.")
+        }
+        notes.append("without the last norm, which the encoder does not apply")
+    content = _timm(loaded, size) if format == "timm" else _huggingface(loaded, size)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    for name, value in content.items():
+        write_json(out / name, value)
+    bands = ", ".join(loaded.info["bands"])
+    notes.append(
+        f"images of {size} px, bands {bands}, in 0-1, then normalised with mean "
+        f"{loaded.info['mean']} and std {loaded.info['std']}"
+    )
+    return notes
+
+
+def _check(architecture: dict[str, Any], format: str) -> None:
+    """Raises UserError for an encoder that is no plain ViT."""
+    if channel_groups(architecture):
+        raise UserError(
+            f"SatMAE's groups of bands cannot be expressed in {format}: there a patch "
+            "has one token"
+        )
+    if architecture["norm_style"] != "pre":
+        raise UserError(
+            f"a post-norm encoder cannot be expressed in {format}, whose blocks are "
+            "pre-norm: use it with xsmae.load_encoder"
+        )
+    if architecture["norm_epsilon"] != 1e-6:
+        raise UserError(
+            f"norm_epsilon={architecture['norm_epsilon']}, but 1e-6 in the last norm, "
+            f"cannot be expressed in {format}, which has one for both"
+        )
+    if not architecture["encoder_norm"] and format == "huggingface":
+        raise UserError(
+            "an encoder without its last norm cannot be expressed in huggingface, "
+            "which always applies it: --format=timm can"
+        )
+
+
+def _positions(
+    loaded: LoadedEncoder, size: int, gsd: float | None
+) -> tuple[np.ndarray, list[str]]:
+    """[1, 1 + patches, width], zeros first, and what they were written for."""
+    positions, notes = loaded.encoder.positions, []
+    try:
+        grid = loaded.encoder.grid(size, size)
+    except ValueError as error:
+        raise UserError(f"--image_size={size}: {error}") from None
+    if size <= 0:
+        raise UserError(f"--image_size={size}, expected pixels")
+    if positions.position == "gsd":
+        if gsd is None or not 0 < gsd < math.inf:
+            raise UserError(
+                "the positions of this encoder are scaled by the GSD, which cannot be "
+                "expressed there: give --gsd=METRES per pixel that they are written for"
+            )
+        notes.append(f"positions are those of {gsd:g} m per pixel, and of no other GSD")
+        embedded = positions(grid, gsd=jnp.full((1, 2), gsd))
+    elif gsd is not None:
+        raise UserError(f"--gsd={gsd:g}: the positions of this encoder have no GSD")
+    else:
+        embedded = positions(grid)
+    padded = np.pad(np.asarray(embedded), [(0, 0), (1, 0), (0, 0)])
+    return np.ascontiguousarray(padded), notes
+
+
+def _timm(loaded: LoadedEncoder, size: int) -> dict[str, Any]:
+    """For `timm.create_model("local-dir:OUT")`."""
+    info, model = loaded.info, loaded.info["architecture"]
+    return {
+        "config.json": {
+            # Any ViT does: every size is among the arguments.
+            "architecture": "vit_base_patch16_224",
+            "num_classes": 0,
+            "num_features": model["embed_dim"],
+            "model_args": {
+                "global_pool": "token" if info["pooling"] == "cls" else "avg",
+                "img_size": size,
+                "patch_size": model["patch_size"],
+                "in_chans": len(info["bands"]),
+                "embed_dim": model["embed_dim"],
+                "depth": model["depth"],
+                "num_heads": model["num_heads"],
+                "mlp_ratio": model["mlp_ratio"],
+                # timm would move the last norm behind the pooling.
+                "fc_norm": False,
+                "final_norm": model["encoder_norm"],
+            },
+            "pretrained_cfg": {
+                "input_size": [len(info["bands"]), size, size],
+                "fixed_input_size": True,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "mean": info["mean"],
+                "std": info["std"],
+                "num_classes": 0,
+                "first_conv": "patch_embed.proj",
+                "classifier": "head",
+            },
+        }
+    }
+
+
+def _huggingface(loaded: LoadedEncoder, size: int) -> dict[str, Any]:
+    """For `ViTModel` and `ViTMAEModel.from_pretrained("OUT")`."""
+    info, model = loaded.info, loaded.info["architecture"]
+    return {
+        "config.json": {
+            "architectures": ["ViTModel"],
+            "model_type": "vit",
+            "hidden_size": model["embed_dim"],
+            "num_hidden_layers": model["depth"],
+            "num_attention_heads": model["num_heads"],
+            "intermediate_size": int(model["embed_dim"] * model["mlp_ratio"]),
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "layer_norm_eps": model["norm_epsilon"],
+            "image_size": size,
+            "patch_size": model["patch_size"],
+            "num_channels": len(info["bands"]),
+            "qkv_bias": True,
+            "mask_ratio": 0.0,  # ViTMAEModel's: as an encoder it sees every patch
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": size, "width": size},
+            "resample": 3,  # bicubic
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": info["mean"],
+            "image_std": info["std"],
+        },
+    }

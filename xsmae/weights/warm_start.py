@@ -1,0 +1,116 @@
+"""Starting a run from weights that are there: an import, or another run's workdir."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import ml_collections
+
+from xsmae.checkpoints import Checkpoints
+from xsmae.config import EXECUTION_FIELDS
+from xsmae.errors import UserError
+from xsmae.run.workdir import has_checkpoint, write_json
+from xsmae.train_state import TrainState
+
+# What of the config stands in the weights' own config and is taken from there. How the
+# network is run stays the new run's.
+TAKEN = ("model", "loss", "bands", "mean", "std", "views.size")
+EXECUTION = ("model.dtype", *EXECUTION_FIELDS)
+
+
+# The workdir's copy of the weights' config: resuming does not need `config.init`.
+KEPT = "init.json"
+
+
+def adopt(
+    config: ml_collections.ConfigDict,
+    given: Iterable[str],
+    *,
+    workdir: Path | None = None,
+) -> list[str]:
+    """Set what of `config` the weights in `config.init` decide; say what changed.
+
+    The fields in `given`, dotted, are those that the user set, and stay. A run that
+    resumes in `workdir` takes the same from the copy there: the folder of the weights
+    may have moved, gone or changed since.
+    """
+    path = Path(config.init) / "config.json"
+    if workdir is not None and has_checkpoint(workdir) and (workdir / KEPT).exists():
+        path = workdir / KEPT
+    elif (Path(config.init) / "encoder").is_dir() and not path.exists():
+        raise UserError(
+            f"init={config.init} holds an encoder alone, expected a whole network"
+        )
+    try:
+        saved = json.loads(path.read_text())
+        method = saved["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        if path.name == KEPT:
+            raise UserError(
+                f"{path} is damaged, expected the config of the weights: copy it from "
+                f"{Path(config.init) / 'config.json'}, or give a new --workdir"
+            ) from None
+        raise UserError(
+            f"init={config.init} is neither an import nor a run's workdir: it has no "
+            "config.json that tells the method"
+        ) from None
+    if method != config.method:
+        raise UserError(
+            f"init={config.init} is of method {method}, the config's is "
+            f"{config.method}: give configs/NAME.py:method={method}"
+        )
+    kept, changed = {*EXECUTION, *given}, []
+    with config.ignore_type(), config.unlocked():
+        for name in TAKEN:
+            part = saved
+            for key in name.split("."):
+                part = part.get(key, {}) if isinstance(part, dict) else {}
+            _take(config, name, part, kept, changed)
+    return changed
+
+
+def _take(config, name: str, value, kept: set[str], changed: list[str]) -> None:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _take(config, f"{name}.{key}", part, kept, changed)
+        return
+    *parents, key = name.split(".")
+    owner = config
+    for parent in parents:
+        if parent not in owner:
+            raise UserError(f"init={config.init} has a field {name} unknown here")
+        owner = owner[parent]
+    if key not in owner:
+        raise UserError(f"init={config.init} has a field {name} that is unknown here")
+    value = _as_tuple(value)
+    if name not in kept and owner[key] != value:
+        changed.append(f"{name} {owner[key]} -> {value}")
+        owner[key] = value
+
+
+def _as_tuple(value):
+    """JSON's lists as the tuples that the configs have."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def keep_config(directory: str | Path, workdir: Path) -> None:
+    """Copy the config of the weights in `directory` to `workdir`, for `adopt`."""
+    saved = json.loads((Path(directory) / "config.json").read_text())
+    write_json(workdir / KEPT, saved)
+
+
+def load_weights(directory: str | Path, state: TrainState) -> dict:
+    """The `params` and `batch_stats` of the newest checkpoint in `directory`.
+
+    They have the shapes and placement of those of `state`.
+    """
+    if not (Path(directory) / "checkpoints").is_dir():
+        raise UserError(f"init={directory} holds no checkpoints")
+    checkpoints = Checkpoints(Path(directory) / "checkpoints", read_only=True)
+    try:
+        like = {"params": state.params, "batch_stats": state.batch_stats}
+        return checkpoints.restore_weights(like)
+    finally:
+        checkpoints.close()
