@@ -20,7 +20,8 @@ import numpy as np
 from flax import nnx
 
 from xsmae.cli.convert import import_checkpoint
-from xsmae.methods import METHODS, frequencies_of
+from xsmae.methods import METHODS
+from xsmae.methods.scale_mae import frequencies_of
 from xsmae.models.mae import Views
 from xsmae.models.scale_mae import combine
 from xsmae.models.vit import patchify

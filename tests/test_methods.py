@@ -11,7 +11,8 @@ from flax import nnx
 
 from tests.test_models import MODEL, some_noise, some_views
 from xsmae import losses
-from xsmae.methods import METHODS, frequencies_of
+from xsmae.methods import METHODS
+from xsmae.methods.scale_mae import frequencies_of
 from xsmae.models.mae import MAE, Views
 from xsmae.models.position import TokenPositions, patch_positions, sincos_1d
 from xsmae.models.scale_mae import Frequencies, combine

@@ -5,8 +5,11 @@ import math
 import pytest
 from xsmae.configs import common
 
-from xsmae.config import BELOW_1, LARGE, RANGES, SMALL, check_ranges, flatten
+from xsmae.config import RANGES as COMMON
+from xsmae.config import check_ranges, flatten
 from xsmae.errors import UserError
+from xsmae.methods import METHODS
+from xsmae.ranges import BELOW_1, LARGE, SMALL
 
 PRESETS = [
     ("published", "cross_scale_mae"),
@@ -15,6 +18,9 @@ PRESETS = [
     ("published", "sat_mae"),
     ("published", "scale_mae"),
 ]
+RANGES = dict(COMMON)
+for method in METHODS.values():
+    RANGES |= method.ranges
 # What may be any whole number, or is checked where it is read.
 ELSEWHERE = {"model.channel_groups", "bands"}
 
@@ -36,7 +42,7 @@ def refusal(config, name, value):
     with config.ignore_type():
         config.update_from_flattened_dict({name: value})
     try:
-        check_ranges(config, 1)
+        check_ranges(config, 1, of_method=METHODS[config.method].ranges)
     except UserError as error:
         return str(error)
     return None
@@ -44,7 +50,8 @@ def refusal(config, name, value):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_presets_are_within(preset):
-    check_ranges(config_of(*preset), 1)
+    config = config_of(*preset)
+    check_ranges(config, 1, of_method=METHODS[config.method].ranges)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from xsmae.errors import UserError
+from xsmae.ranges import BELOW_1, LARGE, SMALL, Ranges, check_numbers
 
-SMALL, LARGE = 1e-8, sys.float_info.max  # above 0, and finite
-BELOW_1 = float(np.nextafter(1, 0))
 # Field -> the smallest and the largest; of a tuple, each number. Where a field is not
 # set, or the method has none, it is left out. What else is wrong with the views, the
 # losses and the networks is said by those that read it.
@@ -59,7 +57,6 @@ RANGES = {
     "optim.accumulation_steps": (1, LARGE),
     "views.size": (1, LARGE),
     "views.area": (SMALL, 1),
-    "views.area2": (SMALL, 1),
     "views.ratio": (SMALL, LARGE),
     "views.horizontal_flip": (0, 1),
     "views.vertical_flip": (0, 1),
@@ -74,36 +71,21 @@ RANGES = {
     "model.mask_ratio": (SMALL, BELOW_1),
     "model.norm_epsilon": (0, 1),
     "model.reference_gsd": (SMALL, LARGE),
-    "model.predictor_hidden_dim": (1, LARGE),
-    "model.projection_dim": (0, LARGE),
-    "model.group_dim": (1, LARGE),
-    "model.decoder_group_dim": (1, LARGE),
-    "model.target_scale": (1, LARGE),
-    "model.head_dim": (4, LARGE),
-    "model.head_depth": (0, LARGE),
-    "loss.reconstruction.weight": (0, LARGE),
-    "loss.contrastive.weight": (0, LARGE),
-    "loss.contrastive.temperature": (SMALL, LARGE),
-    "loss.contrastive.groups": (1, LARGE),
-    "loss.cross_prediction.weight": (0, LARGE),
-    "loss.low_frequency.weight": (0, LARGE),
-    "loss.low_frequency.through": (0, LARGE),
-    "loss.high_frequency.weight": (0, LARGE),
-    "loss.high_frequency.cutoff": (SMALL, 1),
 }
 
 
 DTYPES = ("float32", "bfloat16")  # of the products; parameters are float32
 
 
-def check_ranges(config: ml_collections.ConfigDict, devices: int) -> None:
-    """Raises UserError, in one line, for numbers that cannot be or do not fit."""
+def check_ranges(
+    config: ml_collections.ConfigDict, devices: int, *, of_method: Ranges
+) -> None:
+    """Raise UserError for numbers out of range, or that do not fit together.
+
+    of_method: the ranges of the method's own fields, `Method.ranges`.
+    """
     flat = flatten(config.to_dict())
-    for name, (low, high) in RANGES.items():
-        found = flat.get(name)
-        for value in found if isinstance(found, (tuple, list)) else [found]:
-            if value is not None and not _within(value, low, high):
-                raise UserError(f"{name}={found}, expected {_expected(low, high)}")
+    check_numbers(flat, {**RANGES, **of_method})
     model, views = config.model, config.views
     if views.size % model.patch_size:
         raise UserError(
@@ -151,19 +133,6 @@ def check_ranges(config: ml_collections.ConfigDict, devices: int) -> None:
                 f"{len(config.bands)}, one for each of bands={', '.join(config.bands)}:"
                 " change one of them"
             )
-
-
-def _within(value: object, low: float, high: float) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and low <= value <= high
-
-
-def _expected(low: float, high: float) -> str:
-    start = "above 0" if low == SMALL else f"{low} or more"
-    if high == LARGE:
-        return start
-    end = "below 1" if high == BELOW_1 else f"at most {high}"
-    return f"{start} and {end}"
 
 
 # How the network is run: numbers are the same to rounding.

@@ -118,8 +118,9 @@ def create_trainer(
     devices: Sequence[jax.Device] | None = None,
 ) -> Trainer:
     """Everything of a run but its data, from a config, for all devices or `devices`."""
-    check_ranges(config, jax.device_count() if devices is None else len(devices))
     method = _method(config)
+    count = jax.device_count() if devices is None else len(devices)
+    check_ranges(config, count, of_method=method.ranges)
     mesh = create_mesh(config.batch_size, config.mesh, devices=devices)
     schedule = create_schedule(config, num_images=num_images)
     optimizer = _optimizer(config, schedule)

@@ -30,6 +30,7 @@ from xsmae.figures.style import (
     title_with_gsd,
     to_pixels,
 )
+from xsmae.methods import METHODS
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -39,14 +40,9 @@ if TYPE_CHECKING:
 
 
 HIDDEN_GREY = np.float32(0.5)
-LOSS_UNITS = {
-    "loss": "weighted sum of the terms",
-    "loss/reconstruction": "mean squared error",
-    "loss/contrastive": "nats",
-    "loss/cross_prediction": "mean squared error",
-    "loss/low_frequency": "squared error, sum over bands",
-    "loss/high_frequency": "error, sum over bands",
-}
+LOSS_UNITS = {"loss": "weighted sum of the terms"}
+for method in METHODS.values():
+    LOSS_UNITS |= {f"loss/{name}": unit for name, unit in method.units.items()}
 
 
 def reconstructions(

@@ -18,13 +18,10 @@ from absl import flags
 from xsmae.config import DTYPES
 from xsmae.data.views import INTERPOLATIONS, ViewSampler
 from xsmae.errors import UserError
+from xsmae.ranges import BELOW_1, LARGE, SMALL, check_numbers
 
-# What a number may be, and how an error says so.
-COUNT = (lambda x: x >= 2, "2 or more")
-ABOVE_0 = (lambda x: x > 0, "a number above 0")
-FROM_0 = (lambda x: x >= 0, "a number of 0 or more")
-SHARE = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
-BELOW_1 = (lambda x: 0 <= x < 1, "a number of 0 or more, below 1")
+COUNT, ABOVE_0, FROM_0 = (2, LARGE), (SMALL, LARGE), (0, LARGE)
+SHARE, FRACTION = (0, 1), (0, BELOW_1)
 RANGES = {
     "batch_size": COUNT,
     "epochs": ABOVE_0,
@@ -34,19 +31,19 @@ RANGES = {
     "min_learning_rate": FROM_0,
     "weight_decay": FROM_0,
     "trust_coefficient": ABOVE_0,
-    "momentum": BELOW_1,
-    "b1": BELOW_1,
-    "b2": BELOW_1,
+    "momentum": FRACTION,
+    "b1": FRACTION,
+    "b2": FRACTION,
     "batch_norm_momentum": SHARE,
     "batch_norm_epsilon": ABOVE_0,
     "head_std": FROM_0,
-    "layer_decay": (lambda x: 0 < x <= 1, "a number above 0, up to 1 (1: no decay)"),
-    "drop_path": BELOW_1,
+    "layer_decay": (SMALL, 1),
+    "drop_path": FRACTION,
     "mixup": FROM_0,
     "cutmix": FROM_0,
     "mixup_switch": SHARE,
     "random_erasing": SHARE,
-    "label_smoothing": BELOW_1,
+    "label_smoothing": FRACTION,
     "horizontal_flip": SHARE,
     "vertical_flip": SHARE,
 }
@@ -139,16 +136,17 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def check(recipe: ml_collections.ConfigDict) -> None:
     """Raise UserError, by name, for the first field that is out of its range."""
-    for name, value in recipe.items():
-        if name in RANGES:
-            good, expected = RANGES[name]
-            fits = math.isfinite(value) and good(value)
-        elif name in PAIRS:
+    fields = recipe.to_dict()
+    check_numbers(fields, RANGES, "recipe.")
+    for name, value in fields.items():
+        if name in PAIRS:
             expected = f"(low, high) with 0 < low <= high <= {PAIRS[name]:g}"
             fits = len(value) == 2 and 0 < value[0] <= value[1] <= PAIRS[name]
-        else:
+        elif name in CHOICES:
             expected = f"one of {', '.join(CHOICES[name])}"
             fits = value in CHOICES[name]
+        else:
+            continue
         if not fits:
             raise UserError(f"recipe.{name}={value}, expected {expected}")
     if recipe.warmup_epochs >= recipe.epochs:

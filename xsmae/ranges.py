@@ -1,0 +1,43 @@
+"""Which numbers a field may have, and the one message for a number that it may not."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from xsmae.errors import UserError
+
+# Ends of a range that are open: above 0, finite, below 1.
+SMALL, LARGE, BELOW_1 = 1e-8, sys.float_info.max, math.nextafter(1, 0)
+
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def check_numbers(values: Mapping[str, Any], ranges: Ranges, prefix: str = "") -> None:
+    """Raise UserError for the first value outside its range.
+
+    ranges: the smallest and largest number of a field; of a tuple, each number. Fields
+    that `values` lacks, or that are None, are not checked.
+    """
+    for name, (low, high) in ranges.items():
+        found = values.get(name)
+        for value in found if isinstance(found, (tuple, list)) else [found]:
+            if value is not None and not _within(value, low, high):
+                raise UserError(
+                    f"{prefix}{name}={found}, expected {_expected(low, high)}"
+                )
+
+
+def _within(value: object, low: float, high: float) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and low <= value <= high
+
+
+def _expected(low: float, high: float) -> str:
+    start = "above 0" if low == SMALL else f"{low} or more"
+    if high == LARGE:
+        return start
+    end = "below 1" if high == BELOW_1 else f"at most {high}"
+    return f"{start} and {end}"
