@@ -95,7 +95,7 @@ $(PEERS)/installed: $(PEERS)/bin/python pyproject.toml constraints.txt \
 	touch $@
 
 # XLA's compilers for NVIDIA GPUs and TPUs, of jax's own version, with nothing to run on
-# them: `python -m xsmae.plan`, `make bench-attention`.
+# them: `xsmae plan`, `make bench-attention`.
 $(COMPILER)/installed: $(COMPILER)/bin/python pyproject.toml constraints.txt
 	$(COMPILER)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable . 'jax[cuda12-local,tpu]' \

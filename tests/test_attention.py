@@ -364,12 +364,12 @@ def test_what_is_refused(implementation, shape, dtype, expected):
 def test_a_jax_without_triton(monkeypatch):
     """It is to be dropped: what is not the kernel goes on."""
     dialect = "jax.experimental.pallas.triton"
-    for name in ("flash_kernels", "flash_attention", "attention"):
-        monkeypatch.delitem(sys.modules, f"xsmae.ops.{name}")
-        monkeypatch.delattr(f"xsmae.ops.{name}")
+    for name in ("flash_kernels", "flash", "api"):
+        monkeypatch.delitem(sys.modules, f"xsmae.ops.attention.{name}")
+        monkeypatch.delattr(f"xsmae.ops.attention.{name}")
     monkeypatch.delattr(dialect)
     monkeypatch.setitem(sys.modules, dialect, None)
-    without = importlib.import_module("xsmae.ops.attention")
+    without = importlib.import_module("xsmae.ops.attention.api")
     qkv, _ = inputs((17, 2, 16, "bfloat16"), BATCH)
     for name in ("auto", "xla"):
         np.testing.assert_array_equal(

@@ -20,6 +20,7 @@ from xsmae.configs import common
 import xsmae
 from xsmae.cli import convert
 from xsmae.cli import pretrain as main
+from xsmae.config import parse
 from xsmae.errors import UserError
 from xsmae.methods import METHODS
 from xsmae.models.mae import Views
@@ -798,7 +799,7 @@ def config_of(argument, directory, *more):
     """A small config with the fields of the weights, and what is said of them."""
     arguments = [f"--config=configs/quickstart.py:{argument}", *RUN, *more]
     arguments.append(f"--config.init={directory}")
-    config = main.parse(["xsmae", *arguments]).config
+    config = parse(["xsmae", *arguments], main.define_flags).config
     return config, adopt(config, main.given_fields(arguments))
 
 

@@ -17,6 +17,7 @@ from xsmae.configs import common
 
 import xsmae
 from xsmae.cli import pretrain as main
+from xsmae.config import parse
 from xsmae.evaluation.tasks.knn import KnnMonitor
 from xsmae.run.metrics import read_metrics
 
@@ -519,7 +520,7 @@ def test_each_config_builds(name, argument):
     arguments = [f"--config=configs/{name}:{argument},size=small"]
     if name in ("folder.py", "csv.py", "tfds.py"):
         arguments.append("--config.data.gsd=0.5")
-    config = main.parse(["xsmae", *arguments]).config
+    config = parse(["xsmae", *arguments], main.define_flags).config
     assert config.is_locked
     create_sampler(config)
     trainer = create_trainer(config, num_images=100_000)
@@ -570,9 +571,12 @@ def test_default_workdir_and_config_lookup(tmp_path, monkeypatch):
     found = main.default_workdir(["--seed", "--config", "configs/quickstart.py"])
     assert found == Path("runs/quickstart")
     monkeypatch.chdir(tmp_path)  # no configs/ here: the installed one is taken
-    assert main.parse(["xsmae", "--config=configs/fmow.py"]).config.method
+    assert parse(["xsmae", "--config=configs/fmow.py"], main.define_flags).config.method
     assert (
-        main.parse(["xsmae", "--config", "configs/fmow.py:method=mae"]).config.seed == 0
+        parse(
+            ["xsmae", "--config", "configs/fmow.py:method=mae"], main.define_flags
+        ).config.seed
+        == 0
     )
 
 

@@ -12,6 +12,7 @@ from xsmae.configs import common
 from tests.devices import run_on_devices
 from xsmae.cli import plan
 from xsmae.errors import UserError
+from xsmae.planning import step as step_of
 from xsmae.planning.collectives import read_collectives
 from xsmae.planning.topology import GPUS, TPUS, Topology, describe_topology, parse
 
@@ -87,7 +88,7 @@ def test_products_are_counted_with_loops_and_gradients():
 
     w, x = jnp.ones((5, 5)), jnp.ones((7, 5))
     product = 2 * 7 * 5 * 5
-    count = plan.multiplications
+    count = step_of.multiplications
     assert count(jax.make_jaxpr(loss)(w, x).jaxpr) == 3 * product
     gradient = jax.jit(jax.grad(loss))
     assert count(jax.make_jaxpr(gradient)(w, x).jaxpr) == 9 * product
@@ -223,8 +224,8 @@ ENTRY %main (x: f32[64]) -> f32[64] {
 
 def test_a_plan_is_of_the_real_step():
     config = small_config()
-    found = plan.make_plan(config, LOCAL, largest=False)
-    state = plan.trainer_for(config, LOCAL, 8)[1].state_shapes()
+    found = step_of.make_plan(config, LOCAL, largest=False)
+    state = step_of.trainer_for(config, LOCAL, 8)[1].state_shapes()
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     # Parameters and two moments, and a batch.
     assert found["memory"]["arguments"] > 3 * kept + 8 * 16 * 16 * 3
@@ -234,9 +235,9 @@ def test_a_plan_is_of_the_real_step():
     assert found["collectives"] == []
     assert found["network_share"] == 0
     config.batch_size = 16
-    double = plan.make_plan(config, LOCAL, largest=False)
+    double = step_of.make_plan(config, LOCAL, largest=False)
     assert double["flops"] == pytest.approx(2 * found["flops"], rel=0.02)
-    shown = plan.table(found)
+    shown = step_of.table(found)
     assert "| batch, over all | 8 |" in shown
     assert f"{found['memory']['all'] / 1e9:.2f} of 17 GB" in shown
 
@@ -251,9 +252,9 @@ def test_the_largest_batch_fits_and_a_larger_does_not(monkeypatch):
     def used_memory(batch):
         return {"all": 2e9 + 1e7 * batch + (1e9 if batch > 1400 else 0)}
 
-    monkeypatch.setattr(plan, "compile_step", compile_step)
-    monkeypatch.setattr(plan, "used_memory", used_memory)
-    found = plan.largest_batch(small_config(), LOCAL, used_memory(8)["all"])
+    monkeypatch.setattr(step_of, "compile_step", compile_step)
+    monkeypatch.setattr(step_of, "used_memory", used_memory)
+    found = step_of.largest_batch(small_config(), LOCAL, used_memory(8)["all"])
     assert used_memory(found)["all"] <= chip.memory
     assert 1200 < found <= 1400
 
@@ -370,8 +371,8 @@ def test_a_step_without_room_is_told_by_its_batch(monkeypatch, text, error):
     trainer = types.SimpleNamespace(
         step=step, state_shapes=lambda: None, mesh=jax.make_mesh((1,), ("data",))
     )
-    monkeypatch.setattr(plan, "trainer_for", lambda config, *more: (config, trainer))
-    monkeypatch.setattr(plan, "batch_shapes", lambda config: None)
+    monkeypatch.setattr(step_of, "trainer_for", lambda config, *more: (config, trainer))
+    monkeypatch.setattr(step_of, "batch_shapes", lambda config: None)
     with pytest.raises(error, match=text) as caught:
-        plan.compile_step(None, None, 64)
+        step_of.compile_step(None, None, 64)
     assert ("batch_size=64 does not fit" in str(caught.value)) == (error is UserError)

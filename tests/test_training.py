@@ -220,7 +220,7 @@ DATA = [
     "--recipe.warmup_epochs=1",
 ]
 BINARIES = {
-    "linear_probe": [
+    "probe": [
         "--encoder=statistics", "--protocol=published", "--recipe.epochs=40",
     ],
     "finetune": [
@@ -239,14 +239,14 @@ def test_killed_binaries_end_with_the_row_of_the_uninterrupted(
 ):
     """SIGKILL at one moment, SIGTERM at another: the same row, nothing left behind."""
     arguments = [*BINARIES[name], *DATA]
-    main = {"linear_probe": linear_probe, "finetune": finetune}[name].main
+    main = {"probe": linear_probe, "finetune": finetune}[name].main
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
     monkeypatch.chdir(killed)
     for saved, number in ((1, signal.SIGKILL), (20, signal.SIGTERM)):
         process = subprocess.Popen(
-            [sys.executable, "-m", f"xsmae.{name}", *arguments],
+            [sys.executable, "-m", "xsmae", name, *arguments],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
         )

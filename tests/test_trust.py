@@ -81,7 +81,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def flock(handle, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("xsmae.lock.fcntl.flock", flock)
+    monkeypatch.setattr("xsmae.process.lock.fcntl.flock", flock)
     with FolderLock(tmp_path):
         assert "without locks" in capsys.readouterr().out
 

@@ -218,7 +218,7 @@ def parse(
     """
     values = flags.FlagValues()
     define(values)
-    argv = find_config(_joined(argv))
+    argv = find_config(joined(argv, "config"))
     # ml_collections reads the overrides there, whatever it is given.
     before, sys.argv = sys.argv, argv
     try:
@@ -257,10 +257,12 @@ def given_fields(argv: list[str]) -> list[str]:
     return [m[1] for m in map(flag.match, argv) if m]
 
 
-def _joined(argv: list[str]) -> list[str]:
-    """`--config FILE` as `--config=FILE`."""
-    argv = list(argv)
-    if "--config" in argv[:-1]:
-        at = argv.index("--config")
-        argv[at : at + 2] = [f"--config={argv[at + 1]}"]
-    return argv
+def joined(argv: list[str], name: str) -> list[str]:
+    """`argv` with `--name VALUE` written as `--name=VALUE`."""
+    result, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in (f"--{name}", f"-{name}") and rest:
+            argument = f"{argument}={rest.pop(0)}"
+        result.append(argument)
+    return result

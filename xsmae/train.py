@@ -17,9 +17,7 @@ from xsmae.checkpoints.saving import Saver
 from xsmae.data.catalogue import build_source
 from xsmae.data.pipeline import check_bands, check_batch_size
 from xsmae.data.records import Source
-from xsmae.data.views import ViewSampler
 from xsmae.errors import UserError
-from xsmae.evaluation.tasks.knn import KnnMonitor
 from xsmae.process.lock import FolderLock
 from xsmae.process.progress import Progress
 from xsmae.process.signals import StopRequest
@@ -32,6 +30,7 @@ from xsmae.run.monitors import create_monitors
 from xsmae.run.nonfinite import NonfiniteBatches
 from xsmae.run.rejected import RejectedImages
 from xsmae.run.report import describe, summary
+from xsmae.run.run import Run
 from xsmae.run.workdir import goes_on_without, open_workdir, told_in_one_line
 from xsmae.sharding import by_batch, put_batch, replicated
 from xsmae.train_state import TrainState
@@ -44,25 +43,6 @@ from xsmae.trainer import (
 )
 from xsmae.weights.encoder import write_encoder
 from xsmae.weights.warm_start import keep_config, load_weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the parts of a run share."""
-
-    config: ml_collections.ConfigDict
-    workdir: Path
-    source: Source
-    sampler: ViewSampler
-    trainer: Trainer
-    monitor: KnnMonitor | None
-    full_monitor: KnnMonitor | None
-    saver: Saver
-    writer: MetricsWriter
-    rejected: RejectedImages
-    nonfinite: NonfiniteBatches
-    stop: StopTogether
-    watchdog: Watchdog
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:

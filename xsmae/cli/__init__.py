@@ -1,0 +1,52 @@
+"""What a person types: `xsmae COMMAND`, with a file for each command."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+# Name -> its module here, and what it does, for `xsmae --help`.
+COMMANDS = {
+    "pretrain": ("pretrain", "pretrain an encoder on images"),
+    "knn": ("knn", "measure an encoder by its nearest neighbours, over scales"),
+    "probe": ("probe", "measure a frozen encoder by a linear classifier"),
+    "finetune": ("finetune", "measure an encoder by training all of it with labels"),
+    "results": ("results", "tables and figures of what was measured"),
+    "check-data": ("check_data", "read a data set before training on it"),
+    "convert": ("convert", "weights from and to other frameworks"),
+    "plan": ("plan", "memory and time of a run on machines that are elsewhere"),
+    "verify": ("verify", "check that saved checkpoints are undamaged"),
+}
+
+
+def usage() -> str:
+    """One screen: every command in a line."""
+    lines = [f"  {name:12}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "xsmae pretrains encoders of remote-sensing images and measures them.",
+            "",
+            "usage: xsmae COMMAND [--FLAG=VALUE ...]",
+            "",
+            *lines,
+            "",
+            "xsmae COMMAND --help begins with an example and lists every flag.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    argv = sys.argv if argv is None else argv
+    name = argv[1] if len(argv) > 1 else "--help"
+    if name in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+        print(f"xsmae: there is no command {name}: {hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"xsmae.cli.{COMMANDS[name][0]}")
+    return module.main([f"xsmae {name}", *argv[2:]])

@@ -205,7 +205,3 @@ def main(argv: list[str] | None = None) -> int:
         run, argv, doc=__doc__, define=define_flags, common=lambda values: None
     )
     return ended or status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from xsmae.config import find_config
+from xsmae.config import find_config, joined
 from xsmae.errors import UserError, memory_shortage
 from xsmae.evaluation import scales as scales_of
 from xsmae.evaluation.features import FEATURES
@@ -102,7 +102,7 @@ def parse(
     where it is not None, is in the config as `recipe`, changed by --recipe.FIELD=VALUE.
     Raises UserError, in one line, for what is wrong in them.
     """
-    argv = find_config(_joined(argv, ("data",)), "data")
+    argv = find_config(joined(argv, "data"), "data")
     config = _load_config([a for a in argv if re.match("--?data=", a)])
     values = flags.FlagValues()
     define_flags(values)
@@ -135,7 +135,7 @@ def parse(
 def data_of(argv: list[str]) -> tuple[ml_collections.ConfigDict, list[str]]:
     """The config of `--data` with the parts `data`, `train` and `test`, and the rest of
     the arguments. Raises UserError, in one line, for what is wrong in them."""
-    argv = find_config(_joined(argv, ("data",)), "data")
+    argv = find_config(joined(argv, "data"), "data")
     config = _load_config([a for a in argv if re.match("--?data=", a)])
     for part in ("data", *PARTS):
         given = [a for a in argv if a.lstrip("-").startswith(f"{part}.")]
@@ -247,14 +247,3 @@ def _as_user_error(what: str) -> Iterator[None]:
     except (flags.Error, KeyError, AttributeError, ValueError, TypeError) as error:
         message = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(f"{what}: {message.removeprefix(f'flag {what}: ')}") from None
-
-
-def _joined(argv: list[str], names: tuple[str, ...]) -> list[str]:
-    """`--data FILE` as `--data=FILE`."""
-    joined, argv = [], list(argv)
-    while argv:
-        argument = argv.pop(0)
-        if argument.lstrip("-") in names and argument.startswith("-") and argv:
-            argument = f"{argument}={argv.pop(0)}"
-        joined.append(argument)
-    return joined

@@ -7,7 +7,6 @@ the same recipe from random weights.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 from absl import flags
@@ -74,7 +73,3 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit status."""
     return commandline.run(evaluate, argv, doc=__doc__, define=define_flags)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

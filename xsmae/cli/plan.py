@@ -14,7 +14,7 @@ import sys
 import jax
 from absl import flags
 
-from xsmae.cli import pretrain as pretraining
+from xsmae.config import define_config, given_fields, parse
 from xsmae.errors import UserError
 from xsmae.planning.step import make_plan, table
 from xsmae.planning.topology import describe_topology
@@ -23,7 +23,7 @@ from xsmae.weights import warm_start as init
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of pretraining that decide the step, and the machines."""
-    pretraining.define_config(values)
+    define_config(values)
     flags.DEFINE_string(
         "topology",
         None,
@@ -48,12 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     jax.config.update("jax_platforms", "cpu")  # no devices but those that are described
     try:
-        values = pretraining.parse(argv, define_flags)
+        values = parse(argv, define_flags)
         if values.topology is None:
             raise UserError("--topology=gpu:h200:8, or another, is missing")
         topology = describe_topology(values.topology)
         if values.config.init:
-            given = pretraining.given_fields(argv)
+            given = given_fields(argv)
             for change in init.adopt(values.config, given):
                 print(f"as the weights have it: {change}")
         plan = make_plan(values.config, topology, largest=values.largest_batch)
@@ -66,7 +66,3 @@ def main(argv: list[str] | None = None) -> int:
     print(table(plan))
     print(json.dumps({"topology": values.topology, "jax": jax.__version__, **plan}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from xsmae.config import _joined, define_config, given_fields, parse
+from xsmae.config import define_config, given_fields, joined, parse
 from xsmae.errors import UserError, memory_shortage
 
 LESS_MEMORY = (
@@ -56,7 +56,9 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 def default_workdir(argv: list[str]) -> Path:
     """`--config=configs/fmow.py:mae,size=large` -> `runs/fmow-mae-size-large`."""
-    flag = next(a for a in _joined(argv) if a.lstrip("-").startswith("config="))
+    flag = next(
+        a for a in joined(argv, "config") if a.lstrip("-").startswith("config=")
+    )
     path, _, argument = flag.partition("=")[2].partition(":")
     parts = [Path(path).stem, *argument.replace("=", "-").split(",")]
     return Path("runs") / "-".join(filter(None, parts))
@@ -96,7 +98,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("xsmae: interrupted", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

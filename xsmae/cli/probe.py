@@ -11,7 +11,6 @@ thumbnail, and the encoder's architecture with random weights.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 
 import ml_collections
@@ -126,7 +125,3 @@ def _published(values, config, should_stop) -> list[Result]:
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit status."""
     return commandline.run(evaluate, argv, doc=__doc__, define=define_flags)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

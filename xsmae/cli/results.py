@@ -108,7 +108,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"xsmae: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Are checkpoints as they were saved? `python -m xsmae.checkpoints verify DIR`.
+"""Are checkpoints as they were saved? `xsmae verify DIR`.
 
 DIR is a workdir or its folder `checkpoints`. A line a step: good, or damaged and which
 file or array. Exit status: 0, 1 where a step is damaged, 2 where DIR holds none.
@@ -39,20 +39,22 @@ def verify(directory: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Run `xsmae verify DIR`; returns the exit status."""
     argv = sys.argv if argv is None else argv
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return 0
     logging.set_verbosity(logging.FATAL)  # what is wrong is told in one line
     try:
-        if len(argv) != 3 or argv[1] != "verify":
-            raise UserError("expected: python -m xsmae.checkpoints verify DIR")
-        return 0 if verify(Path(argv[2])) else 1
+        if len(argv) != 2:
+            raise UserError("expected one folder: xsmae verify DIR")
+        return 0 if verify(Path(argv[1])) else 1
     except UserError as error:
         print(f"xsmae: {error}", file=sys.stderr)
         return 2
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def checkpoints(argv: list[str] | None = None) -> int:
+    """`xsmae-checkpoints verify DIR`, the name of before there was one command."""
+    argv = sys.argv if argv is None else argv
+    return main([argv[0], *(a for a in argv[1:] if a != "verify")])

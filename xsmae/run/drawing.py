@@ -14,7 +14,7 @@ from xsmae.train_state import TrainState
 from xsmae.trainer import STEP_FIELDS, first_samples
 
 if TYPE_CHECKING:
-    from xsmae.train import Run
+    from xsmae.run.run import Run
 
 GSD_SAMPLES = 2000  # in the histogram of GSDs, enough for a smooth one
 

@@ -9,7 +9,7 @@ from xsmae.run.metrics import read_metrics
 from xsmae.train_state import TrainState
 
 if TYPE_CHECKING:
-    from xsmae.train import Run
+    from xsmae.run.run import Run
 
 
 def due_every(step: int, every: int) -> bool:
