@@ -39,7 +39,7 @@ from xsmae.data.pipeline import LoadViews
 from xsmae.data.records import Record
 from xsmae.data.synthetic.source import Scene
 from xsmae.data.views import ViewSampler
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 from xsmae.train import train_and_evaluate
 
 SCENES = {256: 64, 512: 16, 1024: 8, 2048: 4}  # side in pixels -> images
@@ -213,7 +213,7 @@ def measure_training(
             }
         )
         train_and_evaluate(config, pathlib.Path(workdir) / "run")
-        rows = read_metrics(pathlib.Path(workdir) / "run" / "metrics.jsonl")
+        rows = read_jsonl(pathlib.Path(workdir) / "run" / "metrics.jsonl")
     rows = [row for row in rows if row.get("images_per_second")]
     return {
         "case": "training",

@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xsmae.main
 from absl import flags
 
+import xsmae.main
 from studies import config as systems
 from xsmae.cli import knn
 from xsmae.cli import probe as linear_probe
@@ -31,7 +31,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation.rows import append_all, now, read
 from xsmae.evaluation.subjects import open_encoder
 from xsmae.process.environment import describe_environment
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 
 STUDIES = Path(__file__).parent
 SCHEMA = 2
@@ -203,7 +203,7 @@ def account(
 ) -> dict[str, Any]:
     """What `runs.jsonl` says of a finished run."""
     config = json.loads((workdir / "config.json").read_text())
-    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    rows = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
     method = config["method"]
     images = config["num_steps"] * config["batch_size"]
     encoder = open_encoder(str(workdir / "encoder"), config=None)

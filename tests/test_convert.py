@@ -24,7 +24,7 @@ from xsmae.config import parse
 from xsmae.errors import UserError
 from xsmae.methods import METHODS
 from xsmae.models.mae import Views
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 from xsmae.trainer import create_trainer
 from xsmae.weights import official, official_config
 from xsmae.weights.layouts import collect, encoder_weights, leaves, weights_of
@@ -862,7 +862,7 @@ def test_training_goes_on_from_an_import(imports, tmp_path, capsys):
     )
     assert status == 0, printed.err
     assert "as the weights have it: model.embed_dim 192 -> 24" in printed.out
-    assert [r["step"] for r in read_metrics(first / "metrics.jsonl")] == [1, 2]
+    assert [r["step"] for r in read_jsonl(first / "metrics.jsonl")] == [1, 2]
     names = "encoder/encoder.safetensors"
     before, after = (load_file(d / names) for d in (imports("mae"), first))
     assert_same(after.values(), [before[name] for name in after])
@@ -891,7 +891,7 @@ def test_a_run_resumes_without_the_folder_of_its_weights(
         (weights / "config.json").write_text('{"method": "mae", "model": {"depth": 9}}')
     status, printed = run(capsys, "method=mae", *command)
     assert status == 0, printed.err
-    assert [r["step"] for r in read_metrics(workdir / "metrics.jsonl")] == [1, 2]
+    assert [r["step"] for r in read_jsonl(workdir / "metrics.jsonl")] == [1, 2]
     assert run(capsys, "method=mae", *command, "--dry_run")[0] == 0
     # What the command itself changes is refused as before.
     for change, said in (

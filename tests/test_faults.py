@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_main import ROOT, SMALL_RUN, comparable
 from xsmae.cli.verify import main as checkpoints
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 
 KILLS = 20
 NUM_STEPS = 600
@@ -48,7 +48,7 @@ def steps_saved(workdir):
 
 
 def last_step(workdir):
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_jsonl(workdir / "metrics.jsonl")
     return max((row["step"] for row in rows if "loss" in row), default=0)
 
 

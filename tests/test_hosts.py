@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.test_main import ROOT, SMALL_MODEL, SMALL_RUN, comparable, refused
+from xsmae.process.files import read_jsonl
 from xsmae.process.watchdog import EXIT_STATUS
-from xsmae.run.metrics import read_metrics
 
 NUM_STEPS = 60
 RUN = [
@@ -142,7 +142,7 @@ def test_one_that_is_asked_to_stop_stops_all_after_the_same_step(one_process, tm
     processes[1].send_signal(signal.SIGTERM)
     assert ends(processes, logs) == [128 + signal.SIGTERM] * 2, logs[0].read_text()
     steps = [
-        read_metrics(folder / "metrics.jsonl")[-1]["step"]
+        read_jsonl(folder / "metrics.jsonl")[-1]["step"]
         for folder in (workdir, workdir / "process_1")
     ]
     assert steps[0] == steps[1] < NUM_STEPS
@@ -188,7 +188,7 @@ def test_bad_images_of_all_processes_together_stop_all(tmp_path):
         own = len((folder / "rejected.jsonl").read_text().splitlines())
         assert own <= 6.4  # by itself it would have gone on
         counts.append(own)
-        row = read_metrics(folder / "metrics.jsonl")[-1]
+        row = read_jsonl(folder / "metrics.jsonl")[-1]
     assert 6.4 < row["rejected"] == sum(counts)
     steps = [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*")]
     assert row["step"] in steps  # and nothing is lost

@@ -19,7 +19,7 @@ import xsmae
 from xsmae.cli import pretrain as main
 from xsmae.config import parse
 from xsmae.evaluation.tasks.knn import KnnMonitor
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted({p.name for p in (ROOT / "configs").glob("[a-z]*.py")} - {"common.py"})
@@ -98,13 +98,13 @@ def command(workdir, *more):
 
 def comparable(workdir):
     """The lines of `metrics.jsonl` without the values that are times."""
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_jsonl(workdir / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
 
 
 def test_a_run_leaves_what_it_should(finished):
     workdir, printed = finished
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_jsonl(workdir / "metrics.jsonl")
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == [1, 2, 4, 6, 8]
     terms = {"reconstruction", "contrastive", "cross_prediction"}
@@ -136,10 +136,10 @@ def test_checkpoints_that_are_kept(finished):
 
 def test_the_table_is_of_the_metrics(finished):
     workdir, printed = finished
-    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    rows = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
     line = next(x for x in printed.splitlines() if x.startswith("loss "))
     assert line.split()[1:] == [f"{rows[i]['loss']:.4f}" for i in (0, -1)]
-    full = read_metrics(workdir / "metrics.jsonl")[-1]
+    full = read_jsonl(workdir / "metrics.jsonl")[-1]
     line = next(x for x in printed.splitlines() if x.startswith("image statistics"))
     assert f"{100 * full['knn_full/image_statistics']:.1f} %" in line
 
@@ -185,7 +185,7 @@ def test_the_other_methods_run_the_same_way(method, flags, terms, tmp_path):
     steps = ["--config.num_steps=2", "--config.optim.warmup_steps=1"]
     run = [*SMALL_RUN, *steps, "--config.knn.every=-1", *flags]
     assert call(config, *run, f"--workdir={tmp_path}") == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
     found = {n.removeprefix("loss/") for n in rows[-1] if n.startswith("loss/")}
     assert found == terms
     names = {p.name for p in (tmp_path / "figures").iterdir()}
@@ -206,7 +206,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(finished, tmp_path):
             command(workdir), cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         deadline = time.monotonic() + 200
-        while len(read_metrics(workdir / "metrics.jsonl")) < seen:
+        while len(read_jsonl(workdir / "metrics.jsonl")) < seen:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -271,7 +271,7 @@ def test_the_monitor_may_be_switched_on_later(tmp_path, capsys):
     for _ in range(2):  # and once, however often the run is started
         assert call(*run, "--config.knn.every=0") == 0
         assert "image statistics alone" in capsys.readouterr().out
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_jsonl(workdir / "metrics.jsonl")
     for name in ("knn/accuracy_cls", "knn/image_statistics"):
         assert [row["step"] for row in rows if name in row] == [8]
 
@@ -283,7 +283,7 @@ def test_a_refused_start_leaves_the_workdir_free(tmp_path, capsys):
     diverging = ["--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=0"]
     refused(capsys, *run, *diverging, "--config.optim.max_nonfinite=1")
     assert call(*run) == 0
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert not any(name.startswith("knn") for row in rows for name in row)
     assert "kNN" not in capsys.readouterr().out
 
@@ -333,12 +333,12 @@ def test_a_folder_with_a_bad_image(image_folder, tmp_path, capsys):
     assert "max_rejected_fraction=0)" in line
     workdir = tmp_path / "lenient"
     assert call(*run, f"--workdir={workdir}") == 0
-    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    rows = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
     assert rows[-1]["rejected"] == 1
     assert sum(row["replaced_in_batch"] for row in rows) >= 1
     listed = (workdir / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in listed] == ["roof/bad.jpg"]
-    assert "knn_full/accuracy_cls" in read_metrics(workdir / "metrics.jsonl")[-1]
+    assert "knn_full/accuracy_cls" in read_jsonl(workdir / "metrics.jsonl")[-1]
 
 
 def test_a_diverging_run_stops(tmp_path, capsys):

@@ -19,12 +19,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from xsmae.config import flatten
 from xsmae.errors import UserError
+from xsmae.process.files import read_jsonl, write_json
 from xsmae.process.progress import Progress
 from xsmae.process.signals import StopRequest
 from xsmae.run import metrics
-from xsmae.run.metrics import MetricsWriter, read_metrics
+from xsmae.run.metrics import MetricsWriter
 from xsmae.run.report import summary
-from xsmae.run.workdir import differences, open_workdir, write_json
+from xsmae.run.workdir import differences, open_workdir
 
 # metrics.jsonl
 
@@ -38,7 +39,7 @@ def write(workdir, steps, *, resume_step=None, tensorboard=False, **values):
 
 
 def steps_of(path):
-    return [row["step"] for row in read_metrics(path)]
+    return [row["step"] for row in read_jsonl(path)]
 
 
 def test_a_line_is_on_disk_at_once(tmp_path):
@@ -80,7 +81,7 @@ def test_what_json_has_no_number_for_is_null(tmp_path, value):
 
 def test_numbers_of_any_kind_are_taken(tmp_path):
     values = {"a": np.float32(0.5), "b": jnp.array(2.5), "c": np.int64(3), "d": 4}
-    (row,) = read_metrics(write(tmp_path, [1], **values))
+    (row,) = read_jsonl(write(tmp_path, [1], **values))
     assert [row[name] for name in "abcd"] == [0.5, 2.5, 3, 4]
 
 
@@ -107,7 +108,7 @@ def test_a_damaged_line_costs_no_other(tmp_path, damage, capsys):
 
 
 def test_no_file_is_no_lines(tmp_path):
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
 
 
 # TensorBoard and W&B

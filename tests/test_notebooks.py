@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell
 
 from tests.execute_notebooks import NOTEBOOKS, execute, install_kernel, set_parameters
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 
 SMALL = [
     "--config.data.size=32",
@@ -100,7 +100,7 @@ def test_it_runs(name, jupyter, tmp_path):
     assert drawing(notebook) == DRAWING[name]
     assert "Traceback" not in printed(notebook)
     workdir = {"quickstart": "quickstart", "linear_probe": "linear_probe/short_encoder"}
-    rows = read_metrics(tmp_path / "runs" / workdir[name] / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "runs" / workdir[name] / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]
     if name == "linear_probe":

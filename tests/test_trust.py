@@ -19,10 +19,11 @@ from xsmae.checkpoints import digests
 from xsmae.cli.verify import main as verify
 from xsmae.errors import UserError
 from xsmae.process import watchdog
+from xsmae.process.files import read_jsonl
 from xsmae.process.lock import FolderLock
 from xsmae.process.watchdog import Watchdog
 from xsmae.run import drawing
-from xsmae.run.metrics import MetricsWriter, read_metrics
+from xsmae.run.metrics import MetricsWriter
 from xsmae.run.nonfinite import NonfiniteBatches
 from xsmae.run.workdir import told_in_one_line
 
@@ -208,11 +209,11 @@ def test_images_of_batches_that_are_not_finite_are_listed(tmp_path):
     with pytest.raises(UserError, match=r"nonfinite\.jsonl") as caught:
         check(batches, 3, 2)
     assert "\n" not in str(caught.value)
-    rows = read_metrics(batches.path)
+    rows = read_jsonl(batches.path)
     assert [row["step"] for row in rows] == [2, 3]
     assert rows[1]["ids"] == ["image-3", "image-13"]
     create(resume_step=2)
-    assert [row["step"] for row in read_metrics(batches.path)] == [2]
+    assert [row["step"] for row in read_jsonl(batches.path)] == [2]
 
 
 def test_a_diverging_run_keeps_its_good_checkpoint(tmp_path, capsys):
@@ -227,7 +228,7 @@ def test_a_diverging_run_keeps_its_good_checkpoint(tmp_path, capsys):
     )
     assert "not finite in 2 steps in a row" in said
     assert str(tmp_path / "nonfinite.jsonl") in said
-    rows = read_metrics(tmp_path / "nonfinite.jsonl")
+    rows = read_jsonl(tmp_path / "nonfinite.jsonl")
     assert [len(row["ids"]) for row in rows] == [8, 8]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
@@ -250,7 +251,7 @@ def test_lines_that_a_full_disk_did_not_take_are_written_later(tmp_path, capsys)
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     writer.write(40, {"loss": 1.0})
     writer.close()
-    assert [row["step"] for row in read_metrics(writer.path)] == list(range(1, 41))
+    assert [row["step"] for row in read_jsonl(writer.path)] == list(range(1, 41))
 
 
 def test_a_run_does_not_wait_for_tensorboard_that_has_ended(tmp_path, capsys):
@@ -260,7 +261,7 @@ def test_a_run_does_not_wait_for_tensorboard_that_has_ended(tmp_path, capsys):
         writer.write(step, {"loss": 1.0})
     writer.close()
     assert "TensorBoard's file ends here" in capsys.readouterr().out
-    assert len(read_metrics(writer.path)) == 40
+    assert len(read_jsonl(writer.path)) == 40
 
 
 def no_space(*args, **kwargs):

@@ -22,6 +22,7 @@ from xsmae.data.records import Source
 from xsmae.data.views import ViewSampler
 from xsmae.errors import UserError
 from xsmae.methods import METHODS, Method, Pictures
+from xsmae.models.build import EXECUTION
 from xsmae.optim import Optimizer, create_optimizer
 from xsmae.sharding import (
     by_batch,
@@ -38,7 +39,6 @@ from xsmae.train_state import (
     prepare_views,
     train_step,
 )
-from xsmae.weights.encoder import EXECUTION
 
 # What of a batch the step reads; the rest is the host's account of the images.
 STEP_FIELDS = ("image", "gsd", "box", "flip")

@@ -276,3 +276,8 @@ class Checkpoints:
         return SaveError(
             f"step {step} could not be saved in {self.directory} ({reason(error)})"
         )
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """True if a run has saved a step in `workdir`, damaged or not."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))

@@ -23,7 +23,7 @@ from xsmae.data.catalogue import build_source
 from xsmae.data.pipeline import allowed_rejections
 from xsmae.data.survey import Survey, survey
 from xsmae.errors import UserError, printable
-from xsmae.run.workdir import write_json
+from xsmae.process.files import write_json
 
 SHOWN = 20  # of a list that may be long; report.json has all of it
 TOO_MANY = 3

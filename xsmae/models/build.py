@@ -15,6 +15,11 @@ from xsmae.models.vit import Block, Encoder, PatchEmbed, stacked_blocks
 
 Config = Mapping[str, Any]
 
+# How an exported encoder computes, whatever its training did.
+EXECUTION = {
+    "attention": "xla", "remat": "elementwise", "scan": True, "dtype": "float32",
+}  # fmt: skip
+
 
 def build_encoder(model: Config, *, channels: int, rngs: nnx.Rngs) -> Encoder:
     """The encoder that `config.model` describes, for images of `channels` bands."""

@@ -63,3 +63,9 @@ def keep_rows(path: Path, up_to_step: int | None) -> list[dict[str, Any]]:
     with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file so that it is either the old one or the new one, never a half."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -9,7 +9,7 @@ import numpy as np
 
 from xsmae.errors import BadImageError
 from xsmae.figures import training as figures
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 from xsmae.train_state import TrainState
 from xsmae.trainer import STEP_FIELDS, first_samples
 
@@ -43,7 +43,7 @@ def progress(run: Run, state: TrainState, step: int) -> None:
     batch = {name: batch[name] for name in STEP_FIELDS}
     # All processes predict together, also where one of them cannot read an image.
     pictures = jax.device_get(run.trainer.predict(state, batch))
-    rows = read_metrics(run.workdir / "metrics.jsonl")
+    rows = read_jsonl(run.workdir / "metrics.jsonl")
     figures.loss_curves(folder / "losses.png", rows)
     if unreadable:
         raise BadImageError(

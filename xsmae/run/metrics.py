@@ -13,7 +13,7 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 
 from xsmae.errors import UserError
-from xsmae.process.files import keep_rows, read_jsonl
+from xsmae.process.files import keep_rows
 
 SCHEMA = 1
 
@@ -95,11 +95,6 @@ class MetricsWriter:
             self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`, see `read_jsonl`."""
-    return read_jsonl(path)
 
 
 def _plain(value) -> float | int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 from xsmae.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def at_the_start(run: Run, state: TrainState, start: int) -> None:
     """The controls where the run has none yet; the accuracy that a stop left out."""
     if run.monitor is None:
         return
-    rows = read_metrics(run.workdir / "metrics.jsonl")
+    rows = read_jsonl(run.workdir / "metrics.jsonl")
     # A resumed run has none where the monitor was off until now.
     if start == 0 or not any("knn/image_statistics" in row for row in rows):
         # Not of `state`, which may hold the weights of `config.init`.
@@ -58,7 +58,7 @@ def after_step(run: Run, state: TrainState, step: int) -> None:
 
 def at_the_end(run: Run, state: TrainState) -> None:
     """The accuracy of all labelled images and its controls, once."""
-    rows = read_metrics(run.workdir / "metrics.jsonl")
+    rows = read_jsonl(run.workdir / "metrics.jsonl")
     monitor, trainer = run.full_monitor, run.trainer
     if monitor is None or any("knn_full/accuracy_cls" in row for row in rows):
         return

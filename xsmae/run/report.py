@@ -11,7 +11,7 @@ from flax import nnx
 from xsmae.data.catalogue import build_source, missing_arguments
 from xsmae.data.pipeline import check_bands, check_batch_size
 from xsmae.data.records import Source
-from xsmae.run.metrics import read_metrics
+from xsmae.process.files import read_jsonl
 from xsmae.run.monitors import create_monitors
 from xsmae.trainer import (
     Trainer,
@@ -39,7 +39,7 @@ def describe(
 
 def summary(workdir: Path) -> str:
     """The table at the end of a run, from its `metrics.jsonl`."""
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = read_jsonl(workdir / "metrics.jsonl")
     losses = [row for row in rows if "loss" in row]
     lines = []
     if losses:  # none are left if the file was lost or damaged

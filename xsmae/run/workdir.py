@@ -11,10 +11,11 @@ from typing import Any
 
 import ml_collections
 
+from xsmae.checkpoints.store import has_checkpoint
 from xsmae.config import EXECUTION_FIELDS, flatten
 from xsmae.errors import BadImageError, UserError
 from xsmae.process.environment import describe_environment
-from xsmae.process.files import atomic_write
+from xsmae.process.files import write_json
 
 # Fields that change neither the batches nor, except for rounding, the numbers: they may
 # differ on resuming. A name that ends with a dot is a whole group of fields. What the
@@ -60,11 +61,6 @@ def _is_free(name: str) -> bool:
     """True if a field may differ on resuming."""
     groups = tuple(field for field in FREE_FIELDS if field.endswith("."))
     return name in FREE_FIELDS or name.startswith(groups)
-
-
-def has_checkpoint(workdir: Path) -> bool:
-    """True if a run has saved a step in `workdir`, damaged or not."""
-    return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -126,9 +122,3 @@ def told_in_one_line(workdir: Path) -> Iterator[None]:
             f"{error.filename or 'a file of it'}); mend that, and the same command "
             "goes on from the newest checkpoint"
         ) from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file so that it is either the old one or the new one, never a half."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -15,15 +15,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from xsmae.errors import UserError
-from xsmae.models.build import Config, build_encoder, channel_groups
+from xsmae.models.build import EXECUTION, Config, build_encoder, channel_groups
 from xsmae.models.position import patch_positions
 from xsmae.models.vit import Encoder
-from xsmae.process.files import atomic_write
-from xsmae.run.workdir import write_json
+from xsmae.process.files import atomic_write, write_json
 from xsmae.weights.layouts import collect, encoder_weights, load
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
 
 SCHEMA = 1
 POOLINGS = ("cls", "mean")
@@ -35,10 +35,6 @@ ARCHITECTURE = (
 )  # fmt: skip
 GROUPS = ("channel_groups", "group_dim")  # SatMAE's
 REQUIRED = ("architecture", "bands", "mean", "std", "pooling")
-# How an exported encoder computes, whatever its training did.
-EXECUTION = {
-    "attention": "xla", "remat": "elementwise", "scan": True, "dtype": "float32",
-}  # fmt: skip
 
 
 def to_timm(

@@ -12,8 +12,7 @@ from safetensors.numpy import save_file
 
 from xsmae.errors import UserError
 from xsmae.models.build import channel_groups
-from xsmae.process.files import atomic_write
-from xsmae.run.workdir import write_json
+from xsmae.process.files import atomic_write, write_json
 from xsmae.weights.encoder import LoadedEncoder, load_encoder
 from xsmae.weights.layouts import NAMINGS, collect, encoder_weights
 

@@ -21,7 +21,7 @@ from xsmae.errors import UserError
 from xsmae.methods import METHODS
 from xsmae.models.build import build_encoder
 from xsmae.models.position import sincos_1d, sincos_2d
-from xsmae.run.workdir import write_json
+from xsmae.process.files import write_json
 from xsmae.train_state import TrainState
 from xsmae.weights.encoder import write_encoder
 from xsmae.weights.layouts import NAMINGS, encoder_weights, load, weights_of

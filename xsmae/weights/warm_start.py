@@ -9,15 +9,16 @@ from pathlib import Path
 import ml_collections
 
 from xsmae.checkpoints import Checkpoints
+from xsmae.checkpoints.store import has_checkpoint
 from xsmae.config import EXECUTION_FIELDS
 from xsmae.errors import UserError
-from xsmae.run.workdir import has_checkpoint, write_json
+from xsmae.process.files import write_json
 from xsmae.train_state import TrainState
 
 # What of the config stands in the weights' own config and is taken from there. How the
 # network is run stays the new run's.
 TAKEN = ("model", "loss", "bands", "mean", "std", "views.size")
-EXECUTION = ("model.dtype", *EXECUTION_FIELDS)
+KEPT_EXECUTION = ("model.dtype", *EXECUTION_FIELDS)
 
 
 # The workdir's copy of the weights' config: resuming does not need `config.init`.
@@ -61,7 +62,7 @@ def adopt(
             f"init={config.init} is of method {method}, the config's is "
             f"{config.method}: give configs/NAME.py:method={method}"
         )
-    kept, changed = {*EXECUTION, *given}, []
+    kept, changed = {*KEPT_EXECUTION, *given}, []
     with config.ignore_type(), config.unlocked():
         for name in TAKEN:
             part = saved
