@@ -277,7 +277,7 @@ def test_damaged_steps_are_removed_when_a_run_is_complete(
     assert line.startswith(f"step {damaged} is ")
     assert len(fed) == 1
     assert checkpoints.steps() == ([6] if damaged == 3 else [3, 6])
-    assert main(["checkpoints", "verify", str(tmp_path)]) == 0
+    assert main(["xsmae verify", str(tmp_path)]) == 0
 
 
 def test_none_that_is_whole_is_an_error(two_steps, tmp_path):
@@ -309,7 +309,7 @@ def test_steps_of_before_there_were_digests_go_on_with_a_line(tmp_path, capsys):
     assert step == 5
     assert bits(state) == bits(some_state(5))
     assert "saved without digests" in capsys.readouterr().out
-    assert main(["checkpoints", "verify", str(tmp_path)]) == 0
+    assert main(["xsmae verify", str(tmp_path)]) == 0
     assert "step 5: saved without digests, not checked" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "5" / "state")
     checkpoints = Checkpoints(tmp_path)
@@ -322,11 +322,11 @@ def test_verify_tells_of_each_step(two_steps, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(two_steps, workdir / "checkpoints")
     for directory in (workdir, workdir / "checkpoints"):
-        assert main(["checkpoints", "verify", str(directory)]) == 0
+        assert main(["xsmae verify", str(directory)]) == 0
         said = capsys.readouterr().out.splitlines()
         assert said == ["step 3: good", "step 6: good"]
     flip(workdir / "checkpoints" / "3" / "state" / "_METADATA", 77)
-    assert main(["checkpoints", "verify", str(workdir)]) == 1
+    assert main(["xsmae verify", str(workdir)]) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step 3: damaged: ")
     assert "state/_METADATA is not as it was written" in first

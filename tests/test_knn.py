@@ -16,6 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from tests.devices import run_on_devices
 from xsmae.cli import knn
 from xsmae.cli import pretrain as pretraining
+from xsmae.config import parse
 from xsmae.data.catalogue import build_source
 from xsmae.evaluation.rows import read
 from xsmae.evaluation.tasks.knn import knn_predict, nearest, vote
@@ -195,8 +196,9 @@ def test_the_monitor_measures_what_the_binary_does(tmp_path, dtype):
         "model.patch_size": 4,
     }
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
-    config = pretraining.parse(
-        ["xsmae", "--config=configs/quickstart.py:size=tiny", *arguments]
+    config = parse(
+        ["xsmae", "--config=configs/quickstart.py:size=tiny", *arguments],
+        pretraining.define_flags,
     ).config
     trainer = create_trainer(config, num_images=200)
     state = trainer.initial_state()
@@ -354,8 +356,8 @@ def test_signal_stops_it_and_the_same_command_goes_on(tmp_path, data):
     results, cache = tmp_path / "results.jsonl", tmp_path / "cache"
     code = f"""
 import os, signal, sys
-from xsmae import knn
-from xsmae.evaluation import features, frozen
+from xsmae.cli import knn
+from xsmae.evaluation import features, subjects
 calls = []
 encode = features.image_statistics
 def counted(images, gsd):
@@ -363,8 +365,8 @@ def counted(images, gsd):
     if len(calls) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGTERM)
     return encode(images, gsd)
-frozen.PIXEL_CONTROLS["statistics"] = (counted, "")
-del frozen.PIXEL_CONTROLS["thumbnail"]
+subjects.PIXEL_CONTROLS["statistics"] = (counted, "")
+del subjects.PIXEL_CONTROLS["thumbnail"]
 status = knn.main(["knn", "--encoder=statistics", "--scales=100", "--batch_size=4",
                    "--results={results}", "--cache={cache}", *{data!r}])
 print(len(calls))

@@ -19,10 +19,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from xsmae.config import flatten
 from xsmae.errors import UserError
+from xsmae.process import progress
 from xsmae.process.files import read_jsonl, write_json
 from xsmae.process.progress import Progress
 from xsmae.process.signals import StopRequest
-from xsmae.run import metrics
 from xsmae.run.metrics import MetricsWriter
 from xsmae.run.report import summary
 from xsmae.run.workdir import differences, open_workdir
@@ -200,7 +200,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(metrics.time, "monotonic", clock)
+    monkeypatch.setattr(progress.time, "monotonic", clock)
     return clock
 
 

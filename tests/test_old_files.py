@@ -1,4 +1,4 @@
-"""Files that earlier versions wrote still load: `tests/data/v1`, made by version 0.1."""
+"""Files of earlier versions still load: `tests/data/v1`, written by version 0.1."""
 
 import json
 from pathlib import Path

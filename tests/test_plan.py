@@ -276,8 +276,8 @@ def memory_by_batch(monkeypatch, needed):
     def used_memory(step):
         return {"arguments": 0, "temporary": 0, "all": needed(step.batch)}
 
-    monkeypatch.setattr(plan, "compile_step", compile_step)
-    monkeypatch.setattr(plan, "used_memory", used_memory)
+    monkeypatch.setattr(step_of, "compile_step", compile_step)
+    monkeypatch.setattr(step_of, "used_memory", used_memory)
     return compiled
 
 
@@ -297,7 +297,7 @@ def test_memory_that_does_not_grow_tells_no_largest_batch(monkeypatch, needed):
 def test_no_batch_fits(monkeypatch):
     """The state alone takes more than there is: no batch below 0 is compiled."""
     compiled = memory_by_batch(monkeypatch, lambda batch: 99e9 + 1e9 * batch)
-    assert plan.largest_batch(small_config(), LOCAL, int(107e9)) == 0
+    assert step_of.largest_batch(small_config(), LOCAL, int(107e9)) == 0
     assert compiled == [4]
 
 
@@ -306,14 +306,14 @@ def test_the_smallest_batch_where_two_of_it_do_not_fit(monkeypatch, used, expect
     def compile_step(config, topology, batch_size):
         raise UserError(f"batch_size={batch_size} does not fit")
 
-    monkeypatch.setattr(plan, "compile_step", compile_step)
+    monkeypatch.setattr(step_of, "compile_step", compile_step)
     config = small_config()
     config.batch_size = 1
     if expected:
-        assert plan.largest_batch(config, LOCAL, used) == expected
+        assert step_of.largest_batch(config, LOCAL, used) == expected
     else:
         with pytest.raises(UserError, match="batch_size=2 does not fit"):
-            plan.largest_batch(config, LOCAL, used)
+            step_of.largest_batch(config, LOCAL, used)
 
 
 @pytest.mark.parametrize(

@@ -269,8 +269,8 @@ def test_killed_binaries_end_with_the_row_of_the_uninterrupted(
     found, expected = (read(folder / "results.jsonl") for folder in (killed, whole))
     assert comparable(found) == comparable(expected)
     options = found[0].protocol.options
-    assert options["epochs"] == {"linear_probe": 40.0, "finetune": 30.0}[name]
-    task = {"linear_probe": "linear_probe_published", "finetune": "finetune"}[name]
+    assert options["epochs"] == {"probe": 40.0, "finetune": 30.0}[name]
+    task = {"probe": "linear_probe_published", "finetune": "finetune"}[name]
     assert {row.protocol.task for row in found} == {task}
     # Rows that are there are not computed again, and can be drawn.
     capsys.readouterr()

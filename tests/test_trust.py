@@ -54,7 +54,7 @@ def python(code, *arguments):
 HOLD = """
 import sys, time
 from pathlib import Path
-from xsmae.lock import FolderLock
+from xsmae.process.lock import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -101,7 +101,7 @@ def test_the_second_signal_ends_at_once_whatever_runs(number):
     """Both arrive within one call of C, where Python's handlers wait for its end."""
     code = """
 import ctypes, signal
-from xsmae.signals import StopRequest
+from xsmae.process.signals import StopRequest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 threads = ctypes.CDLL(None)
 with StopRequest():
@@ -136,7 +136,7 @@ def test_a_run_that_hangs_is_ended_and_tells_where(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from xsmae.watchdog import Watchdog
+from xsmae.process.watchdog import Watchdog
 def stuck():
     time.sleep(600)
 with Watchdog(Path(sys.argv[1]), minutes=0.02).watching():
@@ -169,7 +169,7 @@ def test_a_run_that_was_suspended_goes_on(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from xsmae.watchdog import Watchdog
+from xsmae.process.watchdog import Watchdog
 dog = Watchdog(Path(sys.argv[1]), minutes=2 / 60)
 with dog.watching():
     print("watched", flush=True)
@@ -339,10 +339,10 @@ def test_the_same_command_heals_a_run_with_a_damaged_step(tmp_path, damaged, cap
     names = {path.name for path in folder.iterdir()}
     assert names == {"2", "3", "4", "5"}
     (folder / damaged / digests.FILE).write_text("{}")
-    assert verify(["checkpoints", "verify", str(tmp_path)]) == 1
+    assert verify(["xsmae verify", str(tmp_path)]) == 1
     assert call(*run) == 0
     capsys.readouterr()
-    assert verify(["checkpoints", "verify", str(tmp_path)]) == 0
+    assert verify(["xsmae verify", str(tmp_path)]) == 0
     newest = "5"
     assert {path.name for path in folder.iterdir()} == names - {damaged} | {newest}
     assert call(*run) == 0
