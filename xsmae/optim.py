@@ -25,6 +25,22 @@ def decay_mask(
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
+def warmup_cosine(
+    peak: float, *, num_steps: int, warmup_steps: int, end: float = 0.0
+) -> optax.Schedule:
+    """The one learning-rate schedule: linear from 0 to `peak`, then a cosine to `end`.
+
+    It reaches `end` after `num_steps` updates.
+    """
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=num_steps,
+        end_value=end,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """The gradient transformation and the learning rate it follows, by update."""
@@ -52,11 +68,8 @@ def create_optimizer(
             f"a warm-up of {warmup_steps} steps in a run of {num_steps}, expected "
             "fewer: lower --config.optim.warmup_steps or warmup_epochs"
         )
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=num_steps,
+    schedule = warmup_cosine(
+        learning_rate, num_steps=num_steps, warmup_steps=warmup_steps
     )
     adamw = optax.adamw(
         schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decay_mask

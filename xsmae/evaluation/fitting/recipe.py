@@ -18,6 +18,7 @@ from absl import flags
 from xsmae.config import DTYPES
 from xsmae.data.views import INTERPOLATIONS, ViewSampler
 from xsmae.errors import UserError
+from xsmae.optim import warmup_cosine
 from xsmae.ranges import BELOW_1, LARGE, SMALL, check_numbers
 
 COUNT, ABOVE_0, FROM_0 = (2, LARGE), (SMALL, LARGE), (0, LARGE)
@@ -185,12 +186,11 @@ def create_plan(recipe: Mapping[str, Any], *, num_images: int) -> Plan:
         )
     per_epoch = num_images / batch
     num_steps = math.ceil(recipe["epochs"] * per_epoch)
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=recipe["learning_rate"] * batch / recipe["learning_rate_batch"],
+    schedule = warmup_cosine(
+        recipe["learning_rate"] * batch / recipe["learning_rate_batch"],
+        num_steps=num_steps,
         warmup_steps=min(round(recipe["warmup_epochs"] * per_epoch), num_steps - 1),
-        decay_steps=num_steps,
-        end_value=recipe["min_learning_rate"],
+        end=recipe["min_learning_rate"],
     )
     return Plan(num_steps, schedule)
 
