@@ -27,7 +27,7 @@ quickstart: $(VENV)/installed
 
 # Both anew, with the outputs that are kept: ten minutes or so on two cores.
 notebooks: $(VENV)/installed-test
-	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m tests.execute_notebooks
+	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m tests.support.execute_notebooks
 
 # docs/study.md, from the first run that is not finished; DATA holds the zips and splits.
 study: $(VENV)/installed

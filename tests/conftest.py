@@ -12,6 +12,9 @@ from PIL import Image
 # `make test-faults` asks for it: ten times hypothesis's own number of cases.
 settings.register_profile("faults", max_examples=1000, deadline=None)
 
+# A failed assert says what it compared, also in what tests share.
+pytest.register_assert_rewrite("tests.support")
+
 # Half of the suite's time would be compiling what another test has compiled: workers
 # and what they start share what they have. Set before anything imports jax.
 COMPILED = {

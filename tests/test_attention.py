@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from tests.devices import run_on_devices
+from tests.support.devices import run_on_devices
 from xsmae.models import vit
 from xsmae.ops.attention.api import IMPLEMENTATIONS, attention, choose
 from xsmae.ops.attention.flash_plan import Plan
@@ -217,7 +217,7 @@ def test_vmap_is_a_loop(implementation):
 
 def test_each_device_attends_to_its_own_samples():
     """With the batch over eight devices: the same numbers, and nothing is sent."""
-    found = run_on_devices("tests.attention_on_devices", 8)
+    found = run_on_devices("tests.support.attention_on_devices", 8)
     assert found.keys() == {"pallas", "auto"}
     for name, implementation in found.items():
         assert implementation["collectives"] == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ImageFile
 
-from tests.corpus import FORMATS, READ, corpus, encoded, scene
+from tests.support.corpus import FORMATS, READ, corpus, encoded, scene
 from xsmae.data.folder import FolderSource
 from xsmae.data.images import decode
 from xsmae.data.records import open_record

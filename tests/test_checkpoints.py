@@ -14,38 +14,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.support.states import some_state
 from xsmae.checkpoints import Checkpoints, digests, store
 from xsmae.checkpoints.saving import Saver
 from xsmae.checkpoints.step import create_handler, verify
 from xsmae.cli.verify import main
 from xsmae.errors import DamagedError, SaveError, UserError
-from xsmae.train_state import TrainState
 
 ROOT = Path(__file__).parent.parent
 FLIPS = 100
-
-
-def some_state(step, **changes):
-    """A state with leaves of every kind, all of which depend on `step`."""
-    rng = np.random.default_rng(step)
-    params = {
-        "kernel": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32),
-        "norm": {"scale": jnp.asarray(rng.normal(size=7), jnp.bfloat16)},
-    }
-    state = TrainState(
-        step=jnp.int32(step),
-        params=params,
-        batch_stats={"mean": jnp.full(5, -0.0)},
-        opt_state=(jax.tree.map(jnp.square, params), jnp.int32(7)),
-        key=jax.random.key(step),
-        nonfinite=jnp.int32(0),
-        nonfinite_in_a_row=jnp.int32(0),
-    )
-    return dataclasses.replace(state, **changes)
 
 
 def saved(directory, steps, **options):
@@ -341,7 +321,8 @@ def test_verify_tells_of_each_step(two_steps, tmp_path, capsys):
 
 SAVING = """
 import sys
-from tests.test_checkpoints import Checkpoints, some_state
+from tests.support.states import some_state
+from xsmae.checkpoints import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], keep=2)
 start = checkpoints.latest_step() or 0
 for step in range(start + 1, start + 1000):

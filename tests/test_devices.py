@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from tests.devices import run_on_devices
+from tests.support.devices import run_on_devices
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return run_on_devices("tests.steps_on_devices", 1)
+    return run_on_devices("tests.support.steps_on_devices", 1)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def alone():
 def test_one_device_equals_several(alone, devices):
     """The same losses, parameters and features to rounding, of every method, with the
     batch over all devices, and with the state over up to four."""
-    found = run_on_devices("tests.steps_on_devices", devices)
+    found = run_on_devices("tests.support.steps_on_devices", devices)
     assert (alone["devices"], found["devices"]) == (1, devices)
     # The rows of the similarities are divided: the vectors alone are on each device.
     rows = 4 * (2 * alone["batch"]) ** 2

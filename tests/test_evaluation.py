@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.encoders import mean_colour
+from tests.support.sources import ColourSource
 from xsmae.data.records import Record
-from xsmae.errors import BadImageError, UserError
+from xsmae.errors import UserError
 from xsmae.evaluation.features import (
     extract,
     image_statistics,
@@ -16,39 +18,6 @@ from xsmae.evaluation.features import (
     standardize,
 )
 from xsmae.evaluation.tasks.knn import KnnMonitor, knn_predict, normalize
-
-
-class ColourSource:
-    """Images with a little noise whose colour is their class: red, green or blue."""
-
-    bands = ("red", "green", "blue")
-    class_names = ("red", "green", "blue")
-
-    def __init__(self, size, bad=(), seed=0):
-        self.size, self.bad, self.seed = size, frozenset(bad), seed
-        self.labels = np.arange(size) % 3
-
-    def __repr__(self):
-        return f"ColourSource({self.size})"
-
-    def __len__(self):
-        return self.size
-
-    def id(self, index):
-        return f"{index}.png"
-
-    def __getitem__(self, index):
-        if index in self.bad:
-            raise BadImageError("no image")
-        rng = np.random.default_rng((self.seed, index))
-        image = rng.integers(0, 60, (12, 16, 3), np.uint8)
-        image[..., index % 3] += 150  # and not by `labels`, which a test may change
-        return Record(image, 1.0 + index, int(self.labels[index]), self.id(index))
-
-
-def mean_colour(images, gsd):
-    colour = images.mean(axis=(1, 2)) - images.mean(axis=(1, 2, 3))[:, None]
-    return {"cls": colour, "mean": colour}
 
 
 def says_nothing(images, gsd):

@@ -7,33 +7,14 @@ import stat
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 import xsmae
+from tests.support.encoders import make_encoder
 from xsmae.cli import convert
 from xsmae.errors import UserError
-from xsmae.models.build import build_encoder
-from xsmae.weights.encoder import write_encoder
 from xsmae.weights.export import export
-from xsmae.weights.layouts import leaves
 
-MODEL = {
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_ratio": 3.0,
-    "norm_style": "pre",
-    "norm_epsilon": 1e-6,
-    "encoder_norm": True,
-    "position": "fixed",
-    "reference_gsd": 2.0,
-    "attention": "xla",
-    "remat": "none",
-    "scan": True,
-    "dtype": "float32",
-}
 BLOCK = {
     "timm": {
         "blocks.1.attn.qkv.weight": (48, 16),
@@ -63,30 +44,6 @@ BLOCK = {
     },
 }
 POSITIONS = {"timm": "pos_embed", "huggingface": "embeddings.position_embeddings"}
-
-
-def make_encoder(directory, bands=("red", "green", "blue"), **changes):
-    """An encoder with random weights, carried away into `directory`."""
-    model, rng = MODEL | changes, np.random.default_rng(0)
-    encoder = nnx.eval_shape(
-        lambda: build_encoder(model, channels=len(bands), rngs=nnx.Rngs(0))
-    )
-    state = {
-        path: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32)
-        for path, leaf in leaves(encoder).items()
-    }
-    nnx.update(encoder, nnx.State(nnx.traversals.unflatten_mapping(state)))
-    write_encoder(
-        directory,
-        encoder,
-        model=model,
-        image_size=16,
-        bands=bands,
-        mean=tuple(0.1 * (i + 1) for i in range(len(bands))),
-        std=(0.2,) * len(bands),
-        run={},
-    )
-    return directory
 
 
 @pytest.fixture(scope="module")

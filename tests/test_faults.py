@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.test_main import ROOT, SMALL_RUN, comparable
+from tests.support.runs import ROOT, SMALL_RUN, comparable
 from xsmae.cli.verify import main as checkpoints
 from xsmae.process.files import read_jsonl
 

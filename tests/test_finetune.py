@@ -1,23 +1,12 @@
 """Fine-tuning's classifier, and the learning rate of each of its layers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from xsmae.configs import common
 
-from xsmae.evaluation.subjects import open_encoder
+from tests.support.encoders import tiny_encoder
 from xsmae.evaluation.tasks import finetune as finetuning
-
-
-@functools.cache
-def tiny_encoder():
-    config = common.get_common("corrected", "tiny")
-    config.model.update(patch_size=4, embed_dim=16, depth=3, num_heads=2)
-    fields = "embed_dim=16,depth=3,num_heads=2"
-    return open_encoder(f"random:tiny,{fields}", config=config)
 
 
 def tiny_classifier(feature="mean"):

@@ -8,8 +8,8 @@ import pytest
 from xsmae.configs import common
 
 import xsmae
-from tests.test_main import SMALL_RUN
-from tests.test_main import call as pretrain
+from tests.support.runs import SMALL_RUN
+from tests.support.runs import call as pretrain
 from xsmae.errors import UserError
 from xsmae.evaluation.subjects import open_encoder, random_encoder
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.test_main import ROOT, SMALL_MODEL, SMALL_RUN, comparable, refused
+from tests.support.runs import ROOT, SMALL_MODEL, SMALL_RUN, comparable, refused
 from xsmae.process.files import read_jsonl
 from xsmae.process.watchdog import EXIT_STATUS
 

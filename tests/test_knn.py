@@ -13,7 +13,7 @@ from flax import nnx
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from tests.devices import run_on_devices
+from tests.support.devices import run_on_devices
 from xsmae.cli import knn
 from xsmae.cli import pretrain as pretraining
 from xsmae.config import parse
@@ -87,7 +87,7 @@ def test_tiling_changes_no_bit():
 
 
 def test_devices_change_no_bit():
-    found = {n: run_on_devices("tests.knn_on_devices", n) for n in (1, 4)}
+    found = {n: run_on_devices("tests.support.knn_on_devices", n) for n in (1, 4)}
     assert [found[n].pop("devices") for n in (1, 4)] == [1, 4]
     assert found[1] == found[4]
 

@@ -9,7 +9,7 @@ import pytest
 from einops import rearrange
 from flax import nnx
 
-from tests.test_models import MODEL, some_noise, some_views
+from tests.support.models import MODEL, some_noise, some_views
 from xsmae import losses
 from xsmae.methods import METHODS
 from xsmae.methods.scale_mae import frequencies_of

@@ -10,6 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.models import MODEL, some_noise, some_views
 from xsmae.methods import METHODS
 from xsmae.models.build import build_encoder
 from xsmae.models.cross_scale_mae import PositionBatchNorm
@@ -28,49 +29,10 @@ from xsmae.ops.attention.api import attention
 from xsmae.ops.gelu import gelu
 from xsmae.ops.layer_norm import layer_norm
 
-MODEL = {
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depth": 3,
-    "num_heads": 2,
-    "decoder_embed_dim": 8,
-    "decoder_depth": 2,
-    "decoder_num_heads": 2,
-    "mlp_ratio": 4.0,
-    "mask_ratio": 0.75,
-    "norm_style": "pre",
-    "norm_epsilon": 1e-6,
-    "encoder_norm": True,
-    "position": "fixed",
-    "reference_gsd": 1.0,
-    "predictor_norm": "layer_norm",
-    "predictor_hidden_dim": 16,
-    "projection_dim": 8,
-    "dtype": "float32",
-    "attention": "xla",
-    "remat": "none",
-    "scan": True,
-}
-
 
 def build(method="cross_scale_mae", seed=0, **changes):
     model = {**MODEL, **changes}
     return METHODS[method].build(model, channels=3, view_size=16, rngs=nnx.Rngs(seed))
-
-
-def some_views(batch=3, num_views=2, seed=0):
-    rng = np.random.default_rng(seed)
-    box = np.tile([0.0, 0, 1, 1], (batch, num_views, 1))
-    box[:, 1:] = [0.25, 0.125, 0.75, 0.875]
-    return Views(
-        images=jnp.asarray(rng.normal(size=(batch, num_views, 16, 16, 3)), jnp.float32),
-        gsd=jnp.asarray(rng.uniform(0.5, 2, (batch, num_views, 2)), jnp.float32),
-        box=jnp.asarray(box, jnp.float32),
-    )
-
-
-def some_noise(batch=3, num_views=2, patches=16, seed=1):
-    return jax.random.uniform(jax.random.key(seed), (batch, num_views, patches))
 
 
 @given(

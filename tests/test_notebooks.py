@@ -11,7 +11,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
 
-from tests.execute_notebooks import NOTEBOOKS, execute, install_kernel, set_parameters
+from tests.support.execute_notebooks import (
+    NOTEBOOKS,
+    execute,
+    install_kernel,
+    set_parameters,
+)
 from xsmae.process.files import read_jsonl
 
 SMALL = [

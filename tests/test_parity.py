@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import parity
+from tests.support import parity
 
 CASES = Path(__file__).parent.parent.parent / "shared" / "parity"
 pytestmark = pytest.mark.skipif(

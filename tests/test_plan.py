@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import topologies
 from xsmae.configs import common
 
-from tests.devices import run_on_devices
+from tests.support.devices import run_on_devices
 from xsmae.cli import plan
 from xsmae.errors import UserError
 from xsmae.planning import step as step_of
@@ -99,7 +99,7 @@ def test_products_are_counted_with_loops_and_gradients():
 
 
 def test_exchanges_are_read_from_the_program():
-    found = run_on_devices("tests.collectives_on_devices", 4)
+    found = run_on_devices("tests.support.collectives_on_devices", 4)
     (summed,) = [c for c in found["summed_in_a_loop"] if c["size"] > 100]
     assert (summed["kind"], summed["group"], summed["count"]) == ("all-reduce", 4, 5)
     assert summed["hosts"] == 2  # of two devices, as the module has it

@@ -1,7 +1,6 @@
 """Result rows on disk, intervals, scales, the features kept on disk, and leaks."""
 
 import dataclasses
-import functools
 import json
 import multiprocessing
 import os
@@ -11,70 +10,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_evaluation import ColourSource, mean_colour
+from tests.support.encoders import counting_encoder, mean_colour
+from tests.support.measurements import job, predict_nearest
+from tests.support.rows import PROTOCOL, some_row
+from tests.support.sources import ColourSource, Fingerprinted, Permuted
 from xsmae.errors import UserError
 from xsmae.evaluation.cache import cached_features
 from xsmae.evaluation.features import encode_batches, square
 from xsmae.evaluation.intervals import bootstrap_interval
 from xsmae.evaluation.measure import (
-    INTERVAL,
-    Measurement,
     measure,
-    of_frozen_features,
     predictions,
 )
-from xsmae.evaluation.parts import Parts, identical_images
-from xsmae.evaluation.rows import Protocol, Result, append, append_all, read
+from xsmae.evaluation.parts import identical_images
+from xsmae.evaluation.rows import append, append_all, read
 from xsmae.evaluation.scales import Scale, base_size, create_scales
-from xsmae.evaluation.subjects import FrozenEncoder, pixel_control
 
 # Rows
-
-PROTOCOL = Protocol(
-    task="knn",
-    metric="accuracy",
-    data={
-        "name": "tiles",
-        "classes": 2,
-        "train": {"images": 20, "fingerprint": "a" * 16, "split": "b" * 16},
-        "test": {"images": 10, "fingerprint": "c" * 16, "split": "d" * 16},
-    },
-    base_size=64,
-    resize="area",
-    gsd_policy="true",
-    options={"k": 20, "temperature": 0.07},
-    interval=INTERVAL,
-)
-
-
-def some_row(**changes):
-    fields = {
-        "protocol": PROTOCOL,
-        "encoder": {
-            "name": "ours", "kind": "encoder", "digest": "e" * 16, "pooling": "mean",
-            "normalization": "none",
-        },
-        "feature": "mean",
-        "feature_scaling": "none",
-        "scale": 100.0,
-        "size": 64,
-        "gsd_told": 10.0,
-        "seed": 0,
-        "value": 0.8,
-        "low": 0.7,
-        "high": 0.9,
-        "class_names": ["field", "roof"],
-        "per_class": {"field": 0.6, "roof": 1.0},
-        "confusion": [[3, 2], [0, 5]],
-        "num_train": 20,
-        "num_test": 10,
-        "unusable": {"train": 0, "test": 0},
-        "leaks": {"pixel_identical_test_images": 0},
-        "seconds": 1.0,
-        "images_per_second": 30.0,
-        "run": {"time": "2026-01-01T00:00:00+00:00"},
-    }  # fmt: skip
-    return Result(**{**fields, **changes})
 
 
 def test_rows_come_back_as_they_were(tmp_path):
@@ -292,26 +244,6 @@ def test_area_averages_every_pixel_alike():
 # Features that are kept
 
 
-class Fingerprinted(ColourSource):
-    @property
-    def fingerprint(self):
-        return f"{self.size:08}{self.seed:08}"
-
-
-def counting_encoder(calls, fail_after=None, encode=mean_colour):
-    def counted(images, gsd):
-        if len(calls) == fail_after:
-            raise KeyboardInterrupt  # what a kill would do
-        calls.append(np.array(gsd))
-        return encode(images, gsd)
-
-    return FrozenEncoder(
-        name="counting", kind="encoder", digest="0" * 16, origin={},
-        info={"mean": [0], "std": [1]}, features=("cls", "mean"), patch_size=1,
-        reads_gsd=True, standardize=False, encode=counted,
-    )  # fmt: skip
-
-
 SCALE = Scale(50, 6, 1.0)
 
 
@@ -467,36 +399,6 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
 
 
 # From features to rows
-
-
-def predict_nearest(bank, labels, queries, *, num_classes):
-    """The class of the nearest."""
-    distance = ((queries[:, None] - bank) ** 2).sum(-1)
-    return labels[distance.argmin(1)]
-
-
-def job(tmp_path, test, **changes):
-    fields = {
-        "encoder": pixel_control("statistics"),
-        "parts": Parts("colours", Fingerprinted(30), test),
-        "scales": create_scales([50, 100], base=12, patch_size=1),
-        "protocol": PROTOCOL,
-        "features": ["statistics"],
-        "seed": 0,
-        "outcomes": functools.partial(of_frozen_features, predict=predict_nearest),
-        "results": tmp_path / "results.jsonl",
-        "cache": tmp_path / "cache",
-        "say": lambda line: None,
-    }
-    return Measurement(**{**fields, **changes})
-
-
-class Permuted(Fingerprinted):
-    """The same images with each label another one."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.labels = (self.labels + 1) % 3
 
 
 def test_labels_of_the_test_images_reach_no_prediction(tmp_path):

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tests.test_evaluation import ColourSource
-from tests.test_protocol import PROTOCOL
+from tests.support.rows import PROTOCOL
+from tests.support.sources import ColourSource
 from xsmae.cli import finetune
 from xsmae.cli import probe as linear_probe
 from xsmae.errors import UserError

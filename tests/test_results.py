@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_protocol import PROTOCOL, some_row
+from tests.support.rows import PROTOCOL, some_row
 from xsmae.cli import results
 from xsmae.evaluation.rows import append
 from xsmae.evaluation.tables import create_tables, markdown, statements, terminal_table

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from xsmae.configs import common
 
-from tests.test_models import MODEL
+from tests.support.models import MODEL, some_batch
 from xsmae.methods import METHODS
 from xsmae.optim import create_optimizer, decay_mask
 from xsmae.train_state import create_train_state, prepare_views, train_step
@@ -34,18 +34,6 @@ PUBLISHED = {
     "predictor_norm": "batch_norm",
     "projection_dim": 0,
 }
-
-
-def some_batch(batch=8, num_views=2, seed=0, size=16):
-    rng = np.random.default_rng(seed)
-    box = np.tile([[0.0, 0, 16, 16], [2, 3, 12, 11]], (batch, 1, 1))[:, :num_views]
-    shape = (batch, num_views, size, size, 3)
-    return {
-        "image": rng.integers(0, 256, shape, dtype=np.uint8),
-        "gsd": np.full((batch, num_views, 2), 1.5, np.float32),
-        "box": box.astype(np.float32),
-        "flip": rng.integers(0, 2, (batch, 2)).astype(bool),
-    }
 
 
 @functools.cache

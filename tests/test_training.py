@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_finetune import tiny_encoder
-from tests.test_protocol import Fingerprinted, Permuted, counting_encoder, job
+from tests.support.encoders import counting_encoder, tiny_encoder
+from tests.support.measurements import job
+from tests.support.sources import Fingerprinted, Permuted
 from xsmae.cli import finetune, results
 from xsmae.cli import probe as linear_probe
 from xsmae.errors import UserError

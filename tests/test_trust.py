@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_main import SMALL_MODEL, SMALL_RUN, call, refused
+from tests.support.runs import SMALL_MODEL, SMALL_RUN, call, refused
 from xsmae.checkpoints import digests
 from xsmae.cli.verify import main as verify
 from xsmae.errors import UserError

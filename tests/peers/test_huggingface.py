@@ -12,15 +12,14 @@ import transformers
 from flax import nnx
 from safetensors.numpy import save_file
 
-import xsmae
-from tests.test_export import make_encoder
+from tests.support.encoders import make_encoder
+from tests.support.peers import BATCH, assert_close, tokens_of
 from xsmae.cli.convert import import_checkpoint
 from xsmae.methods import METHODS
 from xsmae.models.mae import Views
 from xsmae.weights.export import export
 from xsmae.weights.layouts import leaves, weights_of
 
-BATCH = 3
 SIZES = [
     {
         "image_size": 16,
@@ -161,13 +160,6 @@ def ours(imported, images, noise):
     )
 
 
-def assert_close(found, expected, limit=1e-4):
-    """The largest difference is within `limit` of the largest number."""
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= limit * np.abs(expected).max()
-
-
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=["small", "larger"])
 def test_the_mae(sizes, norm_pix_loss, tmp_path):
@@ -211,15 +203,6 @@ def loaded(kind, out, **options):
         assert not keys, f"{name}: {keys}"
     assert model.dtype == torch.float32
     return model.eval()
-
-
-def tokens_of(source, size, gsd=None, bands=3):
-    """Images in 0-1 normalised for them, and our tokens of the same images."""
-    images = np.random.default_rng(0).random((BATCH, size, size, bands))
-    encoder = xsmae.load_encoder(source)
-    mean, std = (np.array(encoder.info[name]) for name in ("mean", "std"))
-    normalized = np.moveaxis((images - mean) / std, -1, 1).astype(np.float32)
-    return torch.from_numpy(normalized), encoder.tokens(images, gsd=gsd)
 
 
 CASES = [

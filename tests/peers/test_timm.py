@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.peers.test_huggingface import assert_close, tokens_of
-from tests.test_export import make_encoder
+from tests.support.encoders import make_encoder
+from tests.support.peers import assert_close, tokens_of
 from xsmae.weights.export import export
 
 TORCHVISION = ("", ".datasets", ".models", ".ops", ".ops.misc", ".transforms")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from xsmae.configs import common
 
-from tests.test_train_state import some_batch
+from tests.support.models import some_batch
 from xsmae import sharding
 from xsmae.losses import contrastive
 from xsmae.methods import METHODS

@@ -1,4 +1,4 @@
-"""Run the notebooks from top to bottom: `python -m tests.execute_notebooks [FILE...]`.
+"""Run the notebooks: `python -m tests.support.execute_notebooks [FILE...]`.
 
 Their outputs are replaced in place by those of this run. It is done in an empty folder,
 one after the other, as a reader would: a notebook finds what the one before it left.
@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 # In the order of reading: the second goes on with the encoder of the first.
 NOTEBOOKS = [FOLDER / "quickstart.ipynb", FOLDER / "linear_probe.ipynb"]
 KERNEL = "this-interpreter"

@@ -1,4 +1,4 @@
-"""Against what official implementations compute: `python -m tests.parity DIR`.
+"""Against what official implementations compute: `python -m tests.support.parity DIR`.
 
 Each case in DIR is NAME.pth (a checkpoint in the official layout), NAME.json (sizes and
 options) and NAME.npz (inputs, random numbers, outputs, losses, gradients, statistics).
@@ -178,7 +178,7 @@ def _row(name: str, expected, found) -> Row:
 def main(argv: list[str]) -> int:
     """Check every case of the folder; returns the exit status."""
     if len(argv) != 1:
-        print("usage: python -m tests.parity DIR", file=sys.stderr)
+        print("usage: python -m tests.support.parity DIR", file=sys.stderr)
         return 2
     cases = sorted(Path(argv[0]).glob("*.json"))
     if not cases:

@@ -1,0 +1,48 @@
+"""Sources of a few images whose class is their colour."""
+
+import numpy as np
+
+from xsmae.data.records import Record
+from xsmae.errors import BadImageError
+
+
+class ColourSource:
+    """Images with a little noise whose colour is their class: red, green or blue."""
+
+    bands = ("red", "green", "blue")
+    class_names = ("red", "green", "blue")
+
+    def __init__(self, size, bad=(), seed=0):
+        self.size, self.bad, self.seed = size, frozenset(bad), seed
+        self.labels = np.arange(size) % 3
+
+    def __repr__(self):
+        return f"ColourSource({self.size})"
+
+    def __len__(self):
+        return self.size
+
+    def id(self, index):
+        return f"{index}.png"
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise BadImageError("no image")
+        rng = np.random.default_rng((self.seed, index))
+        image = rng.integers(0, 60, (12, 16, 3), np.uint8)
+        image[..., index % 3] += 150  # and not by `labels`, which a test may change
+        return Record(image, 1.0 + index, int(self.labels[index]), self.id(index))
+
+
+class Fingerprinted(ColourSource):
+    @property
+    def fingerprint(self):
+        return f"{self.size:08}{self.seed:08}"
+
+
+class Permuted(Fingerprinted):
+    """The same images with each label another one."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.labels = (self.labels + 1) % 3
