@@ -36,7 +36,7 @@ from xsmae.configs import folder as folder_config
 
 from xsmae.data.folder import FolderSource
 from xsmae.data.pipeline import LoadViews
-from xsmae.data.records import Record
+from xsmae.data.records import BaseSource, Record
 from xsmae.data.synthetic.source import Scene
 from xsmae.data.views import ViewSampler
 from xsmae.process.files import read_jsonl
@@ -114,7 +114,7 @@ def create_loader(source: FolderSource, view2_from: str) -> LoadViews:
     return LoadViews(source, sampler, seed=0, batch_size=64, max_tries=1)
 
 
-class Whole:
+class Whole(BaseSource):
     """A source whose images are decoded before the boxes are drawn."""
 
     def __init__(self, source: FolderSource):

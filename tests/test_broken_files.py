@@ -9,7 +9,6 @@ from PIL import ImageFile
 from tests.support.corpus import FORMATS, READ, corpus, encoded, scene
 from xsmae.data.folder import FolderSource
 from xsmae.data.images import decode
-from xsmae.data.records import open_record
 from xsmae.data.tables import CsvSource
 from xsmae.errors import BadImageError
 
@@ -67,7 +66,7 @@ def test_what_is_declared_is_never_decoded(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     source = FolderSource(write(tmp_path, name, CORPUS[name][0]).parent, gsd=0.5)
-    with pytest.raises(BadImageError) as caught, open_record(source, 0) as record:
+    with pytest.raises(BadImageError) as caught, source.open(0) as record:
         record.image.pixels(1.0)
     assert "decoded:" not in str(caught.value)
 

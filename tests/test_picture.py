@@ -13,7 +13,7 @@ from xsmae.data.folder import FolderSource
 from xsmae.data.images import MAX_PIXELS, decode
 from xsmae.data.picture import MARGIN, open_picture
 from xsmae.data.pipeline import make_batches
-from xsmae.data.records import open_record
+from xsmae.data.records import BaseSource
 from xsmae.data.synthetic.source import Scene
 from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError
@@ -350,20 +350,26 @@ def test_batches_are_the_same_however_they_are_read(folder, changes):
     assert np.sum(replaced) == 2  # the broken one, in each of two epochs
 
 
-def test_open_record_and_the_decoded_one_agree(folder):
+def test_the_opened_record_and_the_decoded_one_agree(folder):
     source = FolderSource(folder, gsd=0.5)
     whole = source[1]
-    with open_record(source, 1) as record:
+    with source.open(1) as record:
         assert record.image.shape == whole.image.shape
         assert (record.gsd, record.label, record.id) == (0.5, None, "1.jpg")
     with pytest.raises(BadImageError, match="truncated"):
         source[2]
     with contextlib.ExitStack() as stack:
-        record = stack.enter_context(open_record(source, 2))
+        record = stack.enter_context(source.open(2))
         with pytest.raises(BadImageError, match="truncated"):
             record.image.pixels(1.0)
 
 
 def test_a_source_without_files_gives_its_pixels():
-    with open_record([whole := object()], 0) as record:
-        assert record is whole
+    class Pixels(BaseSource):
+        def __getitem__(self, index):
+            return f"record {index}"
+
+    with Pixels().open(3) as record:
+        assert record == "record 3"
+    assert Pixels().path(3) is None
+    assert Pixels().notes() == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from xsmae.data.pipeline import allowed_rejections, make_batches
-from xsmae.data.records import Record
+from xsmae.data.records import BaseSource, Record
 from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError, UserError
 from xsmae.models.position import relative_box
@@ -32,7 +32,7 @@ SAMPLER = ViewSampler(
 )
 
 
-class NoiseSource:
+class NoiseSource(BaseSource):
     """Images of noise, of which those in `bad` cannot be used."""
 
     bands = ("red", "green", "blue")

@@ -20,7 +20,7 @@ DIGEST = "c5939b4e5f9a3874"
 
 PRINT_DIGEST = """
 import hashlib
-from xsmae.data.synthetic import SyntheticSource
+from xsmae.data.synthetic.source import SyntheticSource
 source = SyntheticSource(20, seed=3, size=48)
 print(hashlib.sha256(b"".join(r.image.tobytes() for r in source)).hexdigest()[:16])
 """

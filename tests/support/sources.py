@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from xsmae.data.records import Record
+from xsmae.data.records import BaseSource, Record
 from xsmae.errors import BadImageError
 
 
-class ColourSource:
+class ColourSource(BaseSource):
     """Images with a little noise whose colour is their class: red, green or blue."""
 
     bands = ("red", "green", "blue")

@@ -11,7 +11,7 @@ import numpy as np
 
 from xsmae.data.images import BANDS
 from xsmae.data.picture import open_picture
-from xsmae.data.records import Record, decoded, fingerprint
+from xsmae.data.records import BaseSource, Record, decoded, fingerprint
 from xsmae.errors import UserError
 
 
@@ -39,7 +39,7 @@ class Listing(NamedTuple):
         )
 
 
-class FileSource:
+class FileSource(BaseSource):
     """Image files under one root; the base of the sources that read files.
 
     `options` are what else decides the pixels; they go into the fingerprint.
@@ -103,7 +103,7 @@ class FileSource:
 
     @contextlib.contextmanager
     def open(self, index: int) -> Iterator[Record]:
-        """The record with its image undecoded, see `open_record`."""
+        """The record with its image undecoded, see `records.Source`."""
         index = operator.index(index)
         gsd, crop = self._gsd_and_crop(index)
         limits = {"min_side": self._min_side, "max_pixels": self._max_pixels}

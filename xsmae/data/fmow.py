@@ -234,12 +234,12 @@ class FmowSource(_FmowFiles):
 class FmowCsvSource(_FmowFiles):
     """The fMoW images that a CSV lists, as SatMAE distributes such tables.
 
-    The table is read as `sources.CsvSource` reads it (columns, labels, confinement,
+    The table is read as `tables.CsvSource` reads it (columns, labels, confinement,
     splits); the GSD comes from its `gsd` column, else from `gsd`, else from the JSON
     beside each image.
 
     Args:
-      csv_path, root, split, test_fraction: see `sources.CsvSource`.
+      csv_path, root, split, test_fraction: see `tables.CsvSource`.
       kind, crop, context, gsd, min_side, max_pixels: see `FmowSource`; a path that is
         not of `kind` is a UserError.
 

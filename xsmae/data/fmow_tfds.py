@@ -4,7 +4,7 @@
 
 copies the encoded images of `FMOW/train` and `FMOW/val`, undecoded, beside their GSD,
 bounding box and label into a few large files, which network file systems read far
-faster than 700,000 small ones. `tfds_source.TfdsSource("fmow/rgb", data_dir=TFDS,
+faster than 700,000 small ones. `tfds.TfdsSource("fmow/rgb", data_dir=TFDS,
 split="train")` then gives the records that `fmow.FmowSource` gives (in another order;
 the GSD as float32), and `tfds.data_source("fmow/rgb", ...)` reads the files too.
 """

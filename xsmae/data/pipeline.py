@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from xsmae.data.records import Source, open_record
+from xsmae.data.records import Source
 from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError, UserError
 
@@ -57,7 +57,7 @@ class LoadViews:
                 ),
             }
             try:
-                with open_record(self.source, candidate % len(self.source)) as record:
+                with self.source.open(candidate % len(self.source)) as record:
                     sample = self.sampler(record.image, record.gsd, **draws)
             except BadImageError:
                 continue

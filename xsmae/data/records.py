@@ -1,17 +1,9 @@
-"""What a source is: records, the protocol, the published split, files under a root.
+"""What a source is: records, the protocol, and what its implementations share.
 
 A source is a sequence of `Record`s of known length. Whatever can be known without
 decoding (ids, labels, GSD, the split) is known, and checked, when it is made: a
 mistake is a `UserError` there. A record that cannot be used is a `BadImageError` in
 `source[i]`, and nothing else is.
-
-The published split. `split="train"` and `split="test"` are the same on every machine
-and for ever: within each class, the ids are ranked by the SHA-256 of their UTF-8 bytes
-(read as hexadecimal text), and the first `round(test_fraction * n)` of the n are the
-test split (Python's round: halves to even). Without labels all records are one class.
-EuroSAT at 0.2: 21,600 / 5,400; RESISC45 at 0.2: 25,200 / 6,300; UC Merced at 0.1:
-1,890 / 210. `split` may also be the path of a text file with one id a line. Labels and
-class names are numbered before the split, hence the same in all.
 """
 
 from __future__ import annotations
@@ -20,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +21,9 @@ import numpy as np
 from xsmae.data.picture import Picture
 from xsmae.errors import UserError
 
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
 GSD_HELP = "give it in metres per pixel with --config.data.gsd=..."
 
 
@@ -35,7 +31,7 @@ GSD_HELP = "give it in metres per pixel with --config.data.gsd=..."
 class Record:
     """One image: uint8 [height, width, 3], metres per pixel, label or None, id.
 
-    Of a record that `open_record` gives, the image may be undecoded, a `Picture`.
+    Of a record that `Source.open` gives, the image may be undecoded, a `Picture`.
     """
 
     image: np.ndarray | Picture
@@ -45,7 +41,15 @@ class Record:
 
 
 class Source(Protocol):
-    """What the pipeline and the evaluations ask of a source; it must be picklable."""
+    """What the pipeline and the evaluations ask of a source; it must be picklable.
+
+    To add a data set, write one class that extends `BaseSource` with `bands`,
+    `class_names`, `labels`, `fingerprint`, `__len__`, `__getitem__` and `id`, and give
+    it a name in `catalogue.SOURCES`; its keyword arguments are the fields of
+    `config.data`, those without a default are listed in `catalogue.REQUIRED`. `repr`
+    must name no path or address, since a resumed run compares it. A source of image
+    files extends `files.FileSource`, which needs a `Listing` and has all the rest.
+    """
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -71,18 +75,35 @@ class Source(Protocol):
     def id(self, index: int) -> str:
         """The record's id, without decoding; for messages."""
 
+    def open(self, index: int) -> contextlib.AbstractContextManager[Record]:
+        """A context with the record, its image undecoded if it is read from a file.
 
-def open_record(
-    source: Source, index: int
-) -> contextlib.AbstractContextManager[Record]:
-    """A context with the record at `index`, undecoded if the source reads files.
+        Raises BadImageError as `self[index]`, or when the picture is decoded, which is
+        possible within the context alone.
+        """
 
-    Those sources have `open(index)`, this context. BadImageError as `source[index]`, or
-    when the picture is decoded, which is possible within the context alone.
-    """
-    if hasattr(source, "open"):
-        return source.open(index)
-    return contextlib.nullcontext(source[index])
+    def path(self, index: int) -> pathlib.Path | None:
+        """The record's own file on this machine; None if it has none."""
+
+    def notes(self) -> list[str]:
+        """What a user should know before the source is used, a line each."""
+
+
+class BaseSource:
+    """The part of `Source` that has defaults: no files, no notes."""
+
+    def open(self, index: int) -> contextlib.AbstractContextManager[Record]:
+        """A context with the decoded record."""
+        return contextlib.nullcontext(self[index])
+
+    def path(self, index: int) -> pathlib.Path | None:
+        """None: the record has no file of its own."""
+        del index
+        return None
+
+    def notes(self) -> list[str]:
+        """Nothing to say."""
+        return []
 
 
 def decoded(record: Record) -> Record:
@@ -131,12 +152,11 @@ def number(values: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array([numbers[value] for value in values]), tuple(map(str, numbers))
 
 
-if TYPE_CHECKING:
-    from jaxtyping import Int
+class Subset(BaseSource):
+    """The images of a source at `positions`, in that order; a source itself.
 
-
-class Subset:
-    """The images of a source at `positions`, in that order; a source itself."""
+    `open` gives decoded records: classifiers train on views of whole images.
+    """
 
     def __init__(self, source: Source, positions: Int[np.ndarray, " n"]):
         self._source, self._positions = source, positions
@@ -158,6 +178,14 @@ class Subset:
     def id(self, index: int) -> str:
         """That of the source."""
         return self._source.id(int(self._positions[index]))
+
+    def path(self, index: int) -> pathlib.Path | None:
+        """That of the source."""
+        return self._source.path(int(self._positions[index]))
+
+    def notes(self) -> list[str]:
+        """Those of the source."""
+        return self._source.notes()
 
     def __len__(self) -> int:
         return len(self._positions)

@@ -1,4 +1,14 @@
-"""The published split: which records are for training and which for testing."""
+"""The published split: which records are for training and which for testing.
+
+`split="train"` and `split="test"` are the same on every machine and for ever: within
+each class, the ids are ranked by the SHA-256 of their UTF-8 bytes (read as hexadecimal
+text), and the first `round(test_fraction * n)` of the n are the test split (Python's
+round: halves to even). Without labels all records are one class. EuroSAT at 0.2: 21,600
+/ 5,400; RESISC45 at 0.2: 25,200 / 6,300; UC Merced at 0.1: 1,890 / 210.
+
+`split` may also be the path of a text file with one id a line. Labels and class names
+are numbered before the split, hence the same in all.
+"""
 
 import collections
 import pathlib

@@ -12,12 +12,19 @@ import numpy as np
 
 from xsmae.data.images import BANDS, MAX_PIXELS, MIN_SIDE
 from xsmae.data.picture import open_picture
-from xsmae.data.records import GSD_HELP, Record, check_gsd, decoded, fingerprint
+from xsmae.data.records import (
+    GSD_HELP,
+    BaseSource,
+    Record,
+    check_gsd,
+    decoded,
+    fingerprint,
+)
 from xsmae.data.splits import split_indices
 from xsmae.errors import BadImageError, UserError
 
 
-class TfdsSource:
+class TfdsSource(BaseSource):
     """A TFDS data set that has been prepared as ArrayRecord; no TensorFlow needed.
 
     Reads the features `image` (encoded; decoded by `images.decode`), and if present
@@ -33,7 +40,7 @@ class TfdsSource:
     Args:
       name: `name`, `name/config` or `name/config:version`; the newest version if none.
       data_dir: the folder that TFDS prepared into.
-      split, test_fraction: see above and `records`.
+      split, test_fraction: see above and `splits`.
       gsd: metres per pixel of every image, where the data has no `gsd` feature.
       crop, context: where there is a `box` feature with an area: cut it out with this
         fraction of its side added on each side; as `fmow.FmowSource`.
@@ -152,7 +159,7 @@ class TfdsSource:
 
     @contextlib.contextmanager
     def open(self, index: int) -> Iterator[Record]:
-        """The record with its image undecoded, see `records.open_record`."""
+        """The record with its image undecoded, see `records.Source`."""
         position = int(self._indices[operator.index(index)])
         record = self._read(position)
         gsd = float(record["gsd"]) if self._has_gsd else self._gsd

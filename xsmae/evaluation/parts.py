@@ -106,9 +106,11 @@ def _build(part: str, data: Mapping[str, Any]) -> Source:
 
 def _places(source: Source) -> set[str]:
     """Which images: their real files where there are files, else their ids."""
-    if hasattr(source, "path"):
-        return {os.path.realpath(source.path(i)) for i in range(len(source))}
-    return {source.id(i) for i in range(len(source))}
+    paths = (source.path(i) for i in range(len(source)))
+    return {
+        source.id(i) if path is None else os.path.realpath(path)
+        for i, path in enumerate(paths)
+    }
 
 
 def identical_images(

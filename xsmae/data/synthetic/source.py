@@ -13,7 +13,7 @@ import operator
 import numpy as np
 
 from xsmae.data.images import BANDS
-from xsmae.data.records import Record
+from xsmae.data.records import BaseSource, Record
 from xsmae.data.synthetic.canvas import Canvas, Materials
 from xsmae.data.synthetic.ground import Ground, hashed
 from xsmae.data.synthetic.land import KINDS
@@ -125,7 +125,7 @@ def _positions(first: float, pixels: int, gsd: float, samples: int) -> np.ndarra
     return (np.rint((first + steps * gsd) * 1024) / 1024).astype(np.float32)
 
 
-class SyntheticSource:
+class SyntheticSource(BaseSource):
     """Images of made-up ground with their land use; a source for training and tests.
 
     Another `seed` is another world: use one for training and one for held-out data.
