@@ -1,4 +1,4 @@
-"""Your own folder of JPEG, PNG or WebP images, a class per sub-folder if there are any.
+"""Your own folder of JPEG, PNG, WebP or TIFF images, a sub-folder per class if any.
 
 Needs `--config.data.root=DIR` and `--config.data.gsd=METRES` or
 `--config.data.gsd_csv=FILE`.

@@ -1,6 +1,7 @@
 """UC Merced Land Use (2,100 aerial images of 256 px, 0.3048 m), a folder of classes.
 
-Needs `--config.data.root=DIR`. The splits are chosen as in `eurosat.py`.
+Needs `--config.data.root=DIR`: the TIFFs as they are distributed, or copies in another
+format. The splits are chosen as in `eurosat.py`.
 """
 
 from ml_collections.config_dict import placeholder

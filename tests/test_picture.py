@@ -107,7 +107,7 @@ def colours(height, width):
 # What does not change
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_boxes_gsds_and_flips_are_those_of_the_whole_image(file_format, variant):
     data = encode(colours(*SIDES), file_format)
@@ -162,7 +162,7 @@ def test_views_are_near_those_of_the_whole_image(pixels, mean, levels, decibels)
     assert np.mean(errors) < mean
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF"])
 def test_views_of_other_formats_are_bit_for_bit_the_same(file_format):
     data = encode(scene(*SIDES), file_format)
     for seed in range(3):
@@ -270,7 +270,7 @@ def test_first_picture_of_several_is_reduced():
 # What is refused stays refused
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("kept", [0.3, 0.95])
 def test_truncated_is_refused_in_the_same_words(file_format, kept):
     data = encode(noise(*SIDES), file_format)
@@ -373,3 +373,15 @@ def test_a_source_without_files_gives_its_pixels():
         assert record == "record 3"
     assert Pixels().path(3) is None
     assert Pixels().notes() == []
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_tiffs_are_upright(orientation):
+    """Pillow turns them by itself, once."""
+    pixels = colours(*SIDES)
+    data = encode(pixels, "TIFF", exif=exif(orientation))
+    expected = decode(encode(pixels, "PNG", exif=exif(orientation)))
+    np.testing.assert_array_equal(decode(data), expected)
+    with opened(data) as picture:
+        assert picture.shape == expected.shape
+        np.testing.assert_array_equal(picture.pixels(9.0).rgb, expected)

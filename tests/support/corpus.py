@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 READ = ""
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 # Where a file breaks off decides which of the decoder's reasons it is.
 BROKEN = "cannot be decoded|not a readable|empty|shorter side"
 
@@ -47,12 +47,15 @@ def corpus() -> Iterator[tuple[str, bytes, str]]:
     yield from _sizes(whole)
     yield from _modes()
     yield from _orientations()
-    for name in ("GIF", "BMP", "TIFF", "PPM"):
+    yield from _tiffs()
+    for name in ("GIF", "BMP", "PPM"):
         yield f"{name}", encoded(scene(), name), "not a readable"
     frames = [scene(), scene().rotate(180)]
     for name in ("PNG", "WEBP"):
         content = encoded(frames[0], name, save_all=True, append_images=frames[1:])
         yield f"{name} animated", content, "animated"
+    pages = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    yield "TIFF of several pages", pages, "several pictures"
     several = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
     yield "JPEG of several pictures", several, READ
 
@@ -69,8 +72,15 @@ def _sizes(whole: dict[str, bytes]) -> Iterator[tuple[str, bytes, str]]:
     sides = struct.pack(">HH", 30_000, 30_000)
     jpeg = whole["JPEG"][:at] + sides + whole["JPEG"][at + 4 :]
     yield "JPEG that declares 30000 x 30000 px", jpeg, "declares"
-    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    width = struct.pack("<HHI", 256, 4, 1)  # tag, kind and number of its values
+    before, after = whole["TIFF"].split(width)
+    tiff = before + width + struct.pack("<I", 30_000) + after[4:]
+    yield "TIFF that declares 30000 x 64 px", tiff, "strips are too short"
+    flat = Image.new("1", (20_000, 20_000))
+    bomb = encoded(flat, "PNG")
     yield "PNG of 20000 x 20000 px in a few bytes", bomb, "declares"
+    bomb = encoded(flat, "TIFF", compression="tiff_deflate")
+    yield "TIFF that declares 20000 x 20000 px", bomb, "declares"
 
 
 def _modes() -> Iterator[tuple[str, bytes, str]]:
@@ -91,7 +101,18 @@ def _modes() -> Iterator[tuple[str, bytes, str]]:
         ("RGBA, with a clear pixel", clear, "WEBP", "transparent"),
         ("CMYK", image.convert("CMYK"), "JPEG", "mode CMYK"),
         ("I;16", image.convert("I;16"), "PNG", "16 bits a channel|mode I;16"),
-        ("F", image.convert("F"), "TIFF", "not a readable"),
+        ("1", image.convert("1"), "TIFF", READ),
+        ("L", image.convert("L"), "TIFF", READ),
+        ("P", palette, "TIFF", READ),
+        ("LA, opaque", image.convert("LA"), "TIFF", "2 bands"),
+        ("RGBA, opaque", image.convert("RGBA"), "TIFF", "4 bands"),
+        ("RGBX", image.convert("RGBX"), "TIFF", "4 bands"),
+        ("CMYK", image.convert("CMYK"), "TIFF", "mode CMYK"),
+        ("YCbCr", image.convert("YCbCr"), "TIFF", "mode YCbCr"),
+        ("LAB", Image.new("LAB", (72, 64)), "TIFF", "mode LAB"),
+        ("I;16", image.convert("I;16"), "TIFF", "16 bits a channel"),
+        ("I", image.convert("I"), "TIFF", "signed integers of 32 bits"),
+        ("F", image.convert("F"), "TIFF", "floating-point numbers of 32 bits"),
         ("YCbCr", image.convert("YCbCr"), "JPEG", READ),
     ):
         # A lossless WebP keeps its clear pixel.
@@ -109,3 +130,22 @@ def _orientations() -> Iterator[tuple[str, bytes, str]]:
         for name in FORMATS:
             content = encoded(scene(), name, exif=exif)
             yield f"{name} of EXIF orientation {turn}", content, READ
+
+
+def _tiffs() -> Iterator[tuple[str, bytes, str]]:
+    for name in ("lzw", "deflate", "adobe_deflate"):
+        content = encoded(scene(), "TIFF", compression=f"tiff_{name}")
+        yield f"TIFF, {name}", content, READ
+        for tenths in range(10):
+            part = content[: len(content) * tenths // 10]
+            yield f"TIFF, {name}, cut after {tenths} tenths", part, BROKEN
+    yield "TIFF, packbits", encoded(scene(), "TIFF", compression="packbits"), READ
+    predicted = {"compression": "tiff_lzw", "tiffinfo": {317: 2}}
+    yield "TIFF, lzw of differences", encoded(scene(), "TIFF", **predicted), READ
+    yield "TIFF, BigTIFF", encoded(scene(), "TIFF", big_tiff=True), READ
+    jpeg = encoded(scene(), "TIFF", compression="jpeg")
+    yield "TIFF, JPEG within", jpeg, "TIFF compression JPEG"
+    black = encoded(scene(), "TIFF", tiffinfo={42113: "0"})
+    yield "TIFF, no-data value that occurs", black, "without a value"
+    clear = encoded(scene(), "TIFF", tiffinfo={42113: "-9999"})
+    yield "TIFF, no-data value that does not", clear, READ

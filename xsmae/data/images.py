@@ -7,7 +7,8 @@ Converted, since nothing is lost:
 | RGB                                                      | kept                   |
 | L (grey, 1 to 8 bits), 1 (black and white)               | grey repeated 3 times  |
 | P (palette), opaque                                      | its colours            |
-| LA, RGBA, or a transparent colour, alpha 255 everywhere  | alpha left out         |
+| LA, RGBA, or a transparent colour, alpha 255 everywhere; | alpha left out         |
+| not in a TIFF                                            |                        |
 | EXIF orientation                                         | applied                |
 | several pictures in one JPEG (MPO; drones, phones)       | the first, the primary |
 
@@ -15,15 +16,21 @@ Refused with `BadImageError`, since something would be lost or guessed:
 
 | what is found                                            | why                    |
 |----------------------------------------------------------|------------------------|
-| any alpha below 255                                      | pixels without a value |
+| any alpha below 255; a no-data value that occurs         | pixels without a value |
 | CMYK and every other mode                                | needs a colour profile |
-| 16 bits a channel (PIL would drop the low byte)          | needs a scaling        |
-| animated PNG or WebP                                     | which frame?           |
-| not a JPEG, PNG or WebP, whatever its name; empty        | not an image           |
+| 16 bits a channel (PIL would drop the low byte), floats  | needs a scaling        |
+| a TIFF with alpha, infrared or other bands               | which are the colours? |
+| animated PNG or WebP; a TIFF of several pages, with      | which frame?           |
+| overviews or with a mask                                 |                        |
+| not a JPEG, PNG, WebP or TIFF, whatever its name; empty  | not an image           |
 | truncated, broken, unreadable, missing, a PNG whose      | no or invented pixels  |
-| checksums do not hold                                    |                        |
+| checksums do not hold, a TIFF without some of its pixels |                        |
 | more pixels declared than `max_pixels`                   | a decompression bomb   |
 | shorter side below `min_side`                            | too small to crop from |
+
+A TIFF is read where it holds what a PNG could hold: uncompressed, LZW, Deflate or
+PackBits. What it can hold beyond that (more bands, more bits, floats, masks) needs a
+reader of rasters, which is not part of this package. `tiff.py` has the checks.
 
 Embedded colour profiles are neither applied nor an error. PIL's own bomb limit (twice
 `PIL.Image.MAX_IMAGE_PIXELS`) stays the upper bound of `max_pixels`.
@@ -39,11 +46,12 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from xsmae.data.tiff import MAGIC, check_tiff, has_nodata
 from xsmae.errors import BadImageError
 
 BANDS = ("red", "green", "blue")  # of every decoded image, in this order
-FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")  # and TIFF, once it is checked
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 MIN_SIDE = 32
 MAX_PIXELS = 89_478_485  # PIL.Image.MAX_IMAGE_PIXELS: 256 MiB of RGB
 
@@ -56,7 +64,7 @@ def decode(
     min_side: int = MIN_SIDE,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Decodes one JPEG, PNG or WebP file to RGB; the module says what is refused.
+    """Decodes one JPEG, PNG, WebP or TIFF file to RGB; the module says what is refused.
 
     Args:
       source: the encoded bytes, or the path of the file.
@@ -101,8 +109,11 @@ def open_image(
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an opened image, 1 (upright) to 8; raises BadImageError.
 
-    A PNG is decoded for it, since the tag may come after the pixels.
+    A PNG is decoded for it, since the tag may come after the pixels. Pillow turns a
+    TIFF by itself: it is upright from the start.
     """
+    if image.format == "TIFF":
+        return 1
     with _bad_images():
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
         return found if found in range(1, 9) else 1
@@ -127,7 +138,7 @@ def _bad_images() -> Iterator[None]:
     except (BadImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise BadImageError("not a readable JPEG, PNG or WebP file") from error
+        raise BadImageError("not a readable JPEG, PNG, WebP or TIFF file") from error
     # PIL's parsers let OSError, SyntaxError, ValueError, struct.error, EOFError,
     # IndexError, ZeroDivisionError and more escape from a broken file.
     except Exception as error:
@@ -147,23 +158,29 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
     # PIL opens 16-bit colour PNGs as 8-bit RGB; byte 24 of the header is the depth.
     if header.startswith(b"\x89PNG\r\n\x1a\n") and header[24:25] == b"\x10":
         raise BadImageError("16 bits a channel; convert it to 8 bits with your scaling")
+    formats = FORMATS
+    if header.startswith(MAGIC):
+        check_tiff(file, max_pixels=max_pixels)
+        formats = ("TIFF",)
     file.seek(0)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=formats)
         if image.format == "PNG" and image.width * image.height <= max_pixels:
             # PIL decodes without looking at the pixels' checksums, and stops before the
             # last when all rows are there. Looking takes a file's reading, no decoding.
             image.verify()
             file.seek(0)
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(
-            f"declares more pixels than PIL's limit of {Image.MAX_IMAGE_PIXELS}"
+            f"declares more pixels than PIL's limit of {Image.MAX_IMAGE_PIXELS}; cut "
+            "the image into windows"
         ) from error
     width, height = image.size
     if width * height > max_pixels:
         raise BadImageError(
-            f"declares {width} x {height} pixels, more than max_pixels={max_pixels}"
+            f"declares {width} x {height} pixels, more than max_pixels={max_pixels}; "
+            "raise --config.data.max_pixels, or cut the image into windows"
         )
     if min(width, height) < min_side:
         raise BadImageError(
@@ -180,6 +197,8 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
 
 
 def _opaque_rgb(image: Image.Image) -> Image.Image:
+    if has_nodata(image):
+        raise BadImageError("pixels without a value (they are the TIFF's no-data)")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         lowest = image.getchannel("A").getextrema()[0]

@@ -11,8 +11,8 @@ How far a view is from that of the whole image, in 8-bit levels (mean absolute e
 over many views, and the worst view's; JPEGs of quality 90, the tests hold it to that):
 0.3 and 0.5 for smooth images (PSNR above 50 dB); 1.2 and 3 for scenes with the detail
 of aerial images (46 dB on average, 37 at worst); 1.5 and 4 for white noise. A pixel's
-value is off, not its place: boxes are exact, in fractions of a reduced pixel. PNG and
-WebP, which are decoded whole, give exactly the views of the whole image.
+value is off, not its place: boxes are exact, in fractions of a reduced pixel. PNG, WebP
+and TIFF, which are decoded whole, give exactly the views of the whole image.
 """
 
 import contextlib
