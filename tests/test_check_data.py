@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xsmae.cli import check_data
+from xsmae.cli import check_data, evaluation
 from xsmae.data.catalogue import build_source
 from xsmae.data.folder import FolderSource
 from xsmae.data.images import decode
@@ -147,3 +147,12 @@ def test_it_stops_when_asked(image_folder, tmp_path, monkeypatch, capsys):
     assert run(image_folder, tmp_path) == 128 + signal.SIGTERM
     assert "xsmae: stopped" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_field_set_for_one_part_is_not_set_for_the_other():
+    flags = ["--data=configs/folder.py", "--train.root=one", "--test.root=other"]
+    config, rest = evaluation.data_of(["check-data", *flags])
+    assert (config.data.root, config.train.root, config.test.root) == (
+        None, "one", "other",
+    )  # fmt: skip
+    assert rest == ["check-data"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -204,6 +205,9 @@ def _part(
     """`config.data` with the overrides of `part`, the config's and then the flags'."""
     start = ml_collections.ConfigDict(config.data)
     if part in PARTS:
+        # Unset fields are references, which a shallow copy shares: --test.root would
+        # set --train.root too. `data` shares them with `model`, on purpose.
+        start = copy.deepcopy(start)
         start.update(config.knn[part])
     return _overridden(part, start, given)
 
