@@ -51,10 +51,13 @@ def test_report(image_folder, tmp_path, capsys):
     Image.open(roof / "00.jpg").save(double)
     (roof / "broken.jpg").write_bytes(b"<html>")
     (roof / "empty.jpg").write_bytes(b"")
+    (roof / "labels.json").write_text("{}")
     assert run(image_folder, tmp_path) == check_data.TOO_MANY
     report, printed = report_of(tmp_path), capsys.readouterr()
     assert report["images"] == 27
     assert report["too_many_rejected"]
+    assert report["notes"] == FolderSource(image_folder, gsd=0.5).notes()
+    assert printed.out.count("1 file (1 .json)") == 1
     assert report["classes"] == {"field": 12, "roof": 13}
     assert report["width"] == report["height"] == {"min": 40, "median": 40, "max": 40}
     assert report["gsd"] == {"min": 0.5, "median": 0.5, "max": 0.5}

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -12,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from xsmae.cli import evaluation
 from xsmae.data.catalogue import SOURCES
 from xsmae.data.folder import FolderSource
-from xsmae.data.records import Record, Subset
+from xsmae.data.pipeline import make_batches
+from xsmae.data.records import BaseSource, Record, Subset
 from xsmae.data.splits import split_indices
 from xsmae.data.synthetic.source import SyntheticSource
 from xsmae.data.tables import CsvSource
+from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError, UserError
+from xsmae.evaluation.parts import open_parts
 
 GSD = 0.5
 
@@ -96,6 +101,86 @@ def test_hidden_and_other_files_do_not_count(folder):
     assert len(FolderSource(folder, gsd=GSD)) == len(IDS)
 
 
+def test_files_of_other_suffixes_are_counted(folder):
+    """Not those that are hidden; in `repr`, which a resumed run compares, nothing."""
+    source = FolderSource(folder, gsd=GSD)
+    assert source.left_out == {}
+    assert source.notes() == []
+    before = repr(source)
+    for name in ("a/1.json", "a/2.JSON", "b/deep/3.json", "a/x.gif", "README", ".env"):
+        (folder / name).write_text("no image")
+    source = FolderSource(folder, gsd=GSD, split="train", test_fraction=0.4)
+    assert source.left_out == {".json": 3, ".gif": 1, "": 1}
+    (note,) = source.notes()
+    assert "5 files (3 .json, 1 without a suffix, 1 .gif)" in note
+    assert repr(FolderSource(folder, gsd=GSD)) == before
+
+
+def test_a_folder_without_images_tells_what_it_has(tmp_path):
+    for number in range(7):
+        (tmp_path / f"1.{number}").write_text("")
+    refused(
+        r"no image .*7 files \(1 .0, 1 .1, .*\.\.\.\)", FolderSource, tmp_path, gsd=1
+    )
+
+
+def nest(tmp_path, *names):
+    for name in names:
+        write_image(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "test"),
+    [
+        (("train/a/1", "train/b/1", "val/a/2", "val/b/2"), "train", "val"),
+        (("Training/a/1", "Testing/a/2"), "Training", "Testing"),
+        (("train/a/1", "validation/a/2", "test/3"), "train", "test"),
+        (("test/a/1", "valid/a/2"), "test", "valid"),
+    ],
+)
+def test_splits_are_no_classes(tmp_path, names, train, test):
+    refused(
+        f"--config.data.root={tmp_path}/{train};.*--train.root={tmp_path}/{train} .*"
+        f"--test.root={tmp_path}/{test} ",
+        FolderSource,
+        nest(tmp_path, *names),
+        gsd=GSD,
+    )
+
+
+def test_one_split_alone_is_no_class(tmp_path):
+    root = nest(tmp_path, "train/a/1", "train/b/1")
+    refused(f"--config.data.root={root}/train$", FolderSource, root, gsd=GSD)
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (("train/1", "test/2"), ("test", "train")),  # no folders in them
+        (("train/a/1", "tram/a/2"), ("train", "tram")),
+        (("trains/a/1", "val/a/2"), ("trains", "val")),
+    ],
+)
+def test_folders_that_may_be_classes_stay_that(tmp_path, names, classes):
+    assert FolderSource(nest(tmp_path, *names), gsd=GSD).class_names == classes
+
+
+def test_what_the_refusal_of_splits_says_to_give_works(tmp_path):
+    names = [f"{p}/{c}/{p}{i}" for p in ("train", "val") for c in "ab" for i in "123"]
+    with pytest.raises(UserError) as caught:
+        FolderSource(nest(tmp_path, *names), gsd=GSD)
+    given = re.findall(r"--[^\s;]+", str(caught.value))
+    root = given[0].removeprefix("--config.data.root=")
+    assert FolderSource(root, gsd=GSD).class_names == ("a", "b")
+    argv = ["--encoder=statistics", "--data=configs/folder.py", f"--data.gsd={GSD}"]
+    _, config = evaluation.parse(["xsmae knn", *argv, *given[1:]], lambda values: None)
+    parts = open_parts("mine", config.train.to_dict(), config.test.to_dict())
+    assert (len(parts.train), len(parts.test)) == (6, 6)
+    assert {parts.train.id(i)[:5] for i in range(6)} == {"a/tra", "b/tra"}
+    assert {parts.test.id(i)[:5] for i in range(6)} == {"a/val", "b/val"}
+
+
 def test_link_loops_end_and_links_are_followed(folder, tmp_path):
     (folder / "a" / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "0").symlink_to(folder / "b", target_is_directory=True)
@@ -143,6 +228,10 @@ def test_gsd_must_be_given_once(folder):
 def test_gsd_csv(folder, tmp_path):
     rows = [f"{name},{number + 1}" for number, name in enumerate(IDS)]
     table = write_csv(tmp_path / "gsd.csv", "path,gsd", "not/there.png,9", *rows)
+    source = FolderSource(folder, gsd_csv=str(table), split="all")
+    assert [record.gsd for record in source] == [1, 2, 3, 4, 5, 6]
+
+    write_csv(table, "path,gsd", *(f"{folder}/{row}" for row in rows))
     source = FolderSource(folder, gsd_csv=str(table), split="all")
     assert [record.gsd for record in source] == [1, 2, 3, 4, 5, 6]
 
@@ -406,6 +495,39 @@ def test_csv_paths_stay_inside_the_root(folder, path):
     refused("line 3 of .*inside the root folder", CsvSource, table, gsd=GSD)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_csv_absolute_paths_inside_the_root(folder, tmp_path, elsewhere):
+    """Their ids are relative: the same data set wherever it is."""
+    linked = tmp_path / "linked"
+    linked.symlink_to(folder, target_is_directory=True)
+    root = linked if elsewhere else folder
+    rows = [f"{root}/a/1.png,1", f"{folder}/b/deep/3.webp,2", "b/1.png,3"]
+    table = write_csv(tmp_path / "list.csv", "path,gsd", *rows)
+    source = CsvSource(table, root=root)
+    assert [source.id(i) for i in range(3)] == ["a/1.png", "b/deep/3.webp", "b/1.png"]
+    assert source[1].gsd == 2
+    rows = ["a/1.png,1", "b/deep/3.webp,2", "b/1.png,3"]
+    write_csv(table, "path,gsd", *rows)
+    assert CsvSource(table, root=root).fingerprint == source.fingerprint
+
+
+@pytest.mark.parametrize(
+    "path", ["{root}x/1.png", "{root}/../secret.png", "{root}/a/../1.png", "{root}"]
+)
+def test_csv_absolute_paths_that_only_look_inside(folder, path):
+    write_image(folder.parent / "secret.png")
+    write_image(folder.parent / "datax" / "1.png")
+    row = path.replace("{root}", str(folder))
+    table = write_csv(folder / "list.csv", "path", "a/1.png", row)
+    refused("line 3 of .*out|line 3 of .*inside", CsvSource, table, gsd=GSD)
+
+
+def test_csv_absolute_and_relative_are_the_same_image(folder):
+    lines = ["path", "a/1.png", f"{folder}/a/1.png"]
+    table = write_csv(folder / "list.csv", *lines)
+    refused("line 3 .*'a/1.png' is also on line 2", CsvSource, table, gsd=GSD)
+
+
 def test_csv_links_stay_inside_the_root(folder):
     write_image(folder.parent / "secret.png")
     (folder / "a" / "out.png").symlink_to(folder.parent / "secret.png")
@@ -481,3 +603,83 @@ def test_a_subset_has_the_bands_of_its_source():
         bands = ("nir", "red", "green")
 
     assert Subset(Infrared(12), np.arange(3)).bands == ("nir", "red", "green")
+
+
+# The protocol
+
+
+class Squares(BaseSource):
+    """All that a new data set has to say."""
+
+    bands = ("red", "green", "blue")
+    class_names = ()
+    labels = None
+    fingerprint = "0123456789abcdef"
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        image = np.full((40, 40, 3), index, np.uint8)
+        return Record(image, 1.0, None, self.id(index))
+
+    def id(self, index):
+        return f"square {index}"
+
+
+def test_one_class_is_a_data_set():
+    sampler = ViewSampler(
+        num_views=1,
+        size=8,
+        area=(0.25, 1.0),
+        area2=(0.25, 0.75),
+        ratio=(1.0, 1.0),
+        area_distribution="uniform",
+        view2_from="source",
+        view2_box="sample",
+        interpolation="bicubic",
+        interpolation2="bicubic",
+        horizontal_flip=0.0,
+        vertical_flip=0.0,
+    )
+    (batch,) = make_batches(
+        Squares(),
+        sampler,
+        seed=0,
+        batch_size=4,
+        start_step=0,
+        num_steps=1,
+        max_rejected_fraction=0.0,
+    )
+    assert sorted(batch["image"].max((1, 2, 3, 4))) == [0, 1, 2, 3]
+
+
+def test_every_source_has_the_whole_protocol(folder, tmp_path):
+    table = write_csv(tmp_path / "list.csv", "path", *IDS)
+    files = [FolderSource(folder, gsd=GSD), CsvSource(table, root=folder, gsd=GSD)]
+    subset = Subset(files[0], np.array([3, 1]))
+    for source in (
+        *files,
+        subset,
+        Subset(SyntheticSource(6), np.array([5])),
+        Squares(),
+    ):
+        with source.open(0) as record:
+            assert record.id == source.id(0)
+            assert record.image.shape == source[0].image.shape
+        assert source.notes() == []
+    assert [source.path(1) for source in files] == [folder / "a/2.JPEG"] * 2
+    assert subset.path(0) == folder / "b/1.png"
+    assert SyntheticSource(6).path(0) is None
+
+
+def test_the_records_of_a_subset_are_whole(folder):
+    """A classifier's views are those of the whole image, however large that is."""
+    source = FolderSource(folder, gsd=GSD)
+    with Subset(source, np.array([1])).open(0) as record:
+        np.testing.assert_array_equal(record.image, source[1].image)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_has_defaults(name):
+    assert issubclass(SOURCES[name], BaseSource)

@@ -94,6 +94,7 @@ def describe(parts: dict[str, Survey]) -> dict[str, Any]:
     held_out = {test.source.id(i) for i in range(len(test.source))} if test else set()
     counted = [i for i in data.images if data.source.id(i.index) not in held_out]
     report = {"schema": 1, "source": repr(data.source), "images": len(data.source)}
+    report["notes"] = data.source.notes()
     for name, values in (
         ("height", [image.shape[0] for image in data.images]),
         ("width", [image.shape[1] for image in data.images]),
@@ -121,7 +122,7 @@ def describe(parts: dict[str, Survey]) -> dict[str, Any]:
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
-    lines = [report["source"]]
+    lines = [report["source"], *report["notes"]]
     if "test" in report:
         lines.append(f"test: {report['test']['source']}")
     for name, unit in (("width", "px"), ("height", "px"), ("gsd", "m/px")):

@@ -1,9 +1,10 @@
-"""The sources of files: a folder of images, and a CSV that lists them.
+"""The source of a folder of images.
 
-`records.py` says what a source is and how the published split is drawn,
-`tfds_source.py` has prepared TFDS data sets, `fmow.py` fMoW as it is distributed.
+`tables.py` has the source of a CSV that lists images, `fmow.py` fMoW as it is
+distributed, `tfds.py` prepared TFDS data sets.
 """
 
+import collections
 import os
 import pathlib
 from collections.abc import Sequence
@@ -17,13 +18,18 @@ from xsmae.data.splits import split_indices
 from xsmae.data.tables import gsds_from_csv
 from xsmae.errors import UserError
 
+# First-level folders of these names alone are splits rather than classes.
+_TRAIN_PARTS = ("train", "training")
+_TEST_PARTS = ("val", "valid", "validation", "test", "testing")
+
 
 class FolderSource(FileSource):
-    """Every JPEG, PNG and WebP under a folder, sorted by path.
+    """Every JPEG, PNG, WebP and TIFF under a folder, sorted by path.
 
     The id is the path relative to `root`. If the images lie in sub-folders, the
     first-level sub-folder is the class; if all lie directly in `root` there are no
-    labels; a mixture is a UserError. Suffixes count in any case; hidden files and
+    labels; a mixture is a UserError, and so are folders of splits that hold folders of
+    classes (`train/A`, `val/A`). Suffixes count in any case; hidden files and
     folders (a leading dot) do not count. Linked files and folders are followed, also
     out of the root, since the user placed the links; each real folder is read once, so
     that a loop ends.
@@ -33,8 +39,11 @@ class FolderSource(FileSource):
       gsd: metres per pixel of every image; or else
       gsd_csv: a CSV with the columns `path` (relative to `root`) and `gsd`, which has
         every image of the folder; other rows are ignored.
-      split, test_fraction: see `records`.
+      split, test_fraction: see `splits`.
       min_side, max_pixels: see `images.decode`.
+
+    Attributes:
+      left_out: suffix -> number of files that are no image by their suffix.
 
     Raises:
       UserError: no such folder, no images, no valid GSD, a mixture, a bad split.
@@ -58,17 +67,18 @@ class FolderSource(FileSource):
                 f"{found} given for {root}: {GSD_HELP} for all images, or with "
                 "--config.data.gsd_csv=FILE, a table with the columns path,gsd"
             )
-        found = _images_below(root)
+        found, self.left_out = _images_below(root)
         if not found:
+            others = f" ({_counted(self.left_out)} there)" if self.left_out else ""
             raise UserError(
-                f"no image ({', '.join(SUFFIXES)}) in {root} or its sub-folders; give "
-                "the folder that holds them"
+                f"no image ({', '.join(SUFFIXES)}) in {root} or its sub-folders"
+                f"{others}; give the folder that holds them"
             )
         ids = sorted(found)
         if gsd is not None:
             gsds = np.full(len(ids), check_gsd(gsd, "gsd"))
         else:
-            gsds = gsds_from_csv(gsd_csv, ids)
+            gsds = gsds_from_csv(gsd_csv, ids, root=root)
         labels, names = _folder_labels(root, ids)
         sizes = [(found[name],) for name in ids]
         listing = Listing(ids, sizes, labels, names, gsds)
@@ -77,10 +87,18 @@ class FolderSource(FileSource):
             root, listing.take(chosen), min_side=min_side, max_pixels=max_pixels
         )
 
+    def notes(self) -> list[str]:
+        """How many files were left out for their suffixes."""
+        if not self.left_out:
+            return []
+        return [f"left out: {_counted(self.left_out)}, which are no images by suffix"]
 
-def _images_below(root: pathlib.Path) -> dict[str, int]:
-    """Relative path -> size in bytes."""
-    found = {}
+
+def _images_below(
+    root: pathlib.Path,
+) -> tuple[dict[str, int], collections.Counter[str]]:
+    """Relative path -> size in bytes; and suffix -> number of the other files."""
+    found, others = {}, collections.Counter()
     seen = set()
     folders, links = [""], []
     while folders or links:
@@ -104,9 +122,20 @@ def _images_below(root: pathlib.Path) -> dict[str, int]:
                 (links if entry.is_symlink() else folders).append(path)
             elif entry.name.lower().endswith(SUFFIXES):
                 found[path] = file_size(entry.path)
+            else:
+                others[os.path.splitext(entry.name)[1].lower()] += 1
         # The order of discovery decides which of two links to one folder counts.
         links.sort(reverse=True)
-    return found
+    return found, others
+
+
+def _counted(others: collections.Counter[str]) -> str:
+    """`12 files (9 .json, 3 without a suffix)`; the most frequent suffixes first."""
+    shown = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{n} {suffix or 'without a suffix'}" for suffix, n in shown[:5]]
+    parts += ["..."] if len(shown) > 5 else []
+    total = others.total()
+    return f"{total} file{'s' if total > 1 else ''} ({', '.join(parts)})"
 
 
 def _folder_labels(
@@ -121,4 +150,25 @@ def _folder_labels(
             f"{len(ids) - len(loose)} in sub-folders; expected all in sub-folders (one "
             "per class) or none: move them, or list the images in a CSV"
         )
+    _refuse_splits(root, ids)
     return number([name.split("/")[0] for name in ids])
+
+
+def _refuse_splits(root: pathlib.Path, ids: Sequence[str]) -> None:
+    """UserError if the first-level folders are splits, with classes below them."""
+    parts = sorted({name.split("/")[0] for name in ids})
+    nested = any(name.count("/") > 1 for name in ids)
+    if not nested or any(p.lower() not in _TRAIN_PARTS + _TEST_PARTS for p in parts):
+        return
+    train = next((p for p in parts if p.lower() in _TRAIN_PARTS), parts[0])
+    test = next((p for p in parts if p != train), None)
+    message = (
+        f"{root} has splits ({', '.join(parts)}) with folders in them, expected a "
+        f"folder per class: give one split, --config.data.root={root / train}"
+    )
+    if test is not None:
+        message += (
+            f"; an evaluation takes two, with --train.root={root / train} "
+            f"--train.split=all --test.root={root / test} --test.split=all"
+        )
+    raise UserError(message)

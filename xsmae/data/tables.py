@@ -1,4 +1,4 @@
-"""CSV tables of images: paths confined to a root, labels, GSDs."""
+"""The source of a CSV that lists images: paths confined to a root, labels, GSDs."""
 
 import csv
 import os
@@ -27,7 +27,7 @@ def read_listing(
     root: str | os.PathLike | None,
     gsd: float | None,
 ) -> tuple[pathlib.Path, Listing]:
-    """Reads and checks a CSV of images, as `sources.CsvSource` describes it.
+    """Reads and checks a CSV of images, as `CsvSource` describes it.
 
     Returns:
       the root folder, and all records; `gsds` is None where neither gives them.
@@ -53,7 +53,7 @@ def read_listing(
     texts, gsds = [], []
     for line, row in rows:
         where = f"line {line} of {table}"
-        path = _confined(row[path_column], real_root, where)
+        path = _confined(row[path_column], folder, real_root, where)
         if path in lines:
             raise UserError(
                 f"{where}: {path!r} is also on line {lines[path]}; list it once"
@@ -81,8 +81,12 @@ def read_listing(
     return folder, Listing(ids, sizes, labels, names, np.array(gsds) if gsds else None)
 
 
-def gsds_from_csv(csv_path: str | os.PathLike, ids: Sequence[str]) -> np.ndarray:
+def gsds_from_csv(
+    csv_path: str | os.PathLike, ids: Sequence[str], *, root: pathlib.Path
+) -> np.ndarray:
     """Reads the GSD of every id from a CSV with the columns path and gsd.
+
+    A path is relative to `root`, or absolute.
 
     Returns:
       float64 [len(ids)], metres per pixel.
@@ -99,9 +103,10 @@ def gsds_from_csv(csv_path: str | os.PathLike, ids: Sequence[str]) -> np.ndarray
             f"{table} has the columns {_shown(header)}; expected path and gsd"
         )
     gsds = {}
+    real_root = os.path.realpath(root)
     for line, row in rows:
         where = f"line {line} of {table}"
-        path = _posix(row[path_column])
+        path = _relative(row[path_column], root, real_root)
         if path in gsds:
             raise UserError(f"{where}: {path!r} is there twice; list it once")
         gsds[path] = check_gsd(row[gsd_column], where)
@@ -159,25 +164,31 @@ def _number_labels(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
         return number(texts)
 
 
-def _posix(path: str) -> str:
+def _relative(path: str, root: pathlib.Path, real_root: str) -> str:
+    """`path` with forward slashes; an absolute one inside the root relative to it."""
+    for folder in (os.path.abspath(root), real_root):
+        inside = path.startswith("/") and ".." not in path.split("/")
+        if inside and pathlib.PurePosixPath(path).is_relative_to(folder):
+            return pathlib.PurePosixPath(path).relative_to(folder).as_posix()
     return pathlib.PureWindowsPath(path).as_posix()
 
 
-def _confined(path: str, real_root: str, where: str) -> str:
-    parts = pathlib.PureWindowsPath(path)
+def _confined(path: str, root: pathlib.Path, real_root: str, where: str) -> str:
+    relative = _relative(path, root, real_root)
+    parts = pathlib.PureWindowsPath(relative)
     outside = parts.drive or parts.root or ".." in parts.parts
     if not path or outside or "\0" in path:
         raise UserError(
-            f"{where}: the path is {path!r}, expected one inside the root folder: "
-            "relative, without '..'"
+            f"{where}: the path is {path!r}, expected one inside the root folder "
+            f"{root}: relative to it or absolute, without '..'"
         )
-    real = os.path.realpath(os.path.join(real_root, parts.as_posix()))
+    real = os.path.realpath(os.path.join(real_root, relative))
     if not real.startswith(real_root.rstrip("/") + "/"):
         raise UserError(
             f"{where}: {path!r} is a link that leads out of the root folder; copy the "
             "file, or give a root that holds both"
         )
-    return parts.as_posix()
+    return relative
 
 
 class CsvSource(FileSource):
@@ -189,15 +200,15 @@ class CsvSource(FileSource):
     order) or whole numbers (numbered in their order). A CSV numbers its own labels: for
     numbers that agree between training and test, use one CSV and `split`.
 
-    Paths are relative to `root` and stay inside it: an absolute path, a `..` or a link
-    that leads out is a UserError with its line. A listed file that is missing is a
-    BadImageError when it is read, unless all are.
+    Paths are relative to `root`, or absolute, and stay inside it: a `..`, or a path or
+    link that leads out, is a UserError with its line. A listed file that is missing is
+    a BadImageError when it is read, unless all are.
 
     Args:
       csv_path: the table, UTF-8.
       root: the folder of the paths; None: the folder of the CSV.
       gsd: metres per pixel of every image, where the table has no `gsd` column.
-      split, test_fraction: see `records`; an id is a path as listed.
+      split, test_fraction: see `splits`; an id is a path relative to `root`.
       min_side, max_pixels: see `images.decode`.
 
     Raises:

@@ -34,6 +34,7 @@ def describe(
         f"({schedule.num_steps / schedule.steps_per_epoch:.1f} epochs), learning rate "
         f"{schedule.learning_rate:g}, warm-up {schedule.warmup_steps} steps, "
         f"{trainer.mesh.size} device(s)"
+        + "".join(f"\n{note}" for note in source.notes())
     )
 
 
