@@ -48,7 +48,7 @@ test-core: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n logical --dist worksteal \
 		tests/test_models.py tests/test_methods.py \
 		tests/test_parity.py tests/test_losses.py tests/test_attention.py \
-		tests/test_train_state.py tests/test_multiscale.py tests/test_pipeline.py \
+		tests/test_train_state.py tests/test_views.py tests/test_pipeline.py \
 		tests/test_sources.py tests/test_images.py tests/test_fmow.py \
 		tests/test_tfds.py tests/test_synthetic.py
 
