@@ -1,13 +1,64 @@
 """Which devices hold what: the mesh of a config, and how the state is divided."""
 
+import json
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh
 from xsmae.configs import common
 
+from tests.support.devices import run_on_devices
 from xsmae.errors import UserError
 from xsmae.sharding import MIN_DIVIDED, create_mesh, of_state
 from xsmae.trainer import create_trainer
+
+# Programs on eight devices that share the one core of a worker take minutes, so that
+# all meshes of eight are made by one process on all cores.
+MESHES = {
+    "data:-1": (8, 1),
+    "data:8": (8, 1),
+    "data:8,fsdp:1": (8, 1),
+    "data:-1,fsdp:1": (8, 1),
+    "data:4,fsdp:2": (4, 2),
+    "fsdp:2,data:4": (4, 2),
+    "data:-1,fsdp:4": (2, 4),
+    "data:4,fsdp:-1": (4, 2),
+    "fsdp:8": (1, 8),
+    "fsdp:-1": (1, 8),
+}
+REFUSED = (
+    "data:2", "fsdp:4", "data:16", "data:2,fsdp:2", "data:4,fsdp:4", "data:3,fsdp:-1",
+    "data:-1,fsdp:3", "data:-1,fsdp:16", "data:-1,fsdp:-1", "data:-2,fsdp:-4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_eight():
+    """What becomes of (axes, batch size) on eight devices."""
+    cases = [(axes, 16) for axes in (*MESHES, *REFUSED)] + [("data:-1", 12)]
+    found = run_on_devices("tests.support.meshes_on_devices", 8, json.dumps(cases))
+    return dict(zip(cases, found, strict=True))
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_axes_of_a_mesh_of_eight(axes, on_eight):
+    found = on_eight[axes, 16]
+    sizes = dict(zip(("data", "fsdp"), MESHES[axes], strict=True))
+    assert found["sizes"] == [list(item) for item in sizes.items()]
+    # Whichever the axes, each device has its own part of the batch.
+    assert found["parts"] == [[2 * i, 2 * i + 1] for i in range(8)]
+
+
+@pytest.mark.parametrize("axes", REFUSED)
+def test_axes_that_eight_devices_cannot_have(axes, on_eight):
+    said = on_eight[axes, 16]["refused"]
+    assert f"mesh={axes!r} on 8 device(s)" in said
+
+
+def test_a_batch_that_does_not_divide_over_eight(on_eight):
+    said = on_eight["data:-1", 12]["refused"]
+    assert "batch_size=12" in said
+    assert "8 devices" in said
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,13 @@ runpy.run_module(sys.argv[1], run_name="__main__")
 """
 
 
-def run_on_devices(module, devices):
-    """The JSON that `python -m module` prints last, on so many devices."""
+def run_on_devices(module, devices, *arguments):
+    """The JSON that `python -m module` prints last, on so many devices.
+
+    The module finds the arguments in `sys.argv[2:]`.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", CODE, module],
+        [sys.executable, "-c", CODE, module, *arguments],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
