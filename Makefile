@@ -18,7 +18,7 @@ FAULTS := tests/test_faults.py tests/test_hosts.py tests/test_devices.py \
 	tests/test_checkpoints.py tests/test_trust.py tests/test_broken_files.py \
 	tests/test_fuzz.py
 
-.PHONY: quickstart notebooks study bench-attention test test-core test-faults
+.PHONY: quickstart notebooks study compiler bench-attention test test-core test-faults
 .PHONY: test-peers lint format clean
 
 quickstart: $(VENV)/installed
@@ -33,6 +33,10 @@ notebooks: $(VENV)/installed-test
 study: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m studies.head_to_head --data=$(DATA)
 	$(BIN)/python -m studies.report
+
+# What `xsmae plan` needs: XLA's compilers for NVIDIA GPUs and TPUs, of jax's own version,
+# with nothing to run on them. Linux; then .venv-compiler/bin/xsmae plan ...
+compiler: $(COMPILER)/installed
 
 # The memory that attention takes on an H200, compiled for one on any Linux machine:
 # benchmarks/RESULTS.md. Half a minute on two idle cores, after the installation.
@@ -94,12 +98,9 @@ $(PEERS)/installed: $(PEERS)/bin/python pyproject.toml constraints.txt \
 		--constraint constraints-peers.txt --no-deps timm
 	touch $@
 
-# XLA's compilers for NVIDIA GPUs and TPUs, of jax's own version, with nothing to run on
-# them: `xsmae plan`, `make bench-attention`.
 $(COMPILER)/installed: $(COMPILER)/bin/python pyproject.toml constraints.txt
 	$(COMPILER)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable . 'jax[cuda12-local,tpu]' \
-		nvidia-cuda-nvcc-cu12
+		--constraint constraints.txt --editable '.[compiler]'
 	touch $@
 
 clean:

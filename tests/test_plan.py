@@ -1,7 +1,11 @@
 """Planning for machines that are not there: what is counted, and what is refused."""
 
+import dataclasses
 import json
+import re
+import tomllib
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +42,8 @@ def small_config():
         ("tpu:v5e:16x16", ("tpu", "v5e", [16, 16])),
         ("tpu:v5p:4x4x8", ("tpu", "v5p", [4, 4, 8])),
         ("tpu:v4:2x2x1", ("tpu", "v4", [2, 2, 1])),
+        ("gpu:l4:8", ("gpu", "l4", [8])),
+        ("gpu:rtx4090:2x1", ("gpu", "rtx4090", [2, 1])),
     ],
 )
 def test_topologies(name, expected):
@@ -56,6 +62,24 @@ def test_topologies_that_are_none(name):
         parse(name)
 
 
+@pytest.mark.parametrize("chip", ["a10", "l4", "rtx4090", "t4"])
+def test_several_hosts_need_a_published_network(chip):
+    with pytest.raises(UserError, match=rf"gpu:{chip}:8x4.*a100, h100, h200"):
+        parse(f"gpu:{chip}:8x4")
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_what_xla_is_told_of_a_gpu(name):
+    """No kernel may ask for more than a block can have; of others it is no estimate."""
+    told = GPUS[name].target
+    major, minor = GPUS[name].capability.split(".")
+    assert f"major: {major} minor: {minor} " in told
+    of_block = int(re.search(r"per_block_optin: (\d+)", told)[1])
+    # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+    most = {"7.5": 64, "8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227}
+    assert of_block == 1024 * most[GPUS[name].capability]
+
+
 @pytest.mark.parametrize("name", ["gpu:h200:8", "tpu:v5e:2x4", "tpu:v4:1x1x1"])
 @pytest.mark.parametrize(
     "kind", [RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError]
@@ -68,8 +92,20 @@ def test_a_topology_without_its_compiler(name, kind, monkeypatch):
         monkeypatch.setenv(variable, "1")
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
     expected = f"topology='{name}' cannot be compiled for: no plugin"
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match=expected) as caught:
         describe_topology(name)
+    for way in ("make compiler", "pip install 'xsmae[compiler]'"):
+        assert way in str(caught.value)
+
+
+def test_the_makefile_and_the_extra_install_the_compilers():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["compiler"]
+    assert extra == ["jax[cuda12-local,tpu]", "nvidia-cuda-nvcc-cu12"]
+    makefile = (root / "Makefile").read_text()
+    assert "\ncompiler: $(COMPILER)/installed\n" in makefile
+    assert "'.[compiler]'" in makefile
 
 
 def test_a_host_has_faster_links_than_the_network():
@@ -284,14 +320,14 @@ def memory_by_batch(monkeypatch, needed):
 @pytest.mark.parametrize("needed", [lambda batch: 3e9, lambda batch: 3e9 - 1e6 * batch])
 def test_memory_that_does_not_grow_tells_no_largest_batch(monkeypatch, needed):
     memory_by_batch(monkeypatch, needed)
-    found = plan.make_plan(small_config(), LOCAL, largest=True)
+    found = step_of.make_plan(small_config(), LOCAL, largest=True)
     assert found["largest_batch"] is None
     assert "batches of 8 and 4" in found["largest_batch_unknown"]
-    (row,) = [x for x in plan.table(found).splitlines() if "largest batch" in x]
+    (row,) = [x for x in step_of.table(found).splitlines() if "largest batch" in x]
     assert found["largest_batch_unknown"] in row
     json.dumps(found)
-    left_out = plan.make_plan(small_config(), LOCAL, largest=False)
-    assert "largest batch" not in plan.table(left_out)
+    left_out = step_of.make_plan(small_config(), LOCAL, largest=False)
+    assert "largest batch" not in step_of.table(left_out)
 
 
 def test_no_batch_fits(monkeypatch):
@@ -355,14 +391,9 @@ def test_the_line_for_programs(monkeypatch, capsys):
     assert json.loads(printed[-1])["batch_size"] == 8
 
 
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("RESOURCE_EXHAUSTED: 9 GB", UserError),
-        ("INTERNAL: 9", jax.errors.JaxRuntimeError),
-    ],
-)
-def test_a_step_without_room_is_told_by_its_batch(monkeypatch, text, error):
+def compiler_that_fails(monkeypatch, text):
+    """Let every step's compilation fail with `text`."""
+
     def compile_nothing():
         raise jax.errors.JaxRuntimeError(text)
 
@@ -373,6 +404,52 @@ def test_a_step_without_room_is_told_by_its_batch(monkeypatch, text, error):
     )
     monkeypatch.setattr(step_of, "trainer_for", lambda config, *more: (config, trainer))
     monkeypatch.setattr(step_of, "batch_shapes", lambda config: None)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("RESOURCE_EXHAUSTED: 9 GB", UserError),
+        ("INTERNAL: 9", jax.errors.JaxRuntimeError),
+    ],
+)
+def test_a_step_without_room_is_told_by_its_batch(monkeypatch, text, error):
+    compiler_that_fails(monkeypatch, text)
     with pytest.raises(error, match=text) as caught:
         step_of.compile_step(None, None, 64)
     assert ("batch_size=64 does not fit" in str(caught.value)) == (error is UserError)
+
+
+# As jax 0.10 has it, of the fused attention with heads of 128 on an A10.
+SHARED = (
+    "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 102400, "
+    "available: 101376, context: []"
+)
+
+
+def test_a_kernel_too_large_is_no_batch_too_large(monkeypatch):
+    compiler_that_fails(monkeypatch, SHARED)
+    with pytest.raises(step_of.KernelError, match="requested 102400") as caught:
+        step_of.compile_step(None, None, 64)
+    assert "model.attention=xla" in str(caught.value)
+    assert "does not fit" not in str(caught.value)
+    # Nor does it make the largest batch 0.
+    with pytest.raises(step_of.KernelError):
+        step_of.largest_batch(small_config(), LOCAL, 10**9)
+
+
+def test_attention_is_what_the_gpu_would_run():
+    """A run's `auto` asks its GPU; a plan has none to ask."""
+    for name in ("a10", "l4", "rtx4090", "t4"):
+        assert step_of.attention_on("auto", GPUS[name]) == "xla"
+    for chip in (GPUS["a100"], GPUS["h200"], TPUS["v5e"]):
+        assert step_of.attention_on("auto", chip) == "auto"
+    assert step_of.attention_on("pallas", GPUS["a10"]) == "pallas"
+    with pytest.raises(step_of.KernelError, match=r"attention=pallas.*has 7\.5"):
+        step_of.attention_on("pallas", GPUS["t4"])
+    config = small_config()
+    config.model.attention = "auto"
+    local = dataclasses.replace(LOCAL, chip=GPUS["l4"])
+    planned, _ = step_of.trainer_for(config, local, 8)
+    assert planned.model.attention == "xla"
+    assert config.model.attention == "auto"

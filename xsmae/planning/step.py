@@ -1,10 +1,12 @@
-"""What a training step takes on a machine that is elsewhere."""
+"""Compiles a training step for a machine that is elsewhere, and reads what it takes."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,9 +14,14 @@ import ml_collections
 from jax.extend.core import jaxprs_in_params
 
 from xsmae.errors import UserError, memory_shortage
+from xsmae.ops.attention.api import CAPABILITIES
 from xsmae.planning.collectives import Collective, read_collectives
-from xsmae.planning.topology import Topology
+from xsmae.planning.topology import Chip, Topology
 from xsmae.trainer import Trainer, batch_shapes, create_trainer
+
+
+class KernelError(UserError):
+    """A kernel that the chip cannot run, whatever the batch."""
 
 
 def multiplications(jaxpr: Any) -> float:
@@ -37,7 +44,7 @@ def multiplications(jaxpr: Any) -> float:
 
 
 def used_memory(compiled: Any) -> dict[str, int]:
-    """Bytes of a device: the state and batch, what is beside them in a step, all."""
+    """Bytes of a device: the state and batch, what a step adds to them, and the sum."""
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -49,12 +56,30 @@ def used_memory(compiled: Any) -> dict[str, int]:
     }
 
 
+def attention_on(attention: str, chip: Chip) -> str:
+    """The `model.attention` that a run on the chip comes to.
+
+    `auto` asks the GPU that is there, and none is there to ask. Raises UserError for
+    the fused kernel on a GPU that cannot run it.
+    """
+    capability = chip.capability
+    if attention == "auto" and capability and capability not in CAPABILITIES:
+        return "xla"
+    if attention == "pallas" and capability and float(capability) < 8:
+        raise KernelError(
+            "model.attention=pallas needs an NVIDIA GPU of compute capability 8.0 or "
+            f"newer, this one has {capability}: set --config.model.attention=auto"
+        )
+    return attention
+
+
 def trainer_for(
     config: ml_collections.ConfigDict, topology: Topology, batch_size: int
 ) -> tuple[ml_collections.ConfigDict, Trainer]:
-    """The run's trainer on the topology's devices with another batch."""
+    """The config with another batch, and its trainer on the topology's devices."""
     config = copy.deepcopy(config)
     config.batch_size = batch_size
+    config.model.attention = attention_on(config.model.attention, topology.chip)
     # The number of images decides the schedule alone.
     return config, create_trainer(
         config, num_images=1000 * batch_size, devices=topology.devices
@@ -64,25 +89,45 @@ def trainer_for(
 def compile_step(
     config: ml_collections.ConfigDict, topology: Topology, batch_size: int
 ) -> Any:
-    """The compiled step; raises UserError where the compiler finds no room for it."""
+    """The compiled step.
+
+    Raises UserError where the batch does not fit, and KernelError where a kernel needs
+    more of a core's own ("shared") memory than there is: a smaller batch is no help.
+    """
     config, trainer = trainer_for(config, topology, batch_size)
     lowered = trainer.step.lower(trainer.state_shapes(), batch_shapes(config))
     with (
         memory_shortage(f"batch_size={batch_size} does not fit, lower it"),
+        _kernel_too_large(),
         # Kernels of a divided batch are lowered now: they ask it which GPU it is for.
         jax.sharding.use_abstract_mesh(trainer.mesh.abstract_mesh),
     ):
         return lowered.compile()
 
 
+@contextlib.contextmanager
+def _kernel_too_large() -> Iterator[None]:
+    """XLA reports both shortages as RESOURCE_EXHAUSTED."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if "shared memory" not in reason.lower():
+            raise
+        raise KernelError(
+            f"a kernel needs more shared memory than the GPU has ({reason[:200]}), "
+            "with any batch_size: set --config.model.attention=xla"
+        ) from None
+
+
 def largest_batch(
     config: ml_collections.ConfigDict, topology: Topology, used: int
 ) -> int:
-    """The largest batch whose step fits, in eighths of a device's first estimate.
+    """The largest batch whose step fits, 0 if none does.
 
-    Memory grows evenly with the batch: from that of `used` bytes and of one half as
-    large follows the largest, which is compiled, and made smaller where it is too much.
-    0 if none fits. Raises UserError where the memory of two batches does not tell.
+    Memory grows linearly with the batch: that of the config's batch, `used` bytes, and
+    that of half of it give an estimate. It is compiled, and lowered by an eighth of
+    itself until it fits. Raises UserError if memory does not grow with the batch.
     """
     devices, parts = len(topology.devices), config.optim.accumulation_steps
     unit = devices * parts
@@ -91,6 +136,8 @@ def largest_batch(
         half = 2 * config.batch_size
     try:
         other = used_memory(compile_step(config, topology, half))["all"]
+    except KernelError:
+        raise
     except UserError:
         if half > config.batch_size and used <= topology.chip.memory:
             return config.batch_size  # one unit, and two do not fit
@@ -111,9 +158,13 @@ def largest_batch(
     return 0
 
 
-def _fits(config, topology, batch_size) -> bool:
+def _fits(
+    config: ml_collections.ConfigDict, topology: Topology, batch_size: int
+) -> bool:
     try:
         needed = used_memory(compile_step(config, topology, batch_size))["all"]
+    except KernelError:
+        raise
     except UserError:
         return False
     return needed <= topology.chip.memory
@@ -132,22 +183,19 @@ def _largest_or_reason(
 def make_plan(
     config: ml_collections.ConfigDict, topology: Topology, *, largest: bool
 ) -> dict[str, Any]:
-    """What the step takes, by name; see `table`."""
+    """What the step takes, by name; `table` shows it. largest: find that batch too."""
     chip, devices = topology.chip, len(topology.devices)
     start = time.monotonic()
     compiled = compile_step(config, topology, config.batch_size)
     seconds = time.monotonic() - start
     exchanged = read_collectives(compiled.as_text(), devices, topology.a_host)
     memory = used_memory(compiled)
-    plain = copy.deepcopy(config)
-    plain.model.attention = "xla"  # the same products, and nothing hidden in a kernel
-    plain, trainer = trainer_for(plain, topology, config.batch_size)
-    traced = trainer.step.trace(trainer.state_shapes(), batch_shapes(plain))
-    flops = multiplications(traced.jaxpr.jaxpr) / devices
+    flops = _products(config, topology) / devices
+    arithmetic = flops / chip.flops
+    network = sum(c.sent / topology.bandwidth(c.hosts, c.cards) for c in exchanged)
     batch, reason = None, None
     if largest:
         batch, reason = _largest_or_reason(config, topology, memory["all"])
-    network = sum(c.sent / topology.bandwidth(c.hosts, c.cards) for c in exchanged)
     return {
         "devices": devices,
         "batch_size": config.batch_size,
@@ -155,13 +203,22 @@ def make_plan(
         "memory": memory,
         "memory_there": chip.memory,
         "flops": flops,
-        "arithmetic_seconds": flops / chip.flops,
+        "arithmetic_seconds": arithmetic,
         "network_seconds": network,
-        "network_share": network / (network + flops / chip.flops),
+        "network_share": network / (network + arithmetic),
         "collectives": [vars(c) for c in exchanged],
         "largest_batch": batch,
         "largest_batch_unknown": reason,
     }
+
+
+def _products(config: ml_collections.ConfigDict, topology: Topology) -> float:
+    """Floating-point operations of a step's products, over all devices."""
+    plain = copy.deepcopy(config)
+    plain.model.attention = "xla"  # the same products, and nothing hidden in a kernel
+    plain, trainer = trainer_for(plain, topology, config.batch_size)
+    traced = trainer.step.trace(trainer.state_shapes(), batch_shapes(plain))
+    return multiplications(traced.jaxpr.jaxpr)
 
 
 def table(plan: dict[str, Any]) -> str:
@@ -170,10 +227,10 @@ def table(plan: dict[str, Any]) -> str:
     rows = [
         ("devices", plan["devices"]),
         ("batch, over all", plan["batch_size"]),
-        ("state and batch a device", f"{memory['arguments']:.2f} GB"),
-        ("beside them in a step", f"{memory['temporary']:.2f} GB"),
-        ("in all, of", f"{memory['all']:.2f} of {plan['memory_there'] / 1e9:.0f} GB"),
-        ("products a device", f"{plan['flops'] / 1e12:.3g} TFLOP"),
+        ("state and batch per device", f"{memory['arguments']:.2f} GB"),
+        ("temporary, in a step", f"{memory['temporary']:.2f} GB"),
+        ("total", f"{memory['all']:.2f} of {plan['memory_there'] / 1e9:.0f} GB"),
+        ("products per device", f"{plan['flops'] / 1e12:.3g} TFLOP"),
         ("at the published peak", f"{1e3 * plan['arithmetic_seconds']:.2f} ms"),
         ("network at its published rate", f"{1e3 * plan['network_seconds']:.2f} ms"),
         ("network's share, if nothing overlaps", f"{plan['network_share']:.1%}"),

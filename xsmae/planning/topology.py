@@ -17,11 +17,12 @@ from xsmae.errors import UserError
 class Chip:
     """One device.
 
-    memory: bytes. flops: bfloat16, dense, a second. bandwidth: of the memory, bytes a
-    second. link: what it sends to the others of its host or slice, bytes a second, one
-    way, all links together. between_hosts: the same to other hosts, 0 where `link`
-    reaches them. target: what XLA asks a GPU about itself. options: what libtpu is told
-    of a chip beside its name.
+    memory: bytes. flops: of bfloat16 products, dense, a second. bandwidth: of the
+    memory, bytes a second. link: what it sends to the others of its host or slice,
+    bytes a second, one way, all links together. between_hosts: the same to other hosts,
+    0 where `link` reaches them or no rate is published. capability: a GPU's compute
+    capability, "9.0". target: what XLA asks a GPU about itself. options: what libtpu is
+    told of a chip beside its name.
     """
 
     memory: float
@@ -29,46 +30,84 @@ class Chip:
     bandwidth: float
     link: float
     between_hosts: float = 0
+    capability: str = ""
     target: str = ""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _gpu(
-    memory, flops, bandwidth, link, card, *, name, major, cores, fpus, shared, l2, ghz
-):
-    """A GPU of a host that has a network card of `card` bytes a second for each."""
+    memory, flops, bandwidth, link, card=0, *, name, capability, cores, fpus, threads,
+    shared, reserved=1024, l2, ghz,
+):  # fmt: skip
+    """A GPU of a host that has a network card of `card` bytes a second for each.
+
+    Of a core (NVIDIA: multiprocessor): its fpus, the most threads on it, its shared
+    memory in bytes, and the part of that which is reserved for the system.
+    """
+    major, minor = capability.split(".")
     target = f"""
         gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32
           shared_memory_per_block: 49152 shared_memory_per_core: {shared}
-          threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus}
+          threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: {fpus}
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
           block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f}
           l2_cache_size: {l2} clock_rate_ghz: {ghz}
           device_memory_size: {memory:.0f}
-          shared_memory_per_block_optin: {shared - 1024}
-          cuda_compute_capability {{ major: {major} minor: 0 }}
+          shared_memory_per_block_optin: {shared - reserved}
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
         }}
         platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
         device_description_str: "NVIDIA {name}"
     """
-    return Chip(memory, flops, bandwidth, link, card, target)
+    return Chip(memory, flops, bandwidth, link, card, capability, target)
 
 
-_hopper = {"major": 9, "cores": 132, "fpus": 128, "shared": 233472, "ghz": 1.98}
-_hopper |= {"l2": 52428800}
+_hopper = {"capability": "9.0", "cores": 132, "fpus": 128, "threads": 2048}
+_hopper |= {"shared": 233472, "l2": 50 * 2**20, "ghz": 1.98}
+# Cores with 100 KiB of shared memory; CUDA C++ Programming Guide, table "Technical
+# Specifications per Compute Capability".
+_graphics = {"fpus": 128, "threads": 1536, "shared": 102400}
+_ada = {"capability": "8.9", **_graphics}
 # NVIDIA's data sheets of the SXM modules (half of NVLink's 600 and 900 GB/s is one way)
 # and DGX systems (a card a GPU: 200 Gbit/s beside the A100, 400 beside the others);
 # https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (half of the bidirectional
 # interconnect; TPUs' gigabytes are 2^30).
+# GPUs on PCI Express send half of what the sheets give for x16, which is both ways: 32
+# GB/s of generation 3, 64 of generation 4. NVIDIA publishes no system of several hosts.
 GPUS = {
     "a100": _gpu(
-        80e9, 312e12, 2.039e12, 300e9, 25e9, name="A100", major=8, cores=108,
-        fpus=64, shared=167936, l2=41943040, ghz=1.41,
+        80e9, 312e12, 2.039e12, 300e9, 25e9, name="A100", capability="8.0",
+        cores=108, fpus=64, threads=2048, shared=167936, l2=40 * 2**20, ghz=1.41,
     ),
     "h100": _gpu(80e9, 989e12, 3.35e12, 450e9, 50e9, name="H100", **_hopper),
     "h200": _gpu(141e9, 989e12, 4.8e12, 450e9, 50e9, name="H200", **_hopper),
+    # "NVIDIA A10 Tensor Core GPU" data sheet: 24 GB, 600 GB/s, BFLOAT16 Tensor Core
+    # 125 TFLOPS dense (250 with sparsity), PCIe Gen4. Clock: its product brief.
+    "a10": _gpu(
+        24e9, 125e12, 600e9, 32e9, name="A10", capability="8.6", cores=72,
+        l2=6 * 2**20, ghz=1.695, **_graphics,
+    ),
+    # "NVIDIA L4 Tensor Core GPU" data sheet: 24 GB, 300 GB/s, BFLOAT16 Tensor Core 242
+    # TFLOPS with sparsity, which is 121 dense, PCIe Gen4. Clock: its product brief.
+    "l4": _gpu(
+        24e9, 121e12, 300e9, 32e9, name="L4", cores=58, l2=48 * 2**20, ghz=2.04,
+        **_ada,
+    ),
+    # "NVIDIA Ada GPU Architecture" white paper, appendix A: 24 GB, 1008 GB/s, BF16
+    # Tensor with FP32 accumulation 165.2 TFLOPS dense (330.4 with sparsity), PCIe Gen4.
+    "rtx4090": _gpu(
+        24e9, 165.2e12, 1008e9, 32e9, name="GeForce RTX 4090", cores=128,
+        l2=72 * 2**20, ghz=2.52, **_ada,
+    ),
+    # "NVIDIA T4" data sheet: 16 GB, 300 GB/s, PCIe Gen3, and 8.1 TFLOPS in float32: it
+    # has no bfloat16, and XLA computes such products in float32 there. (The 65 TFLOPS
+    # of its tensor cores are of float16, which no config here computes in.)
+    "t4": _gpu(
+        16e9, 8.1e12, 300e9, 16e9, name="T4", capability="7.5", cores=40, fpus=64,
+        threads=1024, shared=65536, reserved=0, l2=4 * 2**20, ghz=1.59,
+    ),
 }  # fmt: skip
 TPUS = {
     # Its two cores are one device to JAX, as they are where the chip is.
@@ -79,10 +118,7 @@ TPUS = {
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9),
     "v6e": Chip(32 * 2**30, 918e12, 1640e9, 400e9),
 }
-INSTALL = {
-    "gpu": "'jax[cuda12-local]' nvidia-cuda-nvcc-cu12",
-    "tpu": "'jax[tpu]'",
-}
+INSTALL = "`make compiler`, or `pip install 'xsmae[compiler]'` in a new environment"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +155,12 @@ def parse(name: str) -> tuple[str, str, list[int]]:
             f"{', '.join(GPUS)}, or tpu:CHIP:SHAPE with {', '.join(TPUS)}: gpu:h200:8, "
             "gpu:h200:8x4, tpu:v5e:16x16, tpu:v5p:4x4x8"
         )
+    if kind == "gpu" and sizes[1:] not in ([], [1]) and not GPUS[chip].between_hosts:
+        known = [other for other, gpu in GPUS.items() if gpu.between_hosts]
+        raise UserError(
+            f"topology={name!r} has several hosts, and NVIDIA publishes no network for "
+            f"{chip}: give gpu:{chip}:{sizes[0]}, or one of {', '.join(known)}"
+        )
     return kind, chip, sizes
 
 
@@ -151,6 +193,6 @@ def describe_topology(name: str) -> Topology:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"topology={name!r} cannot be compiled for: {reason[:200]}. It needs `pip "
-            f"install {INSTALL[kind]}`, in an environment of its own"
+            f"topology={name!r} cannot be compiled for: {reason[:200]}. The compilers "
+            f"come with {INSTALL}"
         ) from None
