@@ -1,15 +1,16 @@
 """What every config starts from: methods, presets, sizes, every field with its default.
 
 A config file's argument is `[preset][,method=METHOD][,size=SIZE]`, for example
-`configs/fmow.py:published,size=large` or `configs/fmow.py:method=mae`. `published` is
-what a method's official code computes. Cross-Scale MAE alone has `corrected` too, its
-default: what the paper describes with its gaps closed. Any field is then changed with
-`--config.<field>=<value>`.
+`fmow:published,size=large` or `fmow:method=mae`, for which `fmow:mae` does. `published`
+is what a method's official code computes. Cross-Scale MAE alone has `corrected` too,
+its default: what the paper describes with its gaps closed. Any field is then changed
+with `--config.<field>=<value>`.
 """
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from xsmae.errors import UserError
 from xsmae.methods import METHODS
 
 # embed_dim, depth, num_heads; then the decoder's. Ti is ours, for CPUs; S to H and the
@@ -26,29 +27,30 @@ SIZES = {
 def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
     """`preset,name=value,...` to a dict with the keys `preset`, `method` and `size`.
 
-    Raises ValueError, in one line, for a name or value that is not known.
+    A method's name alone is the method: `mae` is `method=mae`. Raises UserError for a
+    name or value that is not known.
     """
     options = {"method": "cross_scale_mae", "size": "base", **defaults}
     for part in filter(None, (argument or "").split(",")):
         name, _, value = part.rpartition("=")
-        name = name or "preset"
+        name = name or ("method" if value in METHODS else "preset")
         if name not in ("preset", *options):
-            raise ValueError(
+            raise UserError(
                 f"config argument {part!r}: {name!r} is not known, expected "
-                f"[{'|'.join(METHODS['cross_scale_mae'].presets)}][,method={'|'.join(METHODS)}]"
-                f"[,size={'|'.join(SIZES)}]"
+                f"[{'|'.join(METHODS['cross_scale_mae'].presets)}]"
+                f"[,method={'|'.join(METHODS)}][,size={'|'.join(SIZES)}]"
             )
         options[name] = value
     for name, known in (("method", tuple(METHODS)), ("size", tuple(SIZES))):
         if options[name] not in known:
-            raise ValueError(
+            raise UserError(
                 f"config argument {name}={options[name]!r}, expected one of "
                 f"{', '.join(known)}"
             )
     presets = METHODS[options["method"]].presets
     preset = options.setdefault("preset", presets[0])
     if preset not in presets:
-        raise ValueError(
+        raise UserError(
             f"config argument {preset!r}, expected for method={options['method']} "
             f"{' or '.join(presets)}"
         )

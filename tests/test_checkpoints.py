@@ -21,7 +21,7 @@ from tests.support.states import some_state
 from xsmae.checkpoints import Checkpoints, digests, store
 from xsmae.checkpoints.saving import Saver
 from xsmae.checkpoints.step import create_handler, verify
-from xsmae.cli.verify import main
+from xsmae.cli.verify import checkpoints as main
 from xsmae.errors import DamagedError, SaveError, UserError
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from xsmae.configs import common
 import xsmae
 from xsmae.cli import convert
 from xsmae.cli import pretrain as main
-from xsmae.config import parse
+from xsmae.cli.arguments import given_fields, parse
 from xsmae.errors import UserError
 from xsmae.methods import METHODS
 from xsmae.models.mae import Views
@@ -800,7 +800,7 @@ def config_of(argument, directory, *more):
     arguments = [f"--config=configs/quickstart.py:{argument}", *RUN, *more]
     arguments.append(f"--config.init={directory}")
     config = parse(["xsmae", *arguments], main.define_flags).config
-    return config, adopt(config, main.given_fields(arguments))
+    return config, adopt(config, given_fields(arguments))
 
 
 ARGUMENTS = {

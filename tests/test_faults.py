@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.support.runs import ROOT, SMALL_RUN, comparable
-from xsmae.cli.verify import main as checkpoints
+from xsmae.cli.verify import checkpoints
 from xsmae.process.files import read_jsonl
 
 KILLS = 20

@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from tests.support.devices import run_on_devices
 from xsmae.cli import knn
 from xsmae.cli import pretrain as pretraining
-from xsmae.config import parse
+from xsmae.cli.arguments import parse
 from xsmae.data.catalogue import build_source
 from xsmae.evaluation.rows import read
 from xsmae.evaluation.tasks.knn import knn_predict, nearest, vote
@@ -326,9 +326,13 @@ def test_another_failure_of_a_device_is_no_error_of_the_user(monkeypatch):
 
 def test_without_data_or_encoder(tmp_path, data, capsys):
     assert call(tmp_path, SMALL) == 2
-    assert "--data is given 0 times" in capsys.readouterr().err
+    assert "--data is missing: xsmae knn --encoder=" in capsys.readouterr().err
     assert call(tmp_path, *data) == 2
-    assert "--encoder is missing" in capsys.readouterr().err
+    assert "--encoder is missing: xsmae knn --encoder=" in capsys.readouterr().err
+    assert call(tmp_path) == 2
+    assert "--encoder and --data are missing: xsmae knn" in capsys.readouterr().err
+    assert call(tmp_path, SMALL, *data, "--data=folder") == 2
+    assert "--data is given 2 times" in capsys.readouterr().err
     assert call(tmp_path, SMALL, "--data=configs/nothing.py") == 2
     assert "--data=configs/nothing.py: there is no config" in capsys.readouterr().err
 

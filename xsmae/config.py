@@ -1,18 +1,20 @@
-"""What numbers the fields of a config may have, and which of them belong together."""
+"""Configs: find and load one, change its fields, check what numbers they have."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import difflib
 import importlib.util
+import os
 import re
-import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from xsmae.errors import UserError
 from xsmae.ranges import BELOW_1, LARGE, SMALL, Ranges, check_numbers
@@ -154,115 +156,174 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 INSTALLED_CONFIGS = Path(importlib.util.find_spec("xsmae.configs").origin).parent
 
 
-def define_config(flag_values: flags.FlagValues) -> None:
-    """The flag of the config."""
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "The run: configs/NAME.py[:preset,method=METHOD,size=SIZE]. Its fields, which "
-        "configs/common.py lists, are set by --config.FIELD=VALUE.",
-        lock_config=True,
-        flag_values=flag_values,
-    )
+def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Load a config and change some of its fields.
 
-
-def find_config(argv: list[str], name: str = "config") -> list[str]:
-    """`argv` with a config file that is not here replaced by the installed one.
-
-    name: of the flag that takes it.
+    name: `folder` or `configs/folder.py`, which is installed, or the path of any config
+    file; an argument follows a colon, as in `fmow:mae,size=large`. overrides: dotted
+    field -> value, as in {"data.root": "images", "num_steps": 5}; a text is read as on
+    the command line, and None empties a field that may be empty. Raises UserError for
+    an unknown config, argument or field, and for a value of another type.
     """
-    found = []
-    for argument in argv:
-        flag, _, value = argument.partition("=")
-        path, colon, rest = value.partition(":")
-        installed = INSTALLED_CONFIGS / Path(path).name
-        known = {p.name for p in INSTALLED_CONFIGS.glob("[a-z]*.py")} - {"common.py"}
-        ours = Path(path).parent in (Path(), Path("configs"))
-        if flag.lstrip("-") == name and (
-            not Path(path).exists() or (ours and Path(path).name == "common.py")
-        ):
-            if not ours or Path(path).name not in known:
-                raise UserError(
-                    f"--{name}={value}: there is no config {path}; those that come "
-                    f"with xsmae: {', '.join(f'configs/{n}' for n in sorted(known))}"
-                )
-            argument = f"{flag}={installed}{colon}{rest}"
-        found.append(argument)
-    return found
-
-
-def _in_values(
-    argv: list[str], define: Callable[[flags.FlagValues], None]
-) -> list[str]:
-    """Overrides of a field in what is itself a value, not a group of fields."""
-    overrides = [a for a in argv if re.match(r"--?config\.", a)]
-    if not overrides:
-        return []
-    config = parse([a for a in argv if a not in overrides], define).config
-    found = []
-    for override in overrides:
-        group = config
-        for name in override.partition("=")[0].split(".")[1:-1]:
-            group = group.get(name) if isinstance(group, ConfigDict) else None
-        if not isinstance(group, ConfigDict):
-            found.append(override)
-    return found
-
-
-def parse(
-    argv: list[str], define: Callable[[flags.FlagValues], None]
-) -> flags.FlagValues:
-    """The flags of `argv`, which `define` defines.
-
-    Raises UserError, in one line, for what is wrong in them.
-    """
-    values = flags.FlagValues()
-    define(values)
-    argv = find_config(joined(argv, "config"))
-    # ml_collections reads the overrides there, whatever it is given.
-    before, sys.argv = sys.argv, argv
+    config = read_config(name, f"config {name!r}")
+    overrides = flatten(dict(overrides or {}))
+    for field, value in overrides.items():
+        told = f"{field}={value!r}"
+        group, last = _owner(config, field, told)
+        if value is None:
+            if not isinstance(_references(group).get(last), FieldReference):
+                raise UserError(f"{told}: this field may not be empty, give a value")
+            group[last] = None
+        elif group.get_type(last) is str and not isinstance(value, str | os.PathLike):
+            raise UserError(f"{told}, expected a text")
+    given = [f"--config.{n}={_text(v)}" for n, v in overrides.items() if v is not None]
     try:
-        rest = values(argv)
-        if rest[1:]:
-            raise UserError(f"unknown arguments: {' '.join(rest[1:])}")
-        if values.config is None:
-            raise UserError("--config=configs/NAME.py is missing")
-    except (KeyError, AttributeError) as error:
-        # How ml_collections tells of an unknown field; of which, its text says not.
-        message = " ".join(str(error.args[0]).split())
-        given = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
-        given = [a for a in given if a.split(".")[-1] in message]
-        if not given:
-            raise  # a mistake in the config file itself: where, its traceback tells
+        return override(config, given, "config")
+    except UserError as error:
+        raise UserError(str(error).replace("--config.", "")) from None
+
+
+def _references(group: ConfigDict) -> dict[str, Any]:
+    """The fields of a group; those that may be empty are FieldReferences."""
+    return dict(group.items(preserve_field_references=True))
+
+
+def _text(value: Any) -> str:
+    """A value as the command line has it."""
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    return repr(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples, and NumPy's numbers as Python's."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def read_config(name: str, told: str) -> ConfigDict:
+    """What the config file `name` returns, locked against new fields.
+
+    told: how messages call it, such as `--config=folder`. Raises UserError, in one
+    line, for a wrong argument; for an error in the file with its line.
+    """
+    path, argument = find_config(name, told)
+    loader = SourceFileLoader("xsmae_config", str(path))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(loader.name, loader)
+    )
+    try:
+        loader.exec_module(module)
+        config = module.get_config(*argument)
+    except UserError as error:
+        raise UserError(f"{told}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{told}: {_place(error, path)}") from None
+    if not isinstance(config, ConfigDict):
         raise UserError(
-            f"{' or '.join(given)}: the config has no such field ({message}); "
-            "configs/common.py and the config's own file list them"
-        ) from None
+            f"{told}: get_config returned a {type(config).__name__}, expected a "
+            "ConfigDict: begin with xsmae.configs.common.get_common"
+        )
+    return config.lock()
+
+
+def _place(error: Exception, path: Path) -> str:
+    """The line of a config file that an error comes from, and the error."""
+    what = f"{type(error).__name__}: {error}"
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
+    if isinstance(error, SyntaxError) and error.lineno:
+        path, lines = error.filename, [error.lineno]
+        what = f"{type(error).__name__}: {error.msg}"
+    place = f"{path}, line {lines[-1]}" if lines else str(path)
+    return " ".join(f"{place}: {what}".split())
+
+
+def find_config(name: str, told: str) -> tuple[Path, list[str]]:
+    """The file of a config, and the argument after its colon, if there is one.
+
+    `folder` stands for configs/folder.py, and a file that is not here for the
+    installed one of that name.
+    """
+    name, colon, argument = name.partition(":")
+    path = Path(name)
+    if not path.is_file() and path.suffix != ".py":
+        path = Path("configs" if path.name == name else "", f"{name}.py")
+    known = {p.name for p in INSTALLED_CONFIGS.glob("[a-z]*.py")} - {"common.py"}
+    ours = path.parent in (Path(), Path("configs"))
+    if not path.is_file() or (ours and path.name == "common.py"):
+        if not ours or path.name not in known:
+            listed = ", ".join(f"configs/{n}" for n in sorted(known))
+            raise UserError(
+                f"{told}: there is no config {path}{_nearest(path.name, known)}; those "
+                f"that come with xsmae: {listed}"
+            )
+        path = INSTALLED_CONFIGS / path.name
+    return path, [argument] if colon else []
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def override(config: ConfigDict, given: Sequence[str], name: str) -> ConfigDict:
+    """Set the fields of `config` that `given` sets by --NAME.FIELD=VALUE; returns it.
+
+    Raises UserError for an unknown field and for a value of another type.
+    """
+    for argument in given:
+        field = argument.partition("=")[0].partition(".")[2]
+        if (name, field) == ("config", "method"):
+            method = argument.partition("=")[2] or "METHOD"
+            raise UserError(
+                f"{argument}: the method decides which fields there are: give it with "
+                f"the config's name, --config=NAME:method={method}"
+            )
+        _owner(config, field, argument)
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict(
+            name,
+            config,
+            flag_values=values,
+            lock_config=False,
+            sys_argv=["xsmae", *given],
+        )
+        rest = values(["xsmae", *given])[1:]
+    except (LookupError, AttributeError) as error:
+        raise UserError(f"{', '.join(given)}: {' '.join(str(error).split())}") from None
     except (flags.Error, ValueError, TypeError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, TypeError):
-            # Of --config.mesh.fsdp, where mesh is a value, Python's words alone.
-            given = _in_values(argv, define)
-            if given:
-                message = f"{' or '.join(given)}: the config has no such field"
-        raise UserError(message) from None
-    finally:
-        sys.argv = before
-    return values
+        raise UserError(of_flags(error)) from None
+    if rest:
+        raise UserError(f"unknown arguments: {' '.join(rest)}")
+    return config
 
 
-def given_fields(argv: list[str]) -> list[str]:
-    """The fields of the config that the command sets, dotted."""
-    flag = re.compile(r"--?config\.([\w.]+)")
-    return [m[1] for m in map(flag.match, argv) if m]
+def _owner(config: ConfigDict, field: str, told: str) -> tuple[ConfigDict, str]:
+    """The group that holds a dotted field, and the field's name in it."""
+    names = re.sub(r"\[.*?\]", "", field).split(".")
+    owner = config
+    for depth, name in enumerate(names, 1):
+        if not isinstance(owner, ConfigDict):
+            raise UserError(
+                f"{told}: there is no such field, "
+                f"{'.'.join(names[: depth - 1])} holds a value and no fields"
+            )
+        if name not in owner:
+            raise UserError(
+                f"{told}: there is no such field{_nearest(name, owner)}, expected one "
+                f"of {', '.join(sorted(owner))}"
+            )
+        if depth < len(names):
+            owner = owner[name]
+    return owner, name
 
 
-def joined(argv: list[str], name: str) -> list[str]:
-    """`argv` with `--name VALUE` written as `--name=VALUE`."""
-    result, rest = [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if argument in (f"--{name}", f"-{name}") and rest:
-            argument = f"{argument}={rest.pop(0)}"
-        result.append(argument)
-    return result
+def of_flags(error: Exception) -> str:
+    """What absl says of a wrong flag, in one line."""
+    return " ".join(str(error).split()).removeprefix("flag ")

@@ -26,7 +26,7 @@ def check_numbers(values: Mapping[str, Any], ranges: Ranges, prefix: str = "") -
         for value in found if isinstance(found, (tuple, list)) else [found]:
             if value is not None and not _within(value, low, high):
                 raise UserError(
-                    f"{prefix}{name}={found}, expected {_expected(low, high)}"
+                    f"{prefix}{name}={found}, expected {expected_number(low, high)}"
                 )
 
 
@@ -35,7 +35,8 @@ def _within(value: object, low: float, high: float) -> bool:
     return number and low <= value <= high
 
 
-def _expected(low: float, high: float) -> str:
+def expected_number(low: float, high: float) -> str:
+    """A range in words."""
     start = "above 0" if low == SMALL else f"{low} or more"
     if high == LARGE:
         return start

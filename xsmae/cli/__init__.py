@@ -6,6 +6,9 @@ import difflib
 import importlib
 import sys
 
+from xsmae.cli.command import run
+from xsmae.errors import UserError
+
 # Name -> its module here, and what it does, for `xsmae --help`.
 COMMANDS = {
     "pretrain": ("pretrain", "pretrain an encoder on images"),
@@ -25,9 +28,10 @@ def usage() -> str:
     lines = [f"  {name:12}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            "xsmae pretrains encoders of remote-sensing images and measures them.",
+            "xsmae pretrain --config=quickstart",
             "",
-            "usage: xsmae COMMAND [--FLAG=VALUE ...]",
+            "Pretrains encoders of remote-sensing images, and measures them.",
+            "Usage: xsmae COMMAND [--FLAG=VALUE ...]",
             "",
             *lines,
             "",
@@ -40,13 +44,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     argv = sys.argv if argv is None else argv
     name = argv[1] if len(argv) > 1 else "--help"
-    if name in ("--help", "-h", "help"):
-        print(usage())
-        return 0
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
-        print(f"xsmae: there is no command {name}: {hint}", file=sys.stderr)
-        return 2
-    module = importlib.import_module(f"xsmae.cli.{COMMANDS[name][0]}")
-    return module.main([f"xsmae {name}", *argv[2:]])
+    if name in COMMANDS:
+        module = importlib.import_module(f"xsmae.cli.{COMMANDS[name][0]}")
+        return module.main([f"xsmae {name}", *argv[2:]])
+    name = "--help" if name == "help" else name
+    return run(_refuse, ["xsmae", name], doc=usage(), sections={})
+
+
+def _refuse(argv: list[str]) -> int:
+    name = argv[1]
+    near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+    raise UserError(f"there is no command {name}: {hint}")

@@ -1,10 +1,9 @@
-"""Read a data set before training on it:
+"""xsmae check-data --data=folder --data.root=DIR --data.gsd=0.5
 
-    python -m xsmae.check_data --data=configs/folder.py --data.root=DIR --data.gsd=0.5
-
-Every image is read as pretraining would read it. Prints counts, sizes, GSDs, classes,
-mean and standard deviation, images that are there twice and those that are refused, and
-writes report.md, report.json and contact_sheet.png.
+Reads every image as pretraining would, and prints counts, sizes, GSDs, classes, mean
+and standard deviation, duplicates and the images that cannot be used; --out gets a
+report and a contact sheet. The exit status is 3 where pretraining would refuse so many
+images.
 """
 
 from __future__ import annotations
@@ -18,7 +17,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from xsmae.cli import evaluation as commandline
+from xsmae.cli.arguments import parse_flags
+from xsmae.cli.command import run, stoppable
+from xsmae.cli.evaluation import define_data, parts_of, split_parts
 from xsmae.data.catalogue import build_source
 from xsmae.data.pipeline import allowed_rejections
 from xsmae.data.survey import Survey, survey
@@ -30,7 +31,8 @@ TOO_MANY = 3
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags besides `--data` and its fields."""
+    """The flags of this command."""
+    define_data(values)
     flags.DEFINE_string(
         "out", "data_report", "The folder of the report.", flag_values=values
     )
@@ -41,16 +43,13 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
     """Read, print and write; returns 3 where training would refuse so many images."""
-    config, rest = commandline.data_of(argv)
+    fields, rest = split_parts(argv)
     values = flags.FlagValues()
     define_flags(values)
-    try:
-        unknown = values(rest)[1:]
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
-    if unknown or values.samples < 1:
-        found = " ".join(unknown) or f"samples={values.samples}, expected 1 or more"
-        raise UserError(f"flags: {found}")
+    parse_flags(values, rest)
+    config = parts_of(values, fields, doc=__doc__)
+    if values.samples < 1:
+        raise UserError(f"samples={values.samples}, expected 1 or more")
     out = Path(values.out)
     parts = {"data": _survey("data", config.data, should_stop)}
     if config.test.to_dict() != config.data.to_dict():
@@ -195,14 +194,5 @@ def _draw(path: Path, data: Survey, samples: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    status = 0
-
-    def run(argv: list[str], should_stop: Callable[[], bool]) -> None:
-        nonlocal status
-        status = check(argv, should_stop)
-
-    ended = commandline.run(
-        run, argv, doc=__doc__, define=define_flags, common=lambda values: None
-    )
-    return ended or status
+    """Run `xsmae check-data`; returns the exit status."""
+    return run(stoppable(check), argv, doc=__doc__, sections={"Flags": define_flags})

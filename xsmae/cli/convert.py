@@ -1,24 +1,25 @@
-"""Weights from and to other frameworks.
+"""xsmae convert import --source=mae_pretrain_vit_base.pth --out=imports/mae
 
-python -m xsmae.convert import --source=FILE.pth --out=DIR
-    reads an official checkpoint of Cross-Scale MAE, MAE, SatMAE or Scale-MAE (.pth or
-    .safetensors), and writes DIR/encoder and a checkpoint for --config.init=DIR.
-python -m xsmae.convert export --source=DIR --format=timm|huggingface --out=DIR
-    writes the encoder of a run, of an import or of a folder `encoder` as timm's
-    VisionTransformer or Hugging Face's ViTModel and ViTMAEModel load it.
+Reads an official checkpoint of Cross-Scale MAE, MAE, SatMAE or Scale-MAE, and writes
+OUT/encoder and a checkpoint for --config.init=OUT. `xsmae convert export --source=RUN
+--format=timm --out=DIR` writes an encoder as timm's VisionTransformer or Hugging Face's
+ViTModel and ViTMAEModel load it.
 """
 
 from __future__ import annotations
 
 import ast
-import sys
+import functools
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 from flax import nnx
 
+from xsmae.cli.arguments import parse_flags
+from xsmae.cli.command import example, run
 from xsmae.errors import UserError
+from xsmae.methods import METHODS
 from xsmae.process.signals import StopRequest
 from xsmae.weights.export import FORMATS, export
 from xsmae.weights.official import OPTIONS, import_checkpoint, write_import
@@ -29,35 +30,76 @@ __all__ = ["import_checkpoint", "main", "read_pytorch", "write_import"]
 COMMANDS = ("import", "export")
 
 
+# OPTIONS -> what it means, with the argument of the official code that set it.
+MEANINGS = {
+    "method": f"The method: one of {', '.join(METHODS)}. Needed where a file holds an "
+    "encoder alone, whose names tell no more. Default: mae.",
+    "num_heads": "The attention heads of the encoder, num_heads in the official "
+    "models. Default: the standard number for its width.",
+    "decoder_num_heads": "The attention heads of the decoder, decoder_num_heads in "
+    "the official models. Default: the standard number for its width.",
+    "image_size": "The height and width of the training images in pixels, the official "
+    "--input_size. Needed where the file holds no positions.",
+    "mask_ratio": "The part of the patches that was hidden, from 0 to below 1, the "
+    "official --mask_ratio.",
+    "norm_pix_loss": "true where each patch of the target was normalised by its mean "
+    "and standard deviation, the official --norm_pix_loss.",
+    "temperature": "The temperature of Cross-Scale MAE's contrastive loss, the "
+    "official --temperature. Default: 0.5.",
+    "channel_groups": "SatMAE's groups of bands by index, such as ((0, 1), (2,)), the "
+    "official --grouped_bands. Needed unless the groups have 4, 4 and 2 bands.",
+    "spatial_mask": "true where SatMAE hid the same patches in all groups of bands, "
+    "the official --spatial_mask. Default: false.",
+    "band_config": "The sizes in pixels (high, low) that Scale-MAE shrinks its targets "
+    "to, such as (14, 224), the official --band_config.",
+    "use_l1_loss": "true where Scale-MAE's high frequencies have an absolute error, "
+    "false for a squared one, the official --use_l1_loss. Default: true.",
+    "l1_loss_weight": "The weight of Scale-MAE's absolute error, the official "
+    "--l1_loss_weight. Default: 1.",
+    "base_resolution": "The metres per pixel at which Scale-MAE's positions count in "
+    "patches, the official --base_resolution. Default: 2.5.",
+    "absolute_scale": "true where Scale-MAE's positions did not depend on the GSD, the "
+    "official --absolute_scale. Default: false.",
+}
+
+
 def define_flags(values: flags.FlagValues, command: str) -> None:
     """The flags of one of COMMANDS."""
 
     def text(name, help):
         flags.DEFINE_string(name, None, help, flag_values=values)
 
-    text("out", "A new folder.")
     if command == "export":
-        text("source", "A run's workdir, an import, or a folder `encoder`.")
-        text("format", f"One of {', '.join(FORMATS)}.")
+        text("source", "What is exported: a run's workdir, an import or an encoder.")
+        text("out", "The folder to write, which must be new or empty.")
+        text("format", f"The format: one of {', '.join(FORMATS)}.")
         flags.DEFINE_float(
             "gsd",
             None,
-            "Metres per pixel that GSD-scaled positions are written for.",
+            "The metres per pixel for which positions that depend on the GSD are "
+            "written.",
             flag_values=values,
         )
         flags.DEFINE_integer(
             "image_size",
             None,
-            "Pixels that the positions are written for; default: as trained.",
+            "The pixels for which positions are written. Default: as in training.",
             flag_values=values,
         )
         return
-    text("source", "The official checkpoint.")
+    text("source", "The official checkpoint, a .pth or .safetensors file.")
+    text("out", "The folder to write, which must be new or empty.")
     for name in OPTIONS:
-        text(name, "Where the file does not tell: what the official code calls so.")
-    text("bands", "The bands in order, red,green,blue; for other than three.")
-    text("mean", "Of the bands in 0-1, as 0.4,0.4,0.4; default: the official ones.")
-    text("std", "Likewise.")
+        text(name, MEANINGS[name])
+    text(
+        "bands", "The bands in order, as red,green,blue. Needed unless there are three."
+    )
+    text(
+        "mean",
+        "The mean of each band that images were normalised with, in 0-1, as "
+        "0.4,0.4,0.4. Needed unless there are three bands. Default: the official one.",
+    )
+    text("std", "The standard deviation of each band, like --mean.")
 
 
 def run_import(values: flags.FlagValues) -> str:
@@ -122,15 +164,10 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
     """The command and its flags; raises UserError for what is wrong in them."""
     if len(argv) < 2 or argv[1] not in COMMANDS:
         found = argv[1] if len(argv) > 1 else "nothing"
-        raise UserError(f"{found} given, expected import or export")
+        raise UserError(f"{found} given, expected import or export: {example(__doc__)}")
     values = flags.FlagValues()
     define_flags(values, argv[1])
-    try:
-        rest = values([argv[0], *argv[2:]])
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
-    if rest[1:]:
-        raise UserError(f"unknown arguments: {' '.join(rest[1:])}")
+    parse_flags(values, [argv[0], *argv[2:]])
     for name in ("source", "out", "format"):
         if name in values and not values[name].value:
             raise UserError(f"--{name} is missing")
@@ -140,39 +177,42 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
     return argv[1], values
 
 
+def convert(argv: list[str]) -> int:
+    """Import or export; returns the exit status."""
+    command, values = parse(argv)
+    # What is written is written whole: half of it would be refused the next time.
+    with StopRequest() as stop:
+        try:
+            print(run_import(values) if command == "import" else run_export(values))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"cannot write {error.filename or 'the output'}: {error.strerror}"
+            ) from None
+    return 0 if stop.signal is None else 128 + stop.signal
+
+
+def run_export(values: flags.FlagValues) -> str:
+    """Export; returns what to print."""
+    notes = export(
+        values.source,
+        values.out,
+        format=values.format,
+        gsd=values.gsd,
+        image_size=values.image_size,
+    )
+    return "\n".join([*notes, f"written: {values.out}"])
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    argv = sys.argv if argv is None else argv
-    if {"--help", "-h", "--helpfull"} & set(argv):
-        print(__doc__)
-        for command in COMMANDS:
-            values = flags.FlagValues()
-            define_flags(values, command)
-            print(f"{command}:\n{values.get_help()}")
-        return 0
-    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
-    try:
-        command, values = parse(argv)
-        # What is written is written whole: half of it would be refused the next time.
-        with StopRequest() as stop:
-            if command == "import":
-                print(run_import(values))
-            else:
-                notes = export(
-                    values.source,
-                    values.out,
-                    format=values.format,
-                    gsd=values.gsd,
-                    image_size=values.image_size,
-                )
-                print("\n".join([*notes, f"written: {values.out}"]))
-        return 0 if stop.signal is None else 128 + stop.signal
-    except UserError as error:
-        print(f"xsmae: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"xsmae: cannot write {error.filename or 'the output'}: {error.strerror}",
-            file=sys.stderr,
-        )
-        return 2
+    """Run `xsmae convert`; returns the exit status."""
+    return run(
+        convert,
+        argv,
+        doc=__doc__,
+        sections={
+            f"Flags of {command}": functools.partial(define_flags, command=command)
+            for command in COMMANDS
+        },
+    )

@@ -1,8 +1,8 @@
-"""Fine-tuning on labelled images: `python -m xsmae.finetune --encoder=RUN ...`.
+"""xsmae finetune --encoder=runs/quickstart --data=eurosat --data.root=DIR
 
-The whole encoder is trained with a classifier on it by MAE's recipe, each number of
-which is set by --recipe.FIELD=VALUE. The control is the same architecture trained by
-the same recipe from random weights.
+Measures an encoder by training all of it with a classifier, by MAE's recipe, whose
+numbers --recipe.FIELD=VALUE sets. The control is the same architecture trained in the
+same way from random weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from xsmae.evaluation.tasks.finetune import create_learner
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of this binary alone."""
+    """The flags of this command alone."""
     flags.DEFINE_bool(
         "controls",
         True,
-        "Train the same architecture from random weights too.",
+        "Train the same architecture from random weights too, as a control.",
         flag_values=values,
     )
     recipe.define_flags(values)
@@ -35,7 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure what the flags name, and its control; prints the table."""
     values, config = commandline.parse(
-        argv, define_flags, lambda values: recipe.finetuning()
+        argv, define_flags, doc=__doc__, recipe_of=lambda values: recipe.finetuning()
     )
     recipe.check(config.recipe)
     if values.encoder in PIXEL_CONTROLS:
@@ -71,5 +71,11 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return commandline.run(evaluate, argv, doc=__doc__, define=define_flags)
+    """Run `xsmae finetune`; returns the exit status."""
+    return commandline.run(
+        evaluate,
+        argv,
+        doc=__doc__,
+        define=define_flags,
+        recipe={"The recipe": recipe.finetuning()},
+    )

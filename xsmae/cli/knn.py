@@ -1,8 +1,8 @@
-"""kNN accuracy over scales: `python -m xsmae.knn --encoder=RUN --data=configs/X.py`.
+"""xsmae knn --encoder=runs/quickstart --data=eurosat --data.root=DIR
 
-Each image's features vote with exp(cosine / temperature) for the classes of the k
-training images most like it. The same is measured of the controls: image statistics,
-a thumbnail, and the encoder's architecture with random weights.
+Measures an encoder over scales: an image gets the class that the most similar training
+images vote for. Image statistics, a thumbnail and the same architecture with random
+weights are measured alongside, as controls.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from xsmae.evaluation.tasks.knn import knn_predict
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of this binary alone."""
-    flags.DEFINE_integer("k", 20, "Neighbours that vote.", flag_values=values)
+    """The flags of this command alone."""
+    flags.DEFINE_integer("k", 20, "How many neighbours vote.", flag_values=values)
     flags.DEFINE_float(
-        "temperature", 0.07, "A vote weighs exp(cosine / it).", flag_values=values
+        "temperature",
+        0.07,
+        "The weight of a vote is exp(cosine similarity / temperature).",
+        flag_values=values,
     )
 
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure what the flags name, and its controls; prints the table."""
-    values, config = commandline.parse(argv, define_flags)
+    values, config = commandline.parse(argv, define_flags, doc=__doc__)
     if values.k < 1 or not values.temperature > 0:
         raise UserError(
             f"k={values.k}, temperature={values.temperature}, expected k of 1 or more "
@@ -54,5 +57,5 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Run `xsmae knn`; returns the exit status."""
     return commandline.run(evaluate, argv, doc=__doc__, define=define_flags)

@@ -1,11 +1,9 @@
-"""Linear probe of frozen features: `python -m xsmae.linear_probe --encoder=RUN ...`.
+"""xsmae probe --encoder=runs/quickstart --data=eurosat --data.root=DIR
 
---protocol=sweep: features are extracted once, a multinomial logistic regression is
-fitted for each of a grid of L2 penalties, and the penalty is chosen on a part of the
-training images. --protocol=published: the papers' probe, batch norm and a linear layer
-trained by LARS on random crops that are encoded anew in every epoch; its numbers are
-set by --recipe.FIELD=VALUE. The same is measured of the controls: image statistics, a
-thumbnail, and the encoder's architecture with random weights.
+Measures a frozen encoder by a linear classifier: --protocol=sweep fits logistic
+regressions to features, and --protocol=published trains batch norm and a linear layer
+on random crops, as the papers do. Image statistics, a thumbnail and the same
+architecture with random weights are measured alongside, as controls.
 """
 
 from __future__ import annotations
@@ -30,26 +28,26 @@ FLAGS = {"sweep": ("penalties", "validation"), "published": ("num_workers",)}
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of this binary alone."""
+    """The flags of this command alone."""
     flags.DEFINE_enum(
         "protocol",
         "sweep",
         tuple(FLAGS),
-        "sweep: logistic regression, the penalty chosen on training images. published: "
-        "the papers', by LARS on random crops.",
+        "sweep: logistic regression, its penalty chosen on training images. published: "
+        "as in the papers, by LARS on random crops.",
         flag_values=values,
     )
     flags.DEFINE_list(
         "penalties",
         [f"{penalty:g}" for penalty in PENALTIES],
-        "The L2 penalties to choose from, of the sweep.",
+        "The L2 penalties that the sweep chooses from.",
         flag_values=values,
     )
     flags.DEFINE_float(
         "validation",
         VALIDATION,
-        "The part of each class's training images that the sweep's penalty is chosen "
-        "on.",
+        "The part of each class's training images on which the sweep chooses the "
+        "penalty.",
         flag_values=values,
     )
     recipe.define_flags(values)
@@ -57,7 +55,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure what the flags name, and its controls; prints the table."""
-    values, config = commandline.parse(argv, define_flags, _recipe_of)
+    values, config = commandline.parse(
+        argv, define_flags, doc=__doc__, recipe_of=_recipe_of
+    )
     for protocol, names in FLAGS.items():
         given = [name for name in names if values[name].present]
         if given and values.protocol != protocol:
@@ -123,5 +123,11 @@ def _published(values, config, should_stop) -> list[Result]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    return commandline.run(evaluate, argv, doc=__doc__, define=define_flags)
+    """Run `xsmae probe`; returns the exit status."""
+    return commandline.run(
+        evaluate,
+        argv,
+        doc=__doc__,
+        define=define_flags,
+        recipe={"The recipe of --protocol=published": recipe.published_probe()},
+    )

@@ -1,17 +1,18 @@
-"""Tables and pictures of result rows: `python -m xsmae.results FILE... --out=DIR`.
+"""xsmae results results.jsonl --out=report
 
-Writes results.md, results.csv, for each protocol the accuracy against the scale, and
-for each encoder and data set the confusion matrix at 100 %.
+Makes tables and pictures of the rows that the evaluations wrote. --out gets results.md,
+results.csv, the accuracy over scales of each protocol, and confusion matrices.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 from absl import flags
 
+from xsmae.cli.arguments import parse_flags
+from xsmae.cli.command import example, run
 from xsmae.errors import UserError, printable
 from xsmae.evaluation.rows import Result, read
 from xsmae.evaluation.tables import Table, create_tables, csv_text, label, markdown
@@ -21,7 +22,7 @@ from xsmae.figures import results as pictures
 def define_flags(values: flags.FlagValues) -> None:
     """The flags; the files are what is left of the command line."""
     flags.DEFINE_string(
-        "out", "results", "The folder that is written to.", flag_values=values
+        "out", "results", "The folder of the report.", flag_values=values
     )
 
 
@@ -35,9 +36,7 @@ def write_report(files: list[Path], out: Path) -> list[Path]:
         found = read(file)
         if not found:
             what = "has no rows" if file.exists() else "does not exist"
-            raise UserError(
-                f"{file} {what}: give the results.jsonl of python -m xsmae.knn"
-            )
+            raise UserError(f"{file} {what}: give the results.jsonl of xsmae knn")
         rows += found
     # The same row in two files is one.
     rows = list({row.identity: row for row in reversed(rows)}.values())[::-1]
@@ -87,24 +86,18 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status."""
-    argv = sys.argv if argv is None else argv
+def report(argv: list[str]) -> int:
+    """Write the report and print its files; returns the exit status."""
     values = flags.FlagValues()
     define_flags(values)
-    if {"--help", "-h", "--helpfull"} & set(argv):
-        print(__doc__, values.get_help(), sep="\n\n")
-        return 0
-    try:
-        try:
-            files = values(argv)[1:]
-        except flags.Error as error:
-            raise UserError(" ".join(str(error).split())) from None
-        if not files:
-            raise UserError("no file is given: python -m xsmae.results results.jsonl")
-        for path in write_report([Path(file) for file in files], Path(values.out)):
-            print(path)
-    except UserError as error:
-        print(f"xsmae: {error}", file=sys.stderr)
-        return 2
+    files = parse_flags(values, argv, files=True)
+    if not files:
+        raise UserError(f"no file is given: {example(__doc__)}")
+    for path in write_report([Path(file) for file in files], Path(values.out)):
+        print(path)
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `xsmae results`; returns the exit status."""
+    return run(report, argv, doc=__doc__, sections={"Flags": define_flags})

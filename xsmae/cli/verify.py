@@ -1,7 +1,7 @@
-"""Are checkpoints as they were saved? `xsmae verify DIR`.
+"""xsmae verify runs/quickstart
 
-DIR is a workdir or its folder `checkpoints`. A line a step: good, or damaged and which
-file or array. Exit status: 0, 1 where a step is damaged, 2 where DIR holds none.
+Reads every checkpoint of a run, and prints for each step that it is good, or what of it
+is damaged; the exit status is then 1. The folder is a workdir or its checkpoints.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from absl import logging
+from absl import flags
 
 from xsmae.checkpoints.step import verify as verify_step
 from xsmae.checkpoints.store import Checkpoints
+from xsmae.cli.arguments import parse_flags
+from xsmae.cli.command import example, run
 from xsmae.errors import DamagedError, UserError
+
+DAMAGED = 1
 
 
 def verify(directory: Path) -> bool:
@@ -38,23 +42,22 @@ def verify(directory: Path) -> bool:
     return whole
 
 
+def check(argv: list[str]) -> int:
+    """Verify the one folder that is given; returns the exit status."""
+    folders = parse_flags(flags.FlagValues(), argv, files=True)
+    if len(folders) != 1:
+        raise UserError(
+            f"{len(folders)} folders given, expected one: {example(__doc__)}"
+        )
+    return 0 if verify(Path(folders[0])) else DAMAGED
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run `xsmae verify DIR`; returns the exit status."""
-    argv = sys.argv if argv is None else argv
-    if {"--help", "-h"} & set(argv):
-        print(__doc__)
-        return 0
-    logging.set_verbosity(logging.FATAL)  # what is wrong is told in one line
-    try:
-        if len(argv) != 2:
-            raise UserError("expected one folder: xsmae verify DIR")
-        return 0 if verify(Path(argv[1])) else 1
-    except UserError as error:
-        print(f"xsmae: {error}", file=sys.stderr)
-        return 2
+    """Run `xsmae verify`; returns the exit status."""
+    return run(check, argv, doc=__doc__, sections={})
 
 
 def checkpoints(argv: list[str] | None = None) -> int:
-    """`xsmae-checkpoints verify DIR`, the name of before there was one command."""
-    argv = sys.argv if argv is None else argv
-    return main([argv[0], *(a for a in argv[1:] if a != "verify")])
+    """`xsmae-checkpoints verify DIR`, the older name of `xsmae verify DIR`."""
+    name, *rest = sys.argv if argv is None else argv
+    return main([name, *(rest[1:] if rest[:1] == ["verify"] else rest)])

@@ -19,7 +19,7 @@ from xsmae.config import DTYPES
 from xsmae.data.views import INTERPOLATIONS, ViewSampler
 from xsmae.errors import UserError
 from xsmae.optim import warmup_cosine
-from xsmae.ranges import BELOW_1, LARGE, SMALL, check_numbers
+from xsmae.ranges import BELOW_1, LARGE, SMALL, check_numbers, expected_number
 
 COUNT, ABOVE_0, FROM_0 = (2, LARGE), (SMALL, LARGE), (0, LARGE)
 SHARE, FRACTION = (0, 1), (0, BELOW_1)
@@ -140,21 +140,27 @@ def check(recipe: ml_collections.ConfigDict) -> None:
     fields = recipe.to_dict()
     check_numbers(fields, RANGES, "recipe.")
     for name, value in fields.items():
+        fits = True
         if name in PAIRS:
-            expected = f"(low, high) with 0 < low <= high <= {PAIRS[name]:g}"
             fits = len(value) == 2 and 0 < value[0] <= value[1] <= PAIRS[name]
         elif name in CHOICES:
-            expected = f"one of {', '.join(CHOICES[name])}"
             fits = value in CHOICES[name]
-        else:
-            continue
         if not fits:
-            raise UserError(f"recipe.{name}={value}, expected {expected}")
+            raise UserError(f"recipe.{name}={value}, expected {expected(name)}")
     if recipe.warmup_epochs >= recipe.epochs:
         raise UserError(
             f"recipe.warmup_epochs={recipe.warmup_epochs:g} of recipe.epochs="
             f"{recipe.epochs:g}, expected fewer: lower the one or raise the other"
         )
+
+
+def expected(name: str) -> str:
+    """The values that a field may have, in words."""
+    if name in PAIRS:
+        return f"(low, high) with 0 < low <= high <= {PAIRS[name]:g}"
+    if name in CHOICES:
+        return f"one of {', '.join(CHOICES[name])}"
+    return expected_number(*RANGES[name])
 
 
 def describe(recipe: ml_collections.ConfigDict) -> dict[str, Any]:

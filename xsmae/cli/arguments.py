@@ -1,0 +1,99 @@
+"""The arguments of a command: its flags, its config and the fields that it sets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from xsmae.config import of_flags, override, read_config
+from xsmae.errors import UserError
+
+
+def parse_flags(
+    values: flags.FlagValues, argv: Sequence[str], *, files: bool = False
+) -> list[str]:
+    """Set `values` by `argv`; returns the arguments that are no flags.
+
+    files: whether there may be any. Raises UserError, in one line.
+    """
+    try:
+        rest = values(argv)[1:]
+    except flags.Error as error:
+        raise UserError(of_flags(error)) from None
+    if rest and not files:
+        raise UserError(f"unknown arguments: {' '.join(rest)}")
+    return rest
+
+
+def define_config(flag_values: flags.FlagValues) -> None:
+    """The flag of the config."""
+    flags.DEFINE_string(
+        "config",
+        None,
+        "The run: NAME[:ARGUMENT], a config such as folder or configs/folder.py. Its "
+        "argument is [preset][,method=METHOD][,size=SIZE]. --config.FIELD=VALUE sets a "
+        "field; configs/common.py lists them all.",
+        flag_values=flag_values,
+    )
+
+
+def parse(
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    *,
+    example: str = "xsmae pretrain --config=configs/quickstart.py",
+) -> flags.FlagValues:
+    """The flags of `argv`, which `define` defines; `config` is the config itself.
+
+    example: the command that a missing --config is answered with. Raises UserError, in
+    one line, for what is wrong.
+    """
+    values = flags.FlagValues()
+    define(values)
+    fields, rest = split_fields(argv, ["config"])
+    parse_flags(values, rest)
+    if values.config is None:
+        raise UserError(f"--config=NAME is missing: {example}")
+    config = read_config(values.config, f"--config={values.config}")
+    values["config"].value = override(config, fields["config"], "config")
+    return values
+
+
+def given_fields(argv: list[str]) -> list[str]:
+    """The fields of the config that the command sets, dotted."""
+    flag = re.compile(r"--?config\.([\w.]+)")
+    return [m[1] for m in map(flag.match, argv) if m]
+
+
+def joined(argv: list[str], name: str) -> list[str]:
+    """`argv` with `--name VALUE` written as `--name=VALUE`."""
+    result, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in (f"--{name}", f"-{name}") and rest:
+            argument = f"{argument}={rest.pop(0)}"
+        result.append(argument)
+    return result
+
+
+def split_fields(
+    argv: Sequence[str], names: Sequence[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The arguments --NAME.FIELD=VALUE by NAME, for each of `names`, and the others."""
+    fields, others = {name: [] for name in names}, []
+    pattern = re.compile(rf"--?(no)?({'|'.join(names)})[.]")
+    left = list(argv)
+    while left:
+        argument = left.pop(0)
+        found = pattern.match(argument)
+        if found is None:
+            others.append(argument)
+            continue
+        # A value may be apart, unless what follows is a flag; "-1" is a value.
+        apart = left and re.match(r"(?!-)|-[\d.]", left[0])
+        if "=" not in argument and not found[1] and apart:
+            argument = f"{argument}={left.pop(0)}"
+        fields[found[2]].append(argument)
+    return fields, others
