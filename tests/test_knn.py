@@ -308,7 +308,7 @@ def test_too_little_memory_is_told(tmp_path, data, capsys, monkeypatch):
     def fail(*arguments, **names):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nof it")
 
-    monkeypatch.setattr(knn, "measure_all", fail)
+    monkeypatch.setattr(knn, "measure", fail)
     assert call(tmp_path, SMALL, *data) == 2
     error = capsys.readouterr().err
     assert "too little memory (RESOURCE_EXHAUSTED: Out of memory of it)" in error

@@ -12,13 +12,11 @@ from collections.abc import Callable
 from absl import flags
 
 from xsmae.cli import evaluation as commandline
-from xsmae.cli.setup import measure_trained, open_setup
-from xsmae.data.images import BANDS
+from xsmae.cli.measure import measure
 from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe
 from xsmae.evaluation.rows import Result
-from xsmae.evaluation.subjects import PIXEL_CONTROLS
-from xsmae.evaluation.tasks.finetune import create_learner
+from xsmae.evaluation.tasks import catalogue
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -37,36 +35,16 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     values, config = commandline.parse(
         argv, define_flags, doc=__doc__, recipe_of=lambda values: recipe.finetuning()
     )
-    recipe.check(config.recipe)
-    if values.encoder in PIXEL_CONTROLS:
-        raise UserError(
-            f"encoder={values.encoder} has no weights to fine-tune: give an exported "
-            "encoder, a workdir, RUN/checkpoints/STEP or random:SIZE"
-        )
+    task = catalogue.finetune(recipe=config.recipe, num_workers=values.num_workers)
     if values["missing_bands"].present:
         raise UserError(
             "--missing_bands has no meaning for fine-tuning, which needs an encoder of "
             "the images' bands: leave it out"
         )
     commandline.default(values, "scales", ["100"])
-    commandline.default(values, "feature", ["mean"])
-    setup = open_setup(values, config)
-    bands = tuple(setup.encoder.info["bands"])
-    if bands != BANDS:
-        raise UserError(
-            f"{setup.encoder.name} reads the bands {', '.join(bands)}, expected those "
-            f"of the images to fine-tune it: {', '.join(BANDS)} in this order"
-        )
-    return measure_trained(
-        setup,
-        values,
-        "finetune",
-        "the whole encoder and a linear layer",
-        config.recipe,
-        create_learner,
-        should_stop=should_stop,
-        random_control=values.controls,
-        pixel_controls=False,
+    commandline.default(values, "feature", task.features)
+    return measure(
+        values, config, task, controls=values.controls, should_stop=should_stop
     )
 
 

@@ -7,17 +7,14 @@ weights are measured alongside, as controls.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 from absl import flags
 
 from xsmae.cli import evaluation as commandline
-from xsmae.cli.setup import measure_all, open_setup
-from xsmae.errors import UserError
-from xsmae.evaluation.measure import of_frozen_features
+from xsmae.cli.measure import measure
 from xsmae.evaluation.rows import Result
-from xsmae.evaluation.tasks.knn import knn_predict
+from xsmae.evaluation.tasks import catalogue
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -34,26 +31,8 @@ def define_flags(values: flags.FlagValues) -> None:
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure what the flags name, and its controls; prints the table."""
     values, config = commandline.parse(argv, define_flags, doc=__doc__)
-    if values.k < 1 or not values.temperature > 0:
-        raise UserError(
-            f"k={values.k}, temperature={values.temperature}, expected k of 1 or more "
-            "and a temperature above 0"
-        )
-    setup = open_setup(values, config)
-    if values.k > len(setup.parts.train):
-        raise UserError(
-            f"k={values.k} is more than the {len(setup.parts.train)} training images: "
-            f"give --k={len(setup.parts.train)} or less"
-        )
-    predict = functools.partial(
-        knn_predict,
-        k=values.k,
-        temperature=values.temperature,
-        should_stop=should_stop,
-    )
-    options = {"k": values.k, "temperature": values.temperature}
-    outcomes = functools.partial(of_frozen_features, predict=predict)
-    return measure_all(setup, values, "knn", options, outcomes, should_stop=should_stop)
+    task = catalogue.knn(k=values.k, temperature=values.temperature)
+    return measure(values, config, task, should_stop=should_stop)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,20 +8,18 @@ architecture with random weights are measured alongside, as controls.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import ml_collections
 from absl import flags
 
 from xsmae.cli import evaluation as commandline
-from xsmae.cli.setup import measure_all, measure_trained, open_setup
+from xsmae.cli.measure import measure
 from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe
-from xsmae.evaluation.measure import of_frozen_features
 from xsmae.evaluation.rows import Result
-from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_predict
-from xsmae.evaluation.tasks.published_probe import create_learner
+from xsmae.evaluation.tasks import catalogue
+from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION
 
 # The flags that one protocol alone has a use for.
 FLAGS = {"sweep": ("penalties", "validation"), "published": ("num_workers",)}
@@ -66,60 +64,20 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
                 f"out, or give --protocol={protocol}"
             )
     if values.protocol == "published":
-        return _published(values, config, should_stop)
-    return _sweep(values, config, should_stop)
+        task = catalogue.linear_probe_published(
+            recipe=config.recipe, num_workers=values.num_workers
+        )
+        commandline.default(values, "scales", ["100"])
+        commandline.default(values, "feature", task.features)
+    else:
+        task = catalogue.linear_probe(
+            penalties=values.penalties, validation=values.validation
+        )
+    return measure(values, config, task, should_stop=should_stop)
 
 
 def _recipe_of(values: flags.FlagValues) -> ml_collections.ConfigDict | None:
     return recipe.published_probe() if values.protocol == "published" else None
-
-
-def _sweep(values, config, should_stop) -> list[Result]:
-    try:
-        penalties = sorted({float(text) for text in values.penalties})
-    except ValueError:
-        penalties = []
-    if not penalties or penalties[0] < 0 or not 0 < values.validation < 1:
-        raise UserError(
-            f"penalties={','.join(values.penalties)}, validation={values.validation}, "
-            "expected numbers of 0 or more, and a fraction between 0 and 1"
-        )
-    setup = open_setup(values, config)
-    options = {
-        "classifier": "logistic regression, L-BFGS, standardised features",
-        "penalties": penalties,
-        "validation": values.validation,
-    }
-
-    def outcomes(job, scale):
-        predict = functools.partial(
-            sweep_predict,
-            penalties=penalties,
-            validation=values.validation,
-            seed=values.seed,
-            should_stop=should_stop,
-            say=lambda line: job.say(f"{job.encoder.name}: {line}"),
-        )
-        return of_frozen_features(job, scale, predict=predict)
-
-    return measure_all(
-        setup, values, "linear_probe", options, outcomes, should_stop=should_stop
-    )
-
-
-def _published(values, config, should_stop) -> list[Result]:
-    recipe.check(config.recipe)
-    commandline.default(values, "scales", ["100"])
-    commandline.default(values, "feature", ["cls"])
-    return measure_trained(
-        open_setup(values, config),
-        values,
-        "linear_probe_published",
-        "batch norm, linear; LARS on random crops",
-        config.recipe,
-        create_learner,
-        should_stop=should_stop,
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -82,10 +82,10 @@ class Outcome:
 class Measurement:
     """One evaluation of one encoder; `measure` runs it.
 
-    features: which of the encoder's. results: the file the rows go to. outcomes(job,
-    scale): one `Outcome` for each of the features, in their order; that of `predict`
-    on frozen features is `of_frozen_features`. `should_stop` and `say` as
-    `cached_features` takes them.
+    features: which of the encoder's. results: the file the rows go to, None where they
+    are only returned. outcomes(job, scale): one `Outcome` for each of the features, in
+    their order; that of `predict` on frozen features is `of_frozen_features`.
+    `should_stop` and `say` as `cached_features` takes them.
     """
 
     encoder: FrozenEncoder
@@ -95,7 +95,7 @@ class Measurement:
     features: Sequence[str]
     seed: int
     outcomes: Callable[[Measurement, Scale], Iterable[Outcome]]
-    results: Path
+    results: Path | None
     cache: Path
     batch_size: int = 64
     should_stop: Callable[[], bool] = lambda: False
@@ -118,7 +118,7 @@ def measure(job: Measurement) -> list[Result]:
         for feature in job.features
         for place in columns
     ]
-    known = {row.identity: row for row in read(job.results)}
+    known = {row.identity: row for row in read(job.results)} if job.results else {}
     if all(one in known for one in wanted):
         job.say(
             f"{job.encoder.name}: its rows of this protocol are in {job.results}; "
@@ -135,7 +135,8 @@ def measure(job: Measurement) -> list[Result]:
         for feature in job.features:
             of_feature = [row for row in rows if row.feature == feature]
             rows.append(_average(job, of_feature, np.mean(correct[feature], axis=0)))
-    append_all(job.results, rows)
+    if job.results:
+        append_all(job.results, rows)
     return rows
 
 

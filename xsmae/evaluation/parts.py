@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_collections
 import numpy as np
 
 from xsmae.data.catalogue import build_source
@@ -15,6 +17,9 @@ from xsmae.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
+
+# A part: its source, or the `config.data` that names one.
+Data = Source | Mapping[str, Any] | ml_collections.ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Parts:
         return found
 
 
-def open_parts(name: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> Parts:
-    """The sources of two `config.data`, checked against each other.
+def open_parts(name: str, train: Data, test: Data) -> Parts:
+    """The sources of two parts, checked against each other.
 
     Raises UserError where they have no labels, other classes than each other, an image
     in common, or test images of a class that no training image shows.
@@ -96,9 +101,37 @@ def open_parts(name: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> 
     return parts
 
 
-def _build(part: str, data: Mapping[str, Any]) -> Source:
+def name_of(*data: Data) -> str:
+    """What the data is called: TFDS's name, or that of its folder or table.
+
+    data: the first of which that can be told decides, otherwise the first one's kind.
+    """
+    for one in data:
+        fields = _fields(one)
+        if fields is None:
+            continue
+        if fields.get("name"):
+            return fields["name"]
+        place = fields.get("root") or fields.get("csv_path")
+        if place:
+            return Path(place).absolute().stem
+    fields = _fields(data[0])
+    return type(data[0]).__name__ if fields is None else fields["source"]
+
+
+def _fields(data: Data) -> Mapping[str, Any] | None:
+    """The fields of a `config.data`, None for a source."""
+    if isinstance(data, ml_collections.ConfigDict):
+        return data.to_dict()
+    return data if isinstance(data, Mapping) else None
+
+
+def _build(part: str, data: Data) -> Source:
+    fields = _fields(data)
+    if fields is None:
+        return data
     try:
-        return build_source(data)
+        return build_source(fields)
     except UserError as error:
         message = str(error).replace("--config.data.", f"--{part}.")
         raise UserError(f"the {part} part: {message}") from None

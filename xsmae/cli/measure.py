@@ -1,0 +1,56 @@
+"""What the flags of an evaluation ask for, measured and printed as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from xsmae.errors import UserError, printable
+from xsmae.evaluation.evaluate import evaluate
+from xsmae.evaluation.parts import name_of
+from xsmae.evaluation.rows import Result
+from xsmae.evaluation.tables import terminal_table
+from xsmae.evaluation.tasks.catalogue import Task
+
+
+def measure(
+    values: flags.FlagValues,
+    config: ml_collections.ConfigDict,
+    task: Task,
+    *,
+    should_stop: Callable[[], bool],
+    **how: Any,
+) -> list[Result]:
+    """The rows of the encoder and of its controls; prints their table.
+
+    values, config: those of `evaluation.parse`. how: other arguments of `evaluate`.
+    """
+    try:
+        scales = [float(text) for text in values.scales]
+    except ValueError:
+        raise UserError(
+            f"scales={','.join(values.scales)}, expected percent such as 12.5,25,50,100"
+        ) from None
+    names = (
+        "base_size", "gsd", "feature", "results", "cache", "seed", "batch_size", "name",
+        "missing_bands",
+    )  # fmt: skip
+    rows = evaluate(
+        values.encoder,
+        config.train,
+        config.test,
+        task=task,
+        scales=scales,
+        data_name=name_of(config.data, config.train),
+        config=config,
+        should_stop=should_stop,
+        **{name: values[name].value for name in names},
+        **how,
+    )
+    print(
+        printable(terminal_table(rows)), f"rows: {values.results}", sep="\n", flush=True
+    )
+    return rows

@@ -1,0 +1,264 @@
+"""From an encoder and labelled images to result rows: `xsmae.evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from xsmae.configs import common
+from xsmae.errors import UserError
+from xsmae.evaluation import scales as scales_of
+from xsmae.evaluation.features import RESIZE
+from xsmae.evaluation.measure import INTERVAL, Measurement, check_features, measure
+from xsmae.evaluation.parts import Data, Parts, name_of, open_parts
+from xsmae.evaluation.rows import Protocol, Result, check_writable
+from xsmae.evaluation.subjects import (
+    PIXEL_CONTROLS,
+    FrozenEncoder,
+    open_encoder,
+    pixel_control,
+    random_encoder,
+)
+from xsmae.evaluation.tasks.catalogue import Task, create_task
+from xsmae.process.files import write_json
+from xsmae.weights.encoder import LoadedEncoder, write_encoder
+
+# What is measured: an encoder in memory, or what `open_encoder` takes.
+Subject = LoadedEncoder | FrozenEncoder | str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is measured, on which images, at which sizes.
+
+    base_size: pixels at 100 %. gsd_policy: of `scales.GSD_POLICIES`.
+    """
+
+    encoder: FrozenEncoder
+    parts: Parts
+    scales: list[scales_of.Scale]
+    base_size: int
+    gsd_policy: str
+
+
+def open_setup(
+    encoder: Subject,
+    train: Data,
+    test: Data,
+    *,
+    scales: Sequence[float] = (100.0,),
+    base_size: int = 0,
+    gsd: str = "true",
+    name: str | None = None,
+    data_name: str | None = None,
+    missing_bands: str = "refuse",
+    config: ml_collections.ConfigDict | None = None,
+    seed: int = 0,
+    check_encoder: Callable[[FrozenEncoder], None] = lambda encoder: None,
+) -> Setup:
+    """The encoder and the two parts, opened and checked against each other.
+
+    The arguments are those of `evaluate`. Raises UserError where they do not fit.
+    """
+    for what, value in (("seed", seed), ("base_size", base_size)):
+        if value < 0:
+            raise UserError(f"{what}={value}, expected 0 or more")
+    frozen = subject_of(
+        encoder, config=config, seed=seed, name=name, missing_bands=missing_bands
+    )
+    check_encoder(frozen)
+    parts = open_parts(data_name or name_of(train), train, test)
+    base = base_size or scales_of.base_size(parts.train)
+    sizes = scales_of.create_scales(
+        scales, base=base, patch_size=frozen.patch_size, gsd_policy=gsd
+    )
+    return Setup(frozen, parts, sizes, base, gsd)
+
+
+def evaluate(
+    encoder: Subject,
+    train: Data,
+    test: Data,
+    *,
+    task: str | Task = "knn",
+    scales: Sequence[float] = (100.0,),
+    base_size: int = 0,
+    gsd: str = "true",
+    feature: str | Sequence[str] | None = None,
+    controls: bool = True,
+    results: str | os.PathLike | None = None,
+    cache: str | os.PathLike | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    name: str | None = None,
+    data_name: str | None = None,
+    missing_bands: str = "refuse",
+    config: ml_collections.ConfigDict | None = None,
+    progress: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> list[Result]:
+    """Measure an encoder and its controls on labelled images; returns the rows.
+
+        rows = xsmae.evaluate("runs/mine", train, test, task="knn", scales=(50, 100))
+
+    Args:
+      encoder: an encoder in memory, the folder of one, a run's workdir,
+        `RUN/checkpoints/STEP`, `random:SIZE[,FIELD=VALUE...]`, `statistics`,
+        `thumbnail`.
+      train, test: sources with labels, see `xsmae.open_source`, or the fields of one.
+      task: `knn`, `linear_probe`, `linear_probe_published` or `finetune`.
+      scales: percent of `base_size`. base_size: pixels at 100 %; 0: 256, or the images'
+        own side where that is less.
+      gsd: `true`, the encoder is told the GSD of each scale; `fixed`, that of 100 %.
+      feature: `cls`, `mean`, or both; by default those of the task.
+      controls: whether what the encoder has to beat is measured too: its architecture
+        with random weights and, except in fine-tuning, image statistics and thumbnails.
+      results: the file that the rows are added to. Rows that it has are not measured
+        again.
+      cache: the folder where features, and trainings that are stopped, are kept.
+      seed: of random encoders, trainings and intervals.
+      batch_size: images that the encoder gets at a time.
+      name, data_name: what tables call the encoder and the data.
+      missing_bands: `mean` gives an encoder of more bands than the images have the
+        others at their mean; `refuse`.
+      config: what describes the encoder of `random:SIZE` besides its size.
+      progress: whether lines are printed.
+      should_stop: asked between batches; KeyboardInterrupt once it is true.
+      options: of the task. knn: k, temperature. linear_probe: penalties, validation.
+        The others: recipe (the fields that differ from the default), num_workers.
+
+    Raises:
+      UserError: what does not fit, in one line; nothing has been measured then.
+    """
+    if isinstance(task, str):
+        task = create_task(task, **options)
+    elif options:
+        raise UserError(f"{', '.join(options)}: this task has its options already")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}, expected 1 or more")
+    setup = open_setup(
+        encoder,
+        train,
+        test,
+        scales=scales,
+        base_size=base_size,
+        gsd=gsd,
+        name=name,
+        data_name=data_name,
+        missing_bands=missing_bands,
+        config=config,
+        seed=seed,
+        check_encoder=task.check_encoder,
+    )
+    task.check_parts(setup.parts)
+    wanted = task.features if feature is None else feature
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
+    if results is not None:
+        check_writable(Path(results))
+    subjects = [setup.encoder]
+    if controls:
+        subjects += _controls(setup.encoder, task, seed, missing_bands)
+    rows, protocol = [], _protocol(setup, task)
+    with _cache(cache) as folder:
+        for subject in subjects:
+            job = Measurement(
+                encoder=subject,
+                parts=setup.parts,
+                scales=setup.scales,
+                protocol=protocol,
+                features=check_features(subject, wanted),
+                seed=seed,
+                outcomes=task.outcomes,
+                results=None if results is None else Path(results),
+                cache=folder,
+                batch_size=batch_size,
+                should_stop=should_stop,
+                say=_print if progress else lambda line: None,
+            )
+            rows += measure(job)
+            task.finish(job)
+    return rows
+
+
+def subject_of(
+    encoder: Subject,
+    *,
+    config: ml_collections.ConfigDict | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    missing_bands: str = "refuse",
+) -> FrozenEncoder:
+    """What `evaluate` is given as `encoder`, as its measurements take it."""
+    if isinstance(encoder, FrozenEncoder):
+        return dataclasses.replace(encoder, name=name or encoder.name)
+    config = common.get_common("corrected", "base") if config is None else config
+    how = {"config": config, "seed": seed, "missing_bands": missing_bands}
+    if isinstance(encoder, str | os.PathLike):
+        return open_encoder(os.fspath(encoder), name=name, **how)
+    if not isinstance(encoder, LoadedEncoder):
+        raise UserError(
+            f"encoder={encoder!r}, expected an encoder or where one lies, such as "
+            "'runs/mine' or 'random:tiny'"
+        )
+    info = encoder.info
+    with tempfile.TemporaryDirectory() as folder:
+        write_encoder(
+            Path(folder),
+            encoder.encoder,
+            model=info["architecture"],
+            **{n: info[n] for n in ("image_size", "bands", "mean", "std")},
+            run=info.get("run") or {},
+        )
+        write_json(Path(folder) / "encoder.json", encoder.info)
+        found = open_encoder(folder, name=name or "encoder", **how)
+    return dataclasses.replace(found, origin={"run": info.get("run")})
+
+
+def _controls(
+    encoder: FrozenEncoder, task: Task, seed: int, missing_bands: str
+) -> list[FrozenEncoder]:
+    """The encoder's architecture with random weights, and what needs no network."""
+    found = []
+    if encoder.kind == "encoder":
+        found.append(
+            random_encoder(encoder.info, seed=seed, missing_bands=missing_bands)
+        )
+    if task.pixel_controls:
+        kinds = [kind for kind in PIXEL_CONTROLS if kind != encoder.kind]
+        found += map(pixel_control, kinds)
+    return found
+
+
+def _protocol(setup: Setup, task: Task) -> Protocol:
+    return Protocol(
+        task=task.name,
+        metric="accuracy",
+        data=setup.parts.describe(),
+        base_size=setup.base_size,
+        resize=RESIZE,
+        gsd_policy=setup.gsd_policy,
+        options=dict(task.options),
+        interval=INTERVAL,
+    )
+
+
+@contextlib.contextmanager
+def _cache(folder: str | os.PathLike | None) -> Iterator[Path]:
+    """The folder, or one that is there for as long as it is needed."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="xsmae-features-") as temporary:
+        yield Path(temporary)
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)

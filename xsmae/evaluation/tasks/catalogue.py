@@ -1,0 +1,226 @@
+"""The tasks by which an encoder is measured: name -> a function of their numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from xsmae.data.images import BANDS
+from xsmae.errors import UserError
+from xsmae.evaluation.features import FEATURES
+from xsmae.evaluation.fitting import recipe as recipes
+from xsmae.evaluation.fitting.fit import CreateLearner, forget, of_trained
+from xsmae.evaluation.measure import Measurement, Outcome, of_frozen_features
+from xsmae.evaluation.parts import Parts
+from xsmae.evaluation.scales import Scale
+from xsmae.evaluation.subjects import PIXEL_CONTROLS, FrozenEncoder
+from xsmae.evaluation.tasks import finetune as finetuning
+from xsmae.evaluation.tasks import published_probe
+from xsmae.evaluation.tasks.knn import knn_predict
+from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_predict
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One way to measure an encoder, with its numbers.
+
+    name, options: as `rows.Protocol` has them. outcomes: `Measurement.outcomes`.
+    features: those that are measured unless others are asked for. pixel_controls:
+    whether what needs no network can be measured so too. check_encoder, check_parts:
+    raise UserError for what cannot be measured so. finish: called with a measurement
+    once its rows stand.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    outcomes: Callable[[Measurement, Scale], Iterable[Outcome]]
+    features: tuple[str, ...] = FEATURES
+    pixel_controls: bool = True
+    check_encoder: Callable[[FrozenEncoder], None] = lambda encoder: None
+    check_parts: Callable[[Parts], None] = lambda parts: None
+    finish: Callable[[Measurement], None] = lambda job: None
+
+
+def knn(*, k: int = 20, temperature: float = 0.07) -> Task:
+    """The k most similar training images vote with exp(cosine / temperature)."""
+    if k < 1 or not temperature > 0:
+        raise UserError(
+            f"k={k}, temperature={temperature}, expected k of 1 or more and a "
+            "temperature above 0"
+        )
+
+    def check(parts: Parts) -> None:
+        images = len(parts.train)
+        if k > images:
+            raise UserError(
+                f"k={k} is more than the {images} training images: give --k={images} "
+                "or less"
+            )
+
+    def outcomes(job: Measurement, scale: Scale) -> Iterable[Outcome]:
+        predict = functools.partial(
+            knn_predict, k=k, temperature=temperature, should_stop=job.should_stop
+        )
+        return of_frozen_features(job, scale, predict=predict)
+
+    options = {"k": k, "temperature": temperature}
+    return Task("knn", options, outcomes, check_parts=check)
+
+
+def linear_probe(
+    *, penalties: Sequence[float] = PENALTIES, validation: float = VALIDATION
+) -> Task:
+    """Logistic regression; its L2 penalty is chosen on part of the training images."""
+    try:
+        ordered = sorted({float(penalty) for penalty in penalties})
+    except (TypeError, ValueError):
+        ordered = []
+    if not ordered or not ordered[0] >= 0 or not 0 < validation < 1:
+        raise UserError(
+            f"penalties={','.join(map(str, penalties))}, validation={validation}, "
+            "expected numbers of 0 or more, and a fraction between 0 and 1"
+        )
+
+    def outcomes(job: Measurement, scale: Scale) -> Iterable[Outcome]:
+        predict = functools.partial(
+            sweep_predict,
+            penalties=ordered,
+            validation=validation,
+            seed=job.seed,
+            should_stop=job.should_stop,
+            say=lambda line: job.say(f"{job.encoder.name}: {line}"),
+        )
+        return of_frozen_features(job, scale, predict=predict)
+
+    options = {
+        "classifier": "logistic regression, L-BFGS, standardised features",
+        "penalties": ordered,
+        "validation": validation,
+    }
+    return Task("linear_probe", options, outcomes)
+
+
+Recipe = Mapping[str, Any] | ml_collections.ConfigDict | None
+
+
+def linear_probe_published(*, recipe: Recipe = None, num_workers: int = 0) -> Task:
+    """The papers' probe: batch norm and a linear layer, by LARS on random crops.
+
+    recipe: the fields of `recipe.published_probe` that differ from it.
+    """
+    return _trained(
+        "linear_probe_published",
+        "batch norm, linear; LARS on random crops",
+        _changed(recipes.published_probe(), recipe),
+        published_probe.create_learner,
+        num_workers,
+        features=("cls",),
+    )
+
+
+def finetune(*, recipe: Recipe = None, num_workers: int = 0) -> Task:
+    """The whole encoder and a linear layer, trained by MAE's recipe.
+
+    recipe: the fields of `recipe.finetuning` that differ from it.
+    """
+    return _trained(
+        "finetune",
+        "the whole encoder and a linear layer",
+        _changed(recipes.finetuning(), recipe),
+        finetuning.create_learner,
+        num_workers,
+        features=("mean",),
+        pixel_controls=False,
+        check_encoder=_check_trainable,
+    )
+
+
+TASKS: Mapping[str, Callable[..., Task]] = {
+    "knn": knn,
+    "linear_probe": linear_probe,
+    "linear_probe_published": linear_probe_published,
+    "finetune": finetune,
+}
+
+
+def create_task(name: str, **options: Any) -> Task:
+    """The task of that name; `options` are those of its function here.
+
+    Raises UserError for a name or an option that is not known.
+    """
+    if name not in TASKS:
+        raise UserError(f"task={name!r}, expected one of {', '.join(TASKS)}")
+    known = inspect.signature(TASKS[name]).parameters
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise UserError(
+            f"task={name} has no option {', '.join(unknown)}, expected of "
+            f"{', '.join(known)}"
+        )
+    return TASKS[name](**options)
+
+
+def _trained(
+    name: str,
+    classifier: str,
+    recipe: ml_collections.ConfigDict,
+    create_learner: Callable[..., CreateLearner],
+    num_workers: int,
+    **how: Any,
+) -> Task:
+    """A classifier that is trained on crops by `recipe`.
+
+    classifier: what it is, in words. create_learner: `CreateLearner`, which is given
+    the recipe besides. The states of the trainings are removed once the rows stand.
+    """
+    if num_workers < 0:
+        raise UserError(f"num_workers={num_workers}, expected 0 or more")
+    fields = recipe.to_dict()
+    outcomes = functools.partial(
+        of_trained,
+        create_learner=functools.partial(create_learner, recipe=fields),
+        recipe=fields,
+        num_workers=num_workers,
+    )
+    options = {"classifier": classifier, **recipes.describe(recipe)}
+    return Task(name, options, outcomes, finish=forget, **how)
+
+
+def _changed(
+    recipe: ml_collections.ConfigDict, changes: Recipe
+) -> ml_collections.ConfigDict:
+    """The recipe with other values for some of its fields, checked."""
+    for name, value in (changes or {}).items():
+        if name not in recipe:
+            raise UserError(
+                f"recipe.{name}: there is no such field, expected one of "
+                f"{', '.join(sorted(recipe))}"
+            )
+        try:
+            recipe[name] = value
+        except TypeError:
+            raise UserError(
+                f"recipe.{name}={value!r}, expected a value such as {recipe[name]!r}"
+            ) from None
+    recipes.check(recipe)
+    return recipe
+
+
+def _check_trainable(encoder: FrozenEncoder) -> None:
+    """Raise UserError for what has no weights, or needs bands that images lack."""
+    if encoder.kind in PIXEL_CONTROLS:
+        raise UserError(
+            f"encoder={encoder.kind} has no weights to fine-tune: give an exported "
+            "encoder, a workdir, RUN/checkpoints/STEP or random:SIZE"
+        )
+    bands = tuple(encoder.info["bands"])
+    if bands != BANDS:
+        raise UserError(
+            f"{encoder.name} reads the bands {', '.join(bands)}, expected those of the "
+            f"images to fine-tune it: {', '.join(BANDS)} in this order"
+        )
