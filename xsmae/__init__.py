@@ -1,12 +1,106 @@
-"""Cross-scale pretraining of remote-sensing image encoders in JAX/Flax."""
+"""Cross-scale pretraining of remote-sensing image encoders in JAX/Flax.
+
+    import xsmae
+
+    config = xsmae.load_config("folder", {"data.root": "images", "data.gsd": 0.5})
+    workdir = xsmae.pretrain(config, "runs/mine")
+    encoder = xsmae.load_encoder(workdir)
+    train, test = (xsmae.open_source(config, split=part) for part in ("train", "test"))
+    rows = xsmae.evaluate(encoder, train, test, task="knn")
+
+Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ml_collections
+
+    from xsmae.config import load_config
+    from xsmae.data.catalogue import open_source
+    from xsmae.evaluation.evaluate import evaluate
+    from xsmae.evaluation.rows import read_results
+    from xsmae.weights.encoder import LoadedEncoder as Encoder
+    from xsmae.weights.encoder import load_encoder
+    from xsmae.weights.importing import export, import_weights
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "Encoder",
+    "evaluate",
+    "export",
+    "import_weights",
+    "load_config",
+    "load_encoder",
+    "open_source",
+    "pretrain",
+    "read_results",
+]
 
-def __getattr__(name: str):
+# Name -> the module that has it, and its name there.
+_HOMES = {
+    "Encoder": ("xsmae.weights.encoder", "LoadedEncoder"),
+    "evaluate": ("xsmae.evaluation.evaluate", "evaluate"),
+    "export": ("xsmae.weights.importing", "export"),
+    "import_weights": ("xsmae.weights.importing", "import_weights"),
+    "load_config": ("xsmae.config", "load_config"),
+    "load_encoder": ("xsmae.weights.encoder", "load_encoder"),
+    "open_source": ("xsmae.data.catalogue", "open_source"),
+    "read_results": ("xsmae.evaluation.rows", "read_results"),
+}
+
+
+def __getattr__(name: str) -> Any:
     # Lazy, so that `import xsmae.models` needs nothing beyond jax and flax.
-    if name == "load_encoder":
-        from xsmae.weights.encoder import load_encoder
+    if name not in _HOMES:
+        raise AttributeError(f"module 'xsmae' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
 
-        return load_encoder
-    raise AttributeError(f"module 'xsmae' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def pretrain(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    keep: Iterable[str] = (),
+) -> Path:
+    """Train as a config says, and return the workdir, which `load_encoder` takes.
+
+    A run that was stopped in the workdir resumes. Where `config.init` names weights,
+    the network is as they have it; the fields in `keep`, dotted, are as the config has
+    them. Raises UserError for what the user can mend. Raises KeyboardInterrupt where a
+    signal stopped the run, once its state is saved: the same call resumes it.
+    """
+    from absl import logging
+
+    from xsmae import train
+    from xsmae.cli.pretrain import LESS_MEMORY
+    from xsmae.errors import memory_shortage
+    from xsmae.run.hosts import ends_with_the_others
+    from xsmae.weights import warm_start
+
+    workdir, config = Path(workdir), config.copy_and_resolve_references()
+    if config.init:
+        for change in warm_start.adopt(config, keep, workdir=workdir):
+            print(f"as the weights have it: {change}")
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
+    try:
+        with ends_with_the_others(), memory_shortage(LESS_MEMORY):
+            status = train.train_and_evaluate(config, workdir)
+    finally:
+        logging.set_verbosity(before)
+    if status:
+        raise KeyboardInterrupt(f"stopped by signal {status - 128}")
+    return workdir

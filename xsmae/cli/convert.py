@@ -22,6 +22,7 @@ from xsmae.errors import UserError
 from xsmae.methods import METHODS
 from xsmae.process.signals import StopRequest
 from xsmae.weights.export import FORMATS, export
+from xsmae.weights.importing import read_weights
 from xsmae.weights.official import OPTIONS, import_checkpoint, write_import
 from xsmae.weights.torch_file import read_pytorch
 
@@ -106,23 +107,13 @@ def run_import(values: flags.FlagValues) -> str:
     """Import and write; returns what to print."""
     source, out = Path(values.source), Path(values.out)
     options = {name: _literal(name, values[name].value) for name in OPTIONS}
-    imported = import_checkpoint(source, **options)
+    if values.bands:
+        options["bands"] = values.bands.split(",")
+    for name in ("mean", "std"):
+        if values[name].value:
+            options[name] = _numbers(name, values[name].value)
+    imported = read_weights(source, **options)
     config = imported.config
-    channels = len(config.mean)  # of the file, before the flags
-    with config.ignore_type():
-        if values.bands:
-            config.bands = tuple(values.bands.split(","))
-        for name in ("mean", "std"):
-            if values[name].value:
-                config[name] = _numbers(name, values[name].value)
-    if channels != 3 and not (values.bands and values.mean and values.std):
-        raise UserError(
-            f"{source} is of {channels} bands: name them and say how they were "
-            "normalised, with --bands, --mean and --std"
-        )
-    for name in ("bands", "mean", "std"):
-        if len(config[name]) != channels:
-            raise UserError(f"--{name} has {len(config[name])}, expected {channels}")
     write_import(imported, out, source=source)
     model, part = config.model, "encoder" if imported.encoder_only else "network"
     count = sum(x.size for x in jax.tree.leaves(nnx.state(imported.network)))
@@ -130,7 +121,7 @@ def run_import(values: flags.FlagValues) -> str:
         f"{config.method}, {count / 1e6:.2f} M parameters ({part}): patch size "
         f"{model.patch_size}, width {model.embed_dim}, depth {model.depth}, "
         f"{model.num_heads} heads, {model.norm_style}-norm; images of "
-        f"{config.views.size} px, {channels} bands",
+        f"{config.views.size} px, {len(config.bands)} bands",
         *imported.notes,
         "every other tensor has its place",
         f"encoder: {out / 'encoder'}",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
+
+import ml_collections
 
 from xsmae.data.fmow import FmowCsvSource, FmowSource
 from xsmae.data.folder import FolderSource
@@ -57,3 +60,39 @@ def build_source(data: Mapping[str, Any]) -> Source:
             f"are with {' '.join(f'--config.data.{n}=...' for n in missing)}"
         )
     return SOURCES[name](**arguments)
+
+
+def open_source(
+    data: str | Mapping[str, Any] | ml_collections.ConfigDict, **fields: Any
+) -> Source:
+    """The source of a config, of its fields `data`, or by its name in SOURCES.
+
+        open_source(config)
+        open_source(config, split="test")
+        open_source("folder", root="images", gsd=0.5)
+
+    fields: set instead of those of `data`. Raises UserError where the source or a field
+    is not known, or the images are not what they should be.
+    """
+    if isinstance(data, str):
+        found = {"source": data}
+    else:
+        found = dict(data.get("data", data).items())
+    if "source" not in found:
+        raise UserError(
+            f"{data!r} names no source, expected a config, its fields `data`, or one "
+            f"of {', '.join(SOURCES)}"
+        )
+    found |= fields
+    if found["source"] in SOURCES:
+        known = inspect.signature(SOURCES[found["source"]]).parameters
+        unknown = sorted(found.keys() - known.keys() - {"source"})
+        if unknown:
+            raise UserError(
+                f"the source {found['source']} has no {', '.join(unknown)}, expected "
+                f"of {', '.join(known)}"
+            )
+    try:
+        return build_source(found)
+    except UserError as error:
+        raise UserError(str(error).replace("--config.data.", "")) from None

@@ -27,8 +27,8 @@ from xsmae.evaluation.subjects import (
     random_encoder,
 )
 from xsmae.evaluation.tasks.catalogue import Task, create_task
-from xsmae.process.files import write_json
-from xsmae.weights.encoder import LoadedEncoder, write_encoder
+from xsmae.weights.encoder import LoadedEncoder
+from xsmae.weights.importing import folder_of
 
 # What is measured: an encoder in memory, or what `open_encoder` takes.
 Subject = LoadedEncoder | FrozenEncoder | str | os.PathLike
@@ -203,23 +203,9 @@ def subject_of(
     how = {"config": config, "seed": seed, "missing_bands": missing_bands}
     if isinstance(encoder, str | os.PathLike):
         return open_encoder(os.fspath(encoder), name=name, **how)
-    if not isinstance(encoder, LoadedEncoder):
-        raise UserError(
-            f"encoder={encoder!r}, expected an encoder or where one lies, such as "
-            "'runs/mine' or 'random:tiny'"
-        )
-    info = encoder.info
-    with tempfile.TemporaryDirectory() as folder:
-        write_encoder(
-            Path(folder),
-            encoder.encoder,
-            model=info["architecture"],
-            **{n: info[n] for n in ("image_size", "bands", "mean", "std")},
-            run=info.get("run") or {},
-        )
-        write_json(Path(folder) / "encoder.json", encoder.info)
-        found = open_encoder(folder, name=name or "encoder", **how)
-    return dataclasses.replace(found, origin={"run": info.get("run")})
+    with folder_of(encoder) as folder:
+        found = open_encoder(str(folder), name=name or "encoder", **how)
+    return dataclasses.replace(found, origin={"run": encoder.info.get("run")})
 
 
 def _controls(

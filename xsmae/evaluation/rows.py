@@ -204,6 +204,14 @@ def _write_whole(file: int, lines: bytes, *, after: int) -> None:
         raise
 
 
+def read_results(path: str | os.PathLike) -> list[Result]:
+    """The rows of a `results.jsonl`, as `read`; raises UserError without file."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the file of an evaluation's rows")
+    return read(path)
+
+
 def read(path: Path) -> list[Result]:
     """The rows of a `results.jsonl`, without half a line at its end; [] without file.
 

@@ -21,6 +21,9 @@ class StopRequest:
     as they were before, so SIGTERM ends the process and SIGINT raises
     KeyboardInterrupt; where that has not led out of here within GRACE seconds, since
     the program is compiled or a checkpoint written, the process ends with 128 + number.
+
+    Python lets the main thread alone handle signals: in another nothing is changed, and
+    `signal` stays None.
     """
 
     def __init__(self):
@@ -29,6 +32,9 @@ class StopRequest:
         self._previous = {}
 
     def __enter__(self) -> StopRequest:
+        self._entered = threading.current_thread() is threading.main_thread()
+        if not self._entered:
+            return self
         # Python calls a handler between two of its own instructions, thus not before a
         # compilation is over; the bytes of the wakeup arrive at once.
         self._received, self._wakeup = socket.socketpair()
@@ -46,6 +52,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_) -> None:
+        if not self._entered:
+            return
         signal.set_wakeup_fd(self._previous_wakeup)
         self._restore()
         self._left.set()
