@@ -276,6 +276,12 @@ def test_a_plan_is_of_the_real_step():
     shown = step_of.table(found)
     assert "| batch, over all | 8 |" in shown
     assert f"{found['memory']['all'] / 1e9:.2f} of 17 GB" in shown
+    assert "197 TFLOPS of bfloat16" in shown
+
+
+def test_a_t4_is_planned_by_its_float32():
+    """It has no bfloat16: XLA computes such products in float32."""
+    assert (GPUS["t4"].products, GPUS["t4"].flops) == ("float32", 8.1e12)
 
 
 def test_the_largest_batch_fits_and_a_larger_does_not(monkeypatch):

@@ -12,7 +12,14 @@ from PIL import Image
 from tests.support.rows import PROTOCOL, some_row
 from xsmae.cli import results
 from xsmae.evaluation.rows import append
-from xsmae.evaluation.tables import create_tables, markdown, statements, terminal_table
+from xsmae.evaluation.tables import (
+    create_tables,
+    markdown,
+    rival,
+    statements,
+    terminal_table,
+    verdict,
+)
 from xsmae.figures import results as pictures
 
 CONTROL = {
@@ -63,12 +70,13 @@ def test_a_table_of_one_protocol():
     assert [(line.name, line.feature) for line in table.lines] == [
         ("ours", "cls"), ("ours", "mean"), ("statistics", "statistics"),
     ]  # fmt: skip
-    text = markdown([table])
+    text = markdown([table], {})
     assert (
         "| ours | mean patch | 60.0 [50.0, 70.0] | 80.0 [70.0, 90.0] | "
-        "70.0 [65.0, 75.0] |"
+        "70.0 [65.0, 75.0] | no |"
     ) in text
-    assert "|  | feature | 50 % (32 px) | 100 % (64 px) | average |" in text
+    header = "|  | feature | 50 % (32 px) | 100 % (64 px) | average | beats controls |"
+    assert header in text
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def test_another_size_or_other_scales_are_another_column():
         some_row(encoder=other, scale="average", scales=[50.0, 100.0], size=[48, 64])
     )
     (table,) = create_tables(rows)
-    text = markdown([table])
+    text = markdown([table], {})
     for heading in (
         "50 % (32 px)",
         "50 % (48 px)",
@@ -105,7 +113,9 @@ def test_another_size_or_other_scales_are_another_column():
         "average of 50 % (48 px), 100 % (64 px)",
     ):
         assert heading in text
-    assert "| theirs | mean patch | - | 80.0 [70.0, 90.0] | - | - |" in text
+    row = "| theirs | mean patch | - | 80.0 [70.0, 90.0] | - | - | 80.0 [70.0, 90.0] | "
+    row += "no control |"
+    assert row in text
 
 
 def test_the_protocol_stands_under_its_table_in_full():
@@ -116,13 +126,9 @@ def test_the_protocol_stands_under_its_table_in_full():
     rows = [dataclasses.replace(row, leaks=leaks) for row in rows_of()]
     (table,) = create_tables(rows)
     text = "\n".join(statements(table))
-    data = PROTOCOL.data
-    for part in ("train", "test"):
-        assert data[part]["fingerprint"] in text
-        assert data[part]["split"] in text
     for fact in (
         "k=20", "temperature=0.07", "2000 resamples", "95 % interval", "64 px",
-        "largest central square", "the true one of each scale", "e" * 16, "seed 0",
+        "largest central square", "the true one of each scale", "seed 0",
         "20 training and 10 test images", "2 test image(s) equal a training image",
         "50 %: 20, 100 %: 10 m",
     ):  # fmt: skip
@@ -130,12 +136,107 @@ def test_the_protocol_stands_under_its_table_in_full():
     assert "a/1.png and a/2.png" in terminal_table(rows)
 
 
+def test_digests_are_in_the_appendix_alone():
+    text = markdown(create_tables([*rows_of(), *controls()]), {})
+    before, after = text.split("## Appendix")
+    data = PROTOCOL.data
+    digests = [data[p][n] for p in ("train", "test") for n in ("fingerprint", "split")]
+    for digest in (*digests, PROTOCOL.key, "e" * 16, "0" * 16):
+        assert digest not in before
+        assert digest in after
+    assert "classes 0 field, 1 roof" in after
+
+
+def encoder_at(path, digest, **changes):
+    origin = {"path": path}
+    return {**some_row().encoder, "digest": digest * 16, "origin": origin, **changes}
+
+
 def test_encoders_of_one_name_are_told_apart():
-    other = {**some_row().encoder, "digest": "1" * 16}
-    (table,) = create_tables([*rows_of(), *rows_of(other), *rows_of(seed=1)])
-    text = markdown([table])
-    for name in ("ours [eeeeee], seed 0", "ours [eeeeee], seed 1", "ours [111111]"):
-        assert f"| {name}" in text
+    first, second = encoder_at("a/encoder", "1"), encoder_at("b/encoder", "2")
+    same_place = encoder_at("b/encoder", "3", name="other")
+    rows = [*rows_of(first), *rows_of(second), *rows_of(second, seed=1)]
+    (table,) = create_tables([*rows, *rows_of(same_place)])
+    assert [line.name for line in table.lines if line.feature == "mean"] == [
+        "ours (a/encoder)", "ours (b/encoder), seed 0", "ours (b/encoder), seed 1",
+        "other",
+    ]  # fmt: skip
+    # In another table as well, and by the digest where nothing else differs.
+    other = dataclasses.replace(PROTOCOL, task="linear_probe")
+    tables = create_tables([*rows_of(first), *rows_of(second, protocol=other)])
+    names = [{line.name for line in table.lines} for table in tables]
+    assert names == [{"ours (a/encoder)"}, {"ours (b/encoder)"}]
+    (table,) = create_tables([*rows_of(first), *rows_of(encoder_at("a/encoder", "2"))])
+    assert {line.name for line in table.lines} == {"ours (111111)", "ours (222222)"}
+
+
+def other_data(**changes):
+    return dataclasses.replace(PROTOCOL, data={**PROTOCOL.data, **changes})
+
+
+def test_data_and_protocols_of_one_name_are_told_apart():
+    larger = other_data(test={**PROTOCOL.data["test"], "images": 1200})
+    fixed = dataclasses.replace(PROTOCOL, gsd_policy="fixed")
+    rows = [row for p in (PROTOCOL, larger, fixed) for row in rows_of(protocol=p)]
+    assert [(t.data, t.heading) for t in create_tables(rows)] == [
+        ("tiles (20 + 10 images)", "knn, tiles (20 + 10 images): gsd_policy=true"),
+        ("tiles (20 + 1,200 images)", "knn, tiles (20 + 1,200 images)"),
+        ("tiles (20 + 10 images)", "knn, tiles (20 + 10 images): gsd_policy=fixed"),
+    ]
+    split = other_data(test={**PROTOCOL.data["test"], "split": "9" * 16})
+    names = [t.data for t in create_tables([*rows_of(), *rows_of(protocol=split)])]
+    assert len(set(names)) == 2
+    # One data set that has two names is one.
+    (table,) = create_tables([*rows_of(), *rows_of(protocol=other_data(name="x"))])
+    assert (table.data, table.heading) == ("tiles", "knn, tiles")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (0.80, 0.78, 0.82, "yes"),  # the best control has 0.7 [0.65, 0.75]
+        (0.74, 0.72, 0.76, "not told"),
+        (0.80, 0.75, 0.85, "not told"),
+        (0.70, 0.65, 0.75, "no"),
+        (0.40, 0.38, 0.42, "no"),
+    ],
+)
+def test_what_beats_the_controls(value, low, high, expected):
+    """By the average, against the best control, whichever feature that has."""
+    random = {**CONTROL, "kind": "random", "name": "random", "digest": "2" * 16}
+    worse = [
+        dataclasses.replace(row, value=0.1, low=0.0, high=0.2)
+        for row in rows_of(random, ["cls"])
+    ]
+    ours = [
+        dataclasses.replace(row, value=value, low=low, high=high)
+        if row.scale == "average"
+        else row
+        for row in rows_of(features=["mean"])
+    ]
+    (table,) = create_tables([*ours, *worse, *controls()])
+    verdicts = [verdict(line, table) for line in table.lines]
+    assert verdicts == [expected, "-", "-"]
+    said = "at average, against the best control, statistics, statistics: 70.0 [65.0"
+    assert any(said in text for text in statements(table))
+    assert said in terminal_table([*ours, *worse, *controls()])
+
+
+def test_an_encoder_is_compared_where_a_control_was_measured():
+    at_100 = [row for row in controls() if row.scale == 100.0]
+    (table,) = create_tables([*rows_of(features=["mean"]), *at_100])
+    column, control = rival(table.lines[0], table)
+    assert (column, control.kind) == ((100.0, 64), "statistics")
+    (alone,) = create_tables(rows_of(features=["mean"]))
+    assert rival(alone.lines[0], alone) is None
+    assert verdict(alone.lines[0], alone) == "no control"
+
+
+def test_features_are_named_in_the_terminal():
+    probe = dataclasses.replace(PROTOCOL, task="linear_probe")
+    text = terminal_table(rows_of(protocol=probe))
+    assert "class token" in text
+    assert "mean patch" in text
 
 
 def test_report(tmp_path, capsys):
@@ -155,6 +256,9 @@ def test_report(tmp_path, capsys):
     for path in out.glob("*.png"):
         with Image.open(path) as picture:
             assert min(picture.size) > 400
+    text = (out / "results.md").read_text()
+    links = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert sorted(links) == sorted(name for name in names if name.endswith(".png"))
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 9
@@ -166,8 +270,23 @@ def test_report(tmp_path, capsys):
 
 def test_the_confusion_matrix_is_of_the_pooled_feature():
     (table,) = create_tables(rows_of())
-    ((row, name),) = results.whole_images(table)
-    assert (row.feature, row.scale, name) == ("mean", 100.0, "ours")
+    ((row, line),) = results.whole_images(table)
+    assert (row.feature, row.scale, line.name) == ("mean", 100.0, "ours")
+
+
+def test_names_that_make_no_file_name_get_figures_of_their_own(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for digest, name in ("1", "森"), ("2", "林"), ("3", "a/b"), ("4", "a b"):
+        append(path, some_row(encoder=encoder_at("", digest, name=name)))
+    written = [file for file in results.write_report([path], tmp_path / "out")]
+    assert len({file for file in written if "confusion" in file.name}) == 4
+    assert all(file.exists() for file in written)
+
+
+def test_names_stay_literal_in_markdown():
+    encoder = encoder_at("", "1", name="a$x_1$ | *b*")
+    text = markdown(create_tables([some_row(encoder=encoder)]), {})
+    assert r"| a\$x_1\$ \| \*b\* |" in text
 
 
 def test_pictures_of_many_classes_and_of_one_without_images(tmp_path):
@@ -181,7 +300,7 @@ def test_pictures_of_many_classes_and_of_one_without_images(tmp_path):
         if i != 7
     }
     row = some_row(class_names=names, per_class=per_class, confusion=confusion.tolist())
-    pictures.confusion_matrix(tmp_path / "many.png", row, "ours")
+    pictures.confusion_matrix(tmp_path / "many.png", row, "ours", data="tiles")
     with Image.open(tmp_path / "many.png") as picture:
         assert min(picture.size) > 2000
 
@@ -192,6 +311,38 @@ def test_classes_that_are_not_utf8_or_look_like_formulas(tmp_path):
     append(path, some_row(class_names=names, per_class=dict.fromkeys(names, 0.8)))
     written = results.write_report([path], tmp_path / "out")
     assert {file.suffix for file in written} == {".md", ".csv", ".png"}
+
+
+@pytest.mark.parametrize("features", [("cls",), ("cls", "mean")])
+def test_equal_curves_are_all_seen(tmp_path, features):
+    """Three encoders of the same accuracies, flat, where lines lie on each other."""
+    rows = []
+    for digest in "123":
+        encoder = encoder_at(f"run {digest}", digest)
+        for row in rows_of(encoder, features):
+            rows.append(dataclasses.replace(row, value=0.8, low=0.79, high=0.81))
+    (table,) = create_tables(rows)
+    path = tmp_path / "scales.png"
+    assert pictures.accuracy_by_scale(path, table)
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    # A third of the way between the scales: no markers or bars there.
+    (a, b) = line_ends(picture, pictures.COLOURS[0])
+    strip = picture[: int(0.8 * len(picture)), int(a + (b - a) * 0.3) :]
+    strip = strip[:, : int((b - a) * 0.4)]
+    for colour in pictures.COLOURS[:3]:
+        assert near(strip, colour).sum() > 60, colour
+
+
+def near(picture, colour):
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return np.abs(picture - rgb).max(-1) < 12
+
+
+def line_ends(picture, colour):
+    """The columns between which the first panel has a colour."""
+    half = near(picture[: int(0.8 * len(picture)), : picture.shape[1] // 2], colour)
+    columns = np.flatnonzero(half.any(0))
+    return columns[0], columns[-1]
 
 
 def test_a_long_protocol_makes_the_curves_no_wider(tmp_path):

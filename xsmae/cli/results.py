@@ -15,7 +15,8 @@ from xsmae.cli.arguments import parse_flags
 from xsmae.cli.command import example, run
 from xsmae.errors import UserError, printable
 from xsmae.evaluation.rows import Result, read
-from xsmae.evaluation.tables import Table, create_tables, csv_text, label, markdown
+from xsmae.evaluation.spreadsheet import csv_text
+from xsmae.evaluation.tables import Line, Table, create_tables, markdown
 from xsmae.figures import results as pictures
 
 
@@ -36,39 +37,47 @@ def write_report(files: list[Path], out: Path) -> list[Path]:
         found = read(file)
         if not found:
             what = "has no rows" if file.exists() else "does not exist"
-            raise UserError(f"{file} {what}: give the results.jsonl of xsmae knn")
+            raise UserError(
+                f"{file} {what}: give the results.jsonl of xsmae knn, probe or finetune"
+            )
         rows += found
     # The same row in two files is one.
     rows = list({row.identity: row for row in reversed(rows)}.values())[::-1]
     tables = create_tables(rows)
-    written = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            ("results.md", markdown(tables)),
-            ("results.csv", csv_text(rows)),
-        ):
+        figures = {table.protocol.key: draw(table, out) for table in tables}
+        texts = {"results.md": markdown(tables, figures), "results.csv": csv_text(rows)}
+        for name, text in texts.items():
             (out / name).write_text(printable(text))
-            written.append(out / name)
-        for table in tables:
-            protocol = table.protocol
-            stem = f"{protocol.task}_{_slug(protocol.data['name'])}_{protocol.key}"
-            path = out / f"scales_{stem}.png"
-            if pictures.accuracy_by_scale(path, table):
-                written.append(path)
-            for row, name in whole_images(table):
-                path = out / f"confusion_{stem}_{_slug(name)}.png"
-                pictures.confusion_matrix(path, row, name)
-                written.append(path)
     except OSError as error:
         raise UserError(
             f"cannot write to {out}: {error.strerror}; give another --out"
         ) from None
-    return written
+    drawn = [name for of_table in figures.values() for _, name in of_table]
+    return [out / name for name in (*texts, *drawn)]
 
 
-def whole_images(table: Table) -> list[tuple[Result, str]]:
-    """Each encoder's row at 100 %, and its name in the table.
+def draw(table: Table, out: Path) -> list[tuple[str, str]]:
+    """Draw the figures of a table; returns the title and file name of each."""
+    protocol = table.protocol
+    stem = f"{protocol.task}_{_slug(protocol.data['name'])}_{protocol.key}"
+    drawn = []
+    name = f"scales_{stem}.png"
+    if pictures.accuracy_by_scale(out / name, table):
+        drawn.append((f"{table.heading}: {protocol.metric} by scale", name))
+    for row, line in whole_images(table):
+        name = f"confusion_{stem}_{_slug(line.name)}.png"
+        if name in dict(drawn).values() or not _slug(line.name):
+            name = f"confusion_{stem}_{line.digest}_seed{line.seed}.png"
+        pictures.confusion_matrix(out / name, row, line.name, data=table.data)
+        title = f"{table.heading}: confusion of {line.name}, {line.feature_name}"
+        drawn.append((title, name))
+    return drawn
+
+
+def whole_images(table: Table) -> list[tuple[Result, Line]]:
+    """Each encoder's row at 100 %, and its line in the table.
 
     Of its features the one that it is pooled by: a choice by accuracy would be one by
     the test images.
@@ -77,13 +86,14 @@ def whole_images(table: Table) -> list[tuple[Result, str]]:
     for line in table.lines:
         for column, row in line.cells.items():
             pooled = row.encoder["pooling"] in (None, line.feature)
-            if column[0] == 100.0 and (pooled or label(line, table) not in found):
-                found[label(line, table)] = row
-    return [(row, name) for name, row in found.items()]
+            if column[0] == 100.0 and (pooled or line.name not in found):
+                found[line.name] = (row, line)
+    return list(found.values())
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-")
+    """ASCII for file names and links, no longer than file systems take."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:80].strip("-")
 
 
 def report(argv: list[str]) -> int:

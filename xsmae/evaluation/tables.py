@@ -1,22 +1,27 @@
-"""Result rows side by side: one table a protocol, as Markdown, CSV and plain text."""
+"""Result rows side by side: one table a protocol, as Markdown and plain text."""
 
 from __future__ import annotations
 
-import csv
+import collections
 import dataclasses
-import io
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
+from xsmae.evaluation.naming import data_names, encoder_names, headings
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
 
 # In the order of a table: what is measured first, then what it has to beat.
 KINDS = ("encoder", "random", "thumbnail", "statistics")
 FEATURE_NAMES = {"cls": "class token", "mean": "mean patch"}
+BEATS = "beats controls"
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of a table: who was measured, and its rows by column."""
+    """One line of a table: who was measured, and its rows by column.
+
+    name: no other encoder or seed of the same tables has it.
+    """
 
     name: str
     kind: str
@@ -25,12 +30,23 @@ class Line:
     seed: int
     cells: dict[tuple, Result]
 
+    @property
+    def feature_name(self) -> str:
+        """`class token`, `mean patch`, or what a control reads."""
+        return FEATURE_NAMES.get(self.feature, self.feature)
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All rows of one protocol. columns: as `Result.column`, the average last."""
+    """All rows of one protocol. columns: as `Result.column`, the averages last.
+
+    data: what the data is called, heading: the same with the task; no other data and no
+    other table of the same tables is called so.
+    """
 
     protocol: Protocol
+    data: str
+    heading: str
     columns: list[tuple]
     lines: list[Line]
 
@@ -40,40 +56,38 @@ def create_tables(results: Iterable[Result]) -> list[Table]:
 
     Of rows with one identity the first is taken.
     """
-    grouped: dict[str, dict[tuple, Line]] = {}
-    protocols = {}
-    for row in results:
-        protocols.setdefault(row.protocol.key, row.protocol)
+    rows = list(results)
+    protocols = {row.protocol.key: row.protocol for row in reversed(rows)}
+    encoders = {row.encoder["digest"]: row.encoder for row in reversed(rows)}
+    names = encoder_names(encoders)
+    seeds = collections.defaultdict(set)
+    grouped: dict[str, dict[tuple, dict[tuple, Result]]] = {}
+    for row in rows:
+        digest = row.encoder["digest"]
+        seeds[digest].add(row.seed)
         lines = grouped.setdefault(row.protocol.key, {})
-        who = (row.encoder["digest"], row.feature, row.seed)
-        if who not in lines:
-            name, kind = row.encoder["name"], row.encoder["kind"]
-            lines[who] = Line(name, kind, *who, {})
-        lines[who].cells.setdefault(row.column, row)
+        cells = lines.setdefault((digest, row.feature, row.seed), {})
+        cells.setdefault(row.column, row)
+
+    def line(digest: str, feature: str, seed: int, cells: dict) -> Line:
+        name = names[digest] + f", seed {seed}" * (len(seeds[digest]) > 1)
+        return Line(name, encoders[digest]["kind"], digest, feature, seed, cells)
+
+    data, titles = data_names(protocols), headings(protocols)
     tables = []
-    for key, lines in grouped.items():
-        columns = {column for line in lines.values() for column in line.cells}
+    for key, of_table in grouped.items():
+        columns = {column for cells in of_table.values() for column in cells}
         average = sorted(c for c in columns if c[0] == AVERAGE)
         ordered = sorted(c for c in columns if c[0] != AVERAGE) + average
+        lines = [line(*who, cells) for who, cells in of_table.items()]
         # Stable: within a kind, as they were measured.
-        lines = sorted(lines.values(), key=lambda line: _rank(line.kind))
-        tables.append(Table(protocols[key], ordered, lines))
+        lines.sort(key=lambda line: _rank(line.kind))
+        tables.append(Table(protocols[key], data[key], titles[key], ordered, lines))
     return tables
 
 
 def _rank(kind: str) -> int:
     return KINDS.index(kind) if kind in KINDS else 0
-
-
-def label(line: Line, table: Table) -> str:
-    """What a table calls a line; with digest or seed where the name alone is shared."""
-    same = [other for other in table.lines if other.name == line.name]
-    text = line.name
-    if len({other.digest for other in same}) > 1:
-        text += f" [{line.digest[:6]}]"
-    if len({other.seed for other in same}) > 1:
-        text += f", seed {line.seed}"
-    return text
 
 
 def heading(column: tuple, table: Table) -> str:
@@ -95,41 +109,120 @@ def cell(row: Result | None) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def markdown(tables: Sequence[Table]) -> str:
-    """Every table with its whole protocol under it."""
+def rival(line: Line, table: Table) -> tuple[tuple, Line] | None:
+    """The column in which a line is compared, and the best control there.
+
+    The column is the average over the scales, else 100 %, else the largest scale; of
+    these the first in which the line and a control have a row. The best control has the
+    highest value in it of all control lines of the table, whatever their feature and
+    seed: a choice by the test images, in the control's favour. None for a control, and
+    where no control has a row in a column of the line.
+    """
+    if line.kind == "encoder":
+        columns = sorted(table.columns, key=lambda c: (c[0] == AVERAGE, c[0] == 100.0))
+        for column in reversed(columns):
+            controls = [
+                other
+                for other in table.lines
+                if other.kind != "encoder" and column in other.cells
+            ]
+            if column in line.cells and controls:
+                return column, max(controls, key=lambda c: c.cells[column].value)
+    return None
+
+
+def verdict(line: Line, table: Table) -> str:
+    """Whether an encoder beats the best control outside the intervals; see `rival`.
+
+    Each line is compared with its own feature. `yes`: the lower end of its interval is
+    above the upper end of the control's. `no`: its value is not above the control's.
+    `not told`: its value is above the control's, but the intervals meet. `no control`:
+    there is none to compare with. `-`: the line is a control.
+    """
+    if line.kind != "encoder":
+        return "-"
+    found = rival(line, table)
+    if found is None:
+        return "no control"
+    column, control = found
+    row, other = line.cells[column], control.cells[column]
+    if row.low > other.high:
+        return "yes"
+    return "not told" if row.value > other.value else "no"
+
+
+def rivals(table: Table) -> list[str]:
+    """Which controls the encoders of a table are compared with, a line a column."""
+    compared = dict(filter(None, (rival(line, table) for line in table.lines)))
+    return [
+        f"{BEATS}: at {heading(column, table)}, against the best control, "
+        f"{control.name}, {control.feature_name}: {cell(control.cells[column])}"
+        for column, control in compared.items()
+    ]
+
+
+def markdown(
+    tables: Sequence[Table], figures: Mapping[str, Sequence[tuple[str, str]]]
+) -> str:
+    """Every table with its protocol and figures under it; digests in an appendix.
+
+    figures: of each protocol's key, the title and file of every figure, the files as
+    links from the document.
+    """
     parts = ["# Results", ""]
     for table in tables:
-        protocol = table.protocol
-        parts += [f"## {protocol.task}, {protocol.data['name']} ({protocol.key})", ""]
-        header = ["", "feature", *(heading(c, table) for c in table.columns)]
-        parts += [_row(header), _row(["---", "---", *["---:"] * len(table.columns)])]
+        parts += [f"## {_literal(table.heading)}", ""]
+        header = ["", "feature", *(heading(c, table) for c in table.columns), BEATS]
+        parts += [_row(header)]
+        parts += [_row(["---", "---", *["---:"] * len(table.columns), "---"])]
         for line in table.lines:
-            feature = FEATURE_NAMES.get(line.feature, line.feature)
             cells = [cell(line.cells.get(column)) for column in table.columns]
-            parts.append(_row([label(line, table), feature, *cells]))
-        parts += ["", *(f"- {text}" for text in statements(table)), ""]
-    return "\n".join(parts)
+            parts.append(
+                _row([line.name, line.feature_name, *cells, verdict(line, table)])
+            )
+        parts += ["", *(f"- {_literal(text)}" for text in statements(table)), ""]
+        for title, file in figures.get(table.protocol.key, ()):
+            parts += [f"![{_literal(title)}]({file})", ""]
+    return "\n".join([*parts, *appendix(tables)])
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(text.replace('|', '/') for text in cells)} |"
+    return f"| {' | '.join(map(_literal, cells))} |"
+
+
+def _literal(text: str) -> str:
+    """Names as they are: no formulas between dollars, no emphasis, one line."""
+    return re.sub(r"([\\`*<$|])", r"\\\1", " ".join(text.split()))
+
+
+def appendix(tables: Sequence[Table]) -> list[str]:
+    """What identifies protocols, data and encoders, and the classes by number."""
+    lines = [f"- {t.heading}: protocol {t.protocol.key}" for t in tables]
+    for table in tables:
+        parts = [
+            f"{part} fingerprint {table.protocol.data[part]['fingerprint']}, split "
+            f"{table.protocol.data[part]['split']}"
+            for part in ("train", "test")
+        ]
+        row = next(iter(table.lines[0].cells.values()))
+        classes = ", ".join(f"{i} {name}" for i, name in enumerate(row.class_names))
+        lines.append(f"- {table.data}: {'; '.join(parts)}; classes {classes}")
+    every = [line for table in tables for line in table.lines]
+    lines += [f"- {line.name}: digest {line.digest}" for line in every]
+    facts = map(_literal, dict.fromkeys(lines))
+    return ["## Appendix: digests and classes", "", *facts, ""]
 
 
 def statements(table: Table) -> list[str]:
-    """The protocol in full, a fact a line, and what the lines differ in beside it."""
-    protocol, rows = (
-        table.protocol,
-        [r for ln in table.lines for r in ln.cells.values()],
-    )
+    """The protocol, a fact a line, and what the lines differ in besides it."""
+    protocol = table.protocol
     data, interval = protocol.data, protocol.interval
-    parts = (data["train"], data["test"])
+    rows = [row for line in table.lines for row in line.cells.values()]
     facts = [
         f"{protocol.metric} in percent with its {100 * interval['level']:g} % interval "
         f"({interval['method']}, {interval['resamples']} resamples)",
-        f"data: {data['name']}, {data['classes']} classes, {parts[0]['images']} "
-        f"training and {parts[1]['images']} test images; fingerprints "
-        f"{parts[0]['fingerprint']} / {parts[1]['fingerprint']}, splits "
-        f"{parts[0]['split']} / {parts[1]['split']}",
+        f"data: {table.data}, {data['classes']} classes, {data['train']['images']} "
+        f"training and {data['test']['images']} test images",
         f"images: {protocol.crop} of the source to the column's size, "
         f"{protocol.resize}; 100 % is {protocol.base_size} px, to the nearest multiple "
         "of the patch",
@@ -141,6 +234,7 @@ def statements(table: Table) -> list[str]:
         ),
         f"{protocol.task}: "
         + ", ".join(f"{k}={v}" for k, v in protocol.options.items()),
+        *_compared(table),
     ]
     leaked = max(row.leaks["pixel_identical_test_images"] for row in rows)
     if leaked:
@@ -162,8 +256,7 @@ def statements(table: Table) -> list[str]:
             for text in (row.encoder["normalization"], row.feature_scaling)
         )
         fact = (
-            f"{label(line, table)}: digest {line.digest}, images {images}, features "
-            f"{features}, seed {line.seed}, "
+            f"{line.name}: images {images}, features {features}, seed {line.seed}, "
             + (f"median GSD told {', '.join(told)} m" if told else "reads no GSD")
         )
         if fact not in facts:
@@ -171,66 +264,34 @@ def statements(table: Table) -> list[str]:
     return facts
 
 
-def csv_text(results: Iterable[Result]) -> str:
-    """A line a row, with the protocol's key and its parts in columns."""
-    fields = (
-        "protocol", "task", "metric", "data", "classes", "train_images", "test_images",
-        "train_fingerprint", "test_fingerprint", "train_split", "test_split",
-        "base_size", "crop", "resize", "gsd_policy", "options", "encoder", "kind",
-        "digest", "normalization", "feature", "feature_scaling", "scale", "size",
-        "gsd_told", "seed", "value", "low", "high", "pixel_identical_test_images",
-    )  # fmt: skip
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    writer.writeheader()
-    for row in results:
-        protocol, data = row.protocol, row.protocol.data
-        writer.writerow(
-            {
-                "protocol": protocol.key,
-                **{n: getattr(protocol, n) for n in ("task", "metric", "base_size")},
-                **{n: getattr(protocol, n) for n in ("crop", "resize", "gsd_policy")},
-                "data": data["name"],
-                "classes": data["classes"],
-                "train_images": row.num_train,
-                "test_images": row.num_test,
-                **{
-                    f"{part}_{name}": data[part][name]
-                    for part in ("train", "test")
-                    for name in ("fingerprint", "split")
-                },
-                "options": " ".join(f"{k}={v}" for k, v in protocol.options.items()),
-                "encoder": row.encoder["name"],
-                **{n: row.encoder[n] for n in ("kind", "digest", "normalization")},
-                **{n: getattr(row, n) for n in ("feature", "feature_scaling", "seed")},
-                **{n: getattr(row, n) for n in ("value", "low", "high")},
-                **{n: _joined(getattr(row, n)) for n in ("scale", "size", "gsd_told")},
-                "pixel_identical_test_images": row.leaks["pixel_identical_test_images"],
-            }
-        )
-    return text.getvalue()
-
-
-def _joined(value) -> str:
-    if value is None:
-        return ""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _compared(table: Table) -> list[str]:
+    """What the column of verdicts means."""
+    if not (found := rivals(table)):
+        return [f"{BEATS}: no control has a row here to compare with"]
+    return [
+        *found,
+        f"{BEATS} is yes where the line's whole interval is above the control's, no "
+        "where its value is not above the control's, and not told where its value is "
+        "above but the intervals meet. The control is the best of this table, chosen "
+        "by the test images over all controls, features and seeds; a line is compared "
+        "with its own feature alone",
+    ]
 
 
 def terminal_table(results: Sequence[Result]) -> str:
     """What a binary prints at its end."""
     lines = []
     for table in create_tables(results):
-        rows = [["", "", *(heading(c, table) for c in table.columns)]]
+        rows = [["", "", *(heading(c, table) for c in table.columns), BEATS]]
         for line in table.lines:
             cells = [cell(line.cells.get(column)) for column in table.columns]
-            rows.append([label(line, table), line.feature, *cells])
+            rows.append([line.name, line.feature_name, *cells, verdict(line, table)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             first = [text.ljust(w) for text, w in zip(row[:2], widths, strict=False)]
             others = zip(row[2:], widths[2:], strict=True)
             lines.append("  ".join([*first, *(text.rjust(w) for text, w in others)]))
-        lines += ["", *_warnings(table)]
+        lines += ["", *rivals(table), *_warnings(table)]
     return "\n".join(["", *lines])
 
 

@@ -10,18 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from xsmae.errors import printable
-from xsmae.evaluation.rows import AVERAGE, Protocol, Result
-from xsmae.evaluation.tables import FEATURE_NAMES, Line, Table, label
+from xsmae.evaluation.rows import AVERAGE, Result
+from xsmae.evaluation.tables import FEATURE_NAMES, Line, Table
+from xsmae.figures.fonts import drawable
 from xsmae.figures.style import LEGEND, VIEW_COLOURS, save
 
 COLOURS = (*VIEW_COLOURS, "#56B4E9", "#D55E00", "#8C564B", "#332288")
+# As many as have no factor in common with the colours: combinations repeat late.
+DASHES = ("-", (0, (5, 2)), (0, (2, 1.2)), (0, (7, 2, 1.5, 2)), (0, (1, 1.5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CONTROL_STYLES = {
     "random": ("#555555", "--"),
     "thumbnail": ("#888888", "-."),
     "statistics": ("#222222", ":"),
 }
 NAMED_CLASSES = 30  # more do not fit with their counts
+LONGEST_NAME = 32  # of a class, in characters, before it is cut
 
 
 def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
@@ -37,45 +41,67 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
     features = features or [None]
     fig = Figure(figsize=(max(4.6 * len(features), 7), 5.6), layout="constrained")
     axes = fig.subplots(1, len(features), sharey=True, squeeze=False)[0]
-    names = list(
-        dict.fromkeys(
-            label(line, table)
-            for line in table.lines
-            if line.kind not in CONTROL_STYLES
-        )
-    )
+    styles = _styles(table)
     for ax, feature in zip(axes, features, strict=True):
         lines = [ln for ln in table.lines if ln.feature in (feature, ln.kind)]
         for index, line in enumerate(lines):
-            name = label(line, table)
-            colour, style = CONTROL_STYLES.get(line.kind, (None, "-"))
-            if colour is None:
-                colour = COLOURS[names.index(name) % len(COLOURS)]
             # A little apart, so that intervals at one scale do not hide each other.
             shift = 1.012 ** (index - (len(lines) - 1) / 2)
-            _line(ax, line, shift, color=colour, ls=style, label=name)
+            _line(ax, line, shift, label=line.name, **styles[line.name])
         _axis(ax, percents, table)
-        ax.set_title(FEATURE_NAMES.get(feature, ""), fontsize=11)
+        if feature is not None:
+            ax.set_title(f"feature: {FEATURE_NAMES[feature]}", fontsize=11)
     axes[0].set_ylabel(f"{table.protocol.metric} (%)", fontsize=10)
     # Some eleven characters an inch, so that the title is no wider than the panels.
-    title = _title(table.protocol, int(11 * fig.get_figwidth()))
+    title = _title(table, int(11 * fig.get_figwidth()))
     fig.suptitle(title, fontsize=11)
     handles = dict(
         (text, handle)
         for ax in axes
         for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
     )
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=2, **LEGEND)
+    fig.legend(
+        handles.values(), handles, loc="outside lower center", ncols=2,
+        handlelength=4, **LEGEND,
+    )  # fmt: skip
     save(fig, path)
     return True
 
 
-def _title(protocol: Protocol, width: int) -> str:
+def _styles(table: Table) -> dict[str, dict]:
+    """How each name of a table is drawn, so that equal curves are both seen.
+
+    Later lines lie over earlier ones: they are thinner and dashed, controls on top.
+    """
+    encoders, controls = (
+        list(dict.fromkeys(ln.name for ln in table.lines if test(ln.kind)))
+        for test in (lambda k: k not in CONTROL_STYLES, CONTROL_STYLES.__contains__)
+    )
+    kinds = {line.name: line.kind for line in table.lines}
+    styles = {}
+    for index, name in enumerate(encoders):
+        styles[name] = {
+            "color": COLOURS[index % len(COLOURS)],
+            "ls": DASHES[index % len(DASHES)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "lw": max(4.4 - 0.9 * index, 1.6),
+            "zorder": 2 + index / len(encoders),
+        }
+    for index, name in enumerate(controls):
+        colour, dashes = CONTROL_STYLES[kinds[name]]
+        marker = MARKERS[-1 - index % len(MARKERS)]
+        styles[name] = {"color": colour, "ls": dashes, "marker": marker, "lw": 1.3}
+        styles[name]["zorder"] = 3 + index / len(controls)
+    return styles
+
+
+def _title(table: Table, width: int) -> str:
+    protocol = table.protocol
     data, level = protocol.data, protocol.interval["level"]
     options = ", ".join(f"{k}={v}" for k, v in protocol.options.items())
     told = "its own" if protocol.gsd_policy == "true" else "that of 100 %"
     lines = (
-        f"{data['name']}: {protocol.task} {protocol.metric} over scales, "
+        f"{table.data}: {protocol.task} {protocol.metric} over scales, "
         f"{data['train']['images']:,} training and {data['test']['images']:,} test "
         "images",
         options,
@@ -93,10 +119,8 @@ def _line(ax: Axes, line: Line, shift: float, **style) -> None:
         shift * np.array([row.scale for row in rows]),
         value,
         [np.maximum(value - low, 0), np.maximum(high - value, 0)],
-        marker="o",
-        markersize=4,
+        markersize=5,
         capsize=3,
-        lw=1.6,
         elinewidth=1,
         **style,
     )
@@ -126,11 +150,13 @@ def _axis(ax: Axes, percents: list[float], table: Table) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def confusion_matrix(path: str | os.PathLike, row: Result, name: str) -> None:
+def confusion_matrix(
+    path: str | os.PathLike, row: Result, name: str, *, data: str
+) -> None:
     """Which classes are taken for which; colours in percent of the true class.
 
-    The counts are written in, where the classes are few enough. `name` is what the
-    table calls the encoder.
+    The counts are written in, where the classes are few enough. `name` and `data` are
+    what the table calls the encoder and the data.
     """
     # A class without test images has no accuracy, and an empty row.
     counts, classes = np.array(row.confusion), row.class_names
@@ -141,7 +167,7 @@ def confusion_matrix(path: str | os.PathLike, row: Result, name: str) -> None:
     image = ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
     fig.colorbar(image, ax=ax, shrink=0.75, label="percent of the true class")
     ticks = range(len(classes))
-    names = list(map(printable, classes))  # ticks are drawn from what is given here
+    names = [_class_name(index, name) for index, name in enumerate(classes)]
     ax.set_xticks(ticks, names, rotation=90, fontsize=8)
     accuracy = [
         f"{name}  {100 * row.per_class[c]:.0f} %" if c in row.per_class else name
@@ -164,9 +190,17 @@ def confusion_matrix(path: str | os.PathLike, row: Result, name: str) -> None:
     value, low, high = (100 * x for x in (row.value, row.low, row.high))
     feature = FEATURE_NAMES.get(row.feature, row.feature)
     ax.set_title(
-        f"{row.protocol.data['name']}, {row.protocol.task}: {name}, {feature}\n"
+        f"{data}, {row.protocol.task}: {name}, {feature}\n"
         f"{row.num_test:,} test images at {row.scale:g} % ({row.size} px), accuracy "
         f"{value:.1f} % [{low:.1f}, {high:.1f}]",
         fontsize=10,
     )
     save(fig, path)
+
+
+def _class_name(index: int, name: str) -> str:
+    """The name, cut where it is long; with its number where it is not all there."""
+    shown = drawable(" ".join(name.split()))
+    if len(shown) > LONGEST_NAME:
+        shown = f"{shown[: LONGEST_NAME - 4]} ..."
+    return shown if shown == name else f"{index}: {shown}"

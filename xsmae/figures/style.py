@@ -1,4 +1,4 @@
-"""What all figures share: colours, axes, images, scale bars, and how they are saved."""
+"""What all figures share: colours, axes, images, scale bars, how they are saved."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from xsmae.errors import printable
+from xsmae.figures.fonts import drawable, families
 from xsmae.process.files import atomic_write
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from matplotlib.axes import Axes
-
 
 # A colour a view, the same in every picture: Okabe and Ito's blue, orange, green and
 # purple, which stay apart for colour-blind readers.
@@ -68,6 +67,7 @@ def scale_bar(ax: Axes, width: int, gsd: float) -> None:
 
 
 def label_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Title and labels of a plot over steps or counts, with a light grid."""
     ax.set_title(title, fontsize=11)
     ax.set_xlabel(xlabel, fontsize=9)
     ax.set_ylabel(ylabel, fontsize=9)
@@ -80,6 +80,7 @@ def label_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def geometric_mean(gsd: np.ndarray) -> np.ndarray:
+    """One GSD for the two of an image's axes, the last dimension."""
     return np.sqrt(np.prod(np.asarray(gsd, np.float64), axis=-1))
 
 
@@ -92,10 +93,11 @@ def save(fig: Figure, path: str | os.PathLike) -> None:
     """Write a PNG whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Names of files and classes as they are: no formulas between dollars, and the codes
-    # of bytes that are no text.
+    # Names of files and classes as they are, in any script, and no formulas between
+    # dollars.
     for text in fig.findobj(Text):
         text.set_parse_math(False)
-        text.set_text(printable(text.get_text()))
+        text.set_fontfamily(families(text.get_text()))
+        text.set_text(drawable(text.get_text()))
     with atomic_write(path) as temporary:
         fig.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight")

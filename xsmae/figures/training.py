@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 
     from xsmae.methods import Pictures
 
-
 HIDDEN_GREY = np.float32(0.5)
-LOSS_UNITS = {"loss": "weighted sum of the terms"}
-for method in METHODS.values():
-    LOSS_UNITS |= {f"loss/{name}": unit for name, unit in method.units.items()}
+LOSS_UNITS = {"loss": "weighted sum of the terms"} | {
+    f"loss/{name}": unit
+    for method in METHODS.values()
+    for name, unit in method.units.items()
+}
 
 
 def reconstructions(

@@ -203,6 +203,7 @@ def make_plan(
         "memory": memory,
         "memory_there": chip.memory,
         "flops": flops,
+        "peak": {"flops": chip.flops, "of": chip.products},
         "arithmetic_seconds": arithmetic,
         "network_seconds": network,
         "network_share": network / (network + arithmetic),
@@ -224,6 +225,7 @@ def _products(config: ml_collections.ConfigDict, topology: Topology) -> float:
 def table(plan: dict[str, Any]) -> str:
     """A plan as Markdown."""
     memory = {name: value / 1e9 for name, value in plan["memory"].items()}
+    peak = f"{plan['peak']['flops'] / 1e12:g} TFLOPS of {plan['peak']['of']}"
     rows = [
         ("devices", plan["devices"]),
         ("batch, over all", plan["batch_size"]),
@@ -231,7 +233,10 @@ def table(plan: dict[str, Any]) -> str:
         ("temporary, in a step", f"{memory['temporary']:.2f} GB"),
         ("total", f"{memory['all']:.2f} of {plan['memory_there'] / 1e9:.0f} GB"),
         ("products per device", f"{plan['flops'] / 1e12:.3g} TFLOP"),
-        ("at the published peak", f"{1e3 * plan['arithmetic_seconds']:.2f} ms"),
+        (
+            f"at the published peak, {peak}",
+            f"{1e3 * plan['arithmetic_seconds']:.2f} ms",
+        ),
         ("network at its published rate", f"{1e3 * plan['network_seconds']:.2f} ms"),
         ("network's share, if nothing overlaps", f"{plan['network_share']:.1%}"),
         ("compiling", f"{plan['compile_seconds']} s"),

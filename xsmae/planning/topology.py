@@ -17,12 +17,12 @@ from xsmae.errors import UserError
 class Chip:
     """One device.
 
-    memory: bytes. flops: of bfloat16 products, dense, a second. bandwidth: of the
-    memory, bytes a second. link: what it sends to the others of its host or slice,
-    bytes a second, one way, all links together. between_hosts: the same to other hosts,
-    0 where `link` reaches them or no rate is published. capability: a GPU's compute
-    capability, "9.0". target: what XLA asks a GPU about itself. options: what libtpu is
-    told of a chip beside its name.
+    memory: bytes. flops: of dense products, a second, in `products`, the dtype that the
+    chip computes those of bfloat16 in. bandwidth: of the memory, bytes a second. link:
+    what it sends to the others of its host or slice, bytes a second, one way, all links
+    together. between_hosts: the same to other hosts, 0 where `link` reaches them or no
+    rate is published. capability: a GPU's compute capability, "9.0". target: what XLA
+    asks a GPU about itself. options: what libtpu is told of a chip beside its name.
     """
 
     memory: float
@@ -30,6 +30,7 @@ class Chip:
     bandwidth: float
     link: float
     between_hosts: float = 0
+    products: str = "bfloat16"
     capability: str = ""
     target: str = ""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -37,7 +38,7 @@ class Chip:
 
 def _gpu(
     memory, flops, bandwidth, link, card=0, *, name, capability, cores, fpus, threads,
-    shared, reserved=1024, l2, ghz,
+    shared, reserved=1024, l2, ghz, products="bfloat16",
 ):  # fmt: skip
     """A GPU of a host that has a network card of `card` bytes a second for each.
 
@@ -61,7 +62,7 @@ def _gpu(
         platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
         device_description_str: "NVIDIA {name}"
     """
-    return Chip(memory, flops, bandwidth, link, card, capability, target)
+    return Chip(memory, flops, bandwidth, link, card, products, capability, target)
 
 
 _hopper = {"capability": "9.0", "cores": 132, "fpus": 128, "threads": 2048}
@@ -107,6 +108,7 @@ GPUS = {
     "t4": _gpu(
         16e9, 8.1e12, 300e9, 16e9, name="T4", capability="7.5", cores=40, fpus=64,
         threads=1024, shared=65536, reserved=0, l2=4 * 2**20, ghz=1.59,
+        products="float32",
     ),
 }  # fmt: skip
 TPUS = {

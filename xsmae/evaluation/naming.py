@@ -1,0 +1,81 @@
+"""Distinct names for the encoders, data sets and protocols of one report."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import textwrap
+from collections.abc import Hashable, Mapping, Sequence
+
+from xsmae.evaluation.rows import Protocol
+
+
+def distinct_names(choices: Mapping[Hashable, Sequence[str]]) -> dict[Hashable, str]:
+    """A name for each key: its first choice if no other key shares that one.
+
+    Keys that share it get the first of their further choices in which they all differ,
+    else the last.
+    """
+    sharing = collections.defaultdict(list)
+    for key, names in choices.items():
+        sharing[names[0]].append(key)
+    found = {}
+    for keys in sharing.values():
+        levels = list(zip(*(choices[key] for key in keys), strict=True))
+        differing = [level for level in levels if len(set(level)) == len(keys)]
+        found |= zip(keys, (differing or levels[-1:])[0], strict=True)
+    return found
+
+
+def encoder_names(encoders: Mapping[str, Mapping]) -> dict[str, str]:
+    """By digest: the encoder's name, where shared with its folder, seed or digest."""
+    choices = {}
+    for digest, encoder in encoders.items():
+        name, origin = encoder["name"], encoder.get("origin", {})
+        seed = origin.get("random_seed")
+        place = origin.get("path", "") if seed is None else f"seed {seed}"
+        choices[digest] = [name, f"{name} ({place})", f"{name} ({digest[:6]})"]
+    return distinct_names(choices)
+
+
+def data_names(protocols: Mapping[str, Protocol]) -> dict[str, str]:
+    """By protocol: the data's name, where shared with its images, or a digest."""
+    keys, choices = {}, {}
+    for protocol_key, protocol in protocols.items():
+        data = protocol.data
+        # One data set may have two names, and two data sets one.
+        key = json.dumps({k: v for k, v in data.items() if k != "name"}, sort_keys=True)
+        name, keys[protocol_key] = data["name"], key
+        counts = " + ".join(f"{data[part]['images']:,}" for part in ("train", "test"))
+        digest = hashlib.sha256(key.encode()).hexdigest()[:6]
+        choices.setdefault(
+            key, [name, f"{name} ({counts} images)", f"{name} ({digest})"]
+        )
+    names = distinct_names(choices)
+    return {protocol_key: names[key] for protocol_key, key in keys.items()}
+
+
+def headings(protocols: Mapping[str, Protocol]) -> dict[str, str]:
+    """By protocol: task and data, where shared with what the protocols differ in."""
+    data = data_names(protocols)
+    plain = {key: f"{p.task}, {data[key]}" for key, p in protocols.items()}
+    choices = {}
+    for key, protocol in protocols.items():
+        others = [_facts(protocols[k]) for k in protocols if plain[k] == plain[key]]
+        differing = {
+            name: value
+            for name, value in _facts(protocol).items()
+            if any(other.get(name) != value for other in others)
+        }
+        text = ", ".join(f"{name}={value}" for name, value in differing.items())
+        short = textwrap.shorten(f"{plain[key]}: {text}", 100, placeholder=" ...")
+        choices[key] = [plain[key], short, f"{plain[key]} ({key})"]
+    return distinct_names(choices)
+
+
+def _facts(protocol: Protocol) -> dict[str, str]:
+    facts = {f.name: getattr(protocol, f.name) for f in dataclasses.fields(protocol)}
+    facts |= facts.pop("options") | facts.pop("interval")
+    return {name: str(value) for name, value in facts.items() if name != "data"}

@@ -1,0 +1,55 @@
+"""Text of any script: fonts that have its characters, and codes where none has.
+
+matplotlib draws each character in the first font of a list that has it, and an empty
+box and a warning where none has. Its own font, DejaVu Sans, has no Chinese, Japanese,
+Korean or Devanagari.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+BASE = "DejaVu Sans"  # matplotlib brings it
+
+
+def drawable(text: str) -> str:
+    """The text with codes, such as `\\u68ee`, for what no installed font has."""
+    fonts = families(text)
+    return "".join(
+        c
+        if c == "\n" or any(ord(c) in _characters(font) for font in fonts)
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def families(text: str) -> list[str]:
+    """The font families that draw the text, `BASE` first."""
+    missing = {c for c in text if ord(c) not in _characters(BASE)}
+    return [BASE, *_others(frozenset(missing - {"\n"}))]
+
+
+@functools.lru_cache(maxsize=1024)
+def _others(missing: frozenset[str]) -> tuple[str, ...]:
+    """Installed families that have some of the characters, by name, until all are."""
+    left, found = {ord(c) for c in missing}, []
+    for name in sorted({font.name for font in fontManager.ttflist}):
+        if not left:
+            break
+        # This one has a placeholder for every character that there is.
+        if not name.startswith("Last Resort") and left & _characters(name):
+            found.append(name)
+            left -= _characters(name)
+    return tuple(found)
+
+
+@functools.cache
+def _characters(family: str) -> frozenset[int]:
+    """The code points of the file that matplotlib takes for a family."""
+    try:
+        path = findfont(FontProperties(family=[family]), fallback_to_default=False)
+        return frozenset(get_font(path).get_charmap())
+    except (ValueError, RuntimeError, OSError):  # none fits, or it is damaged
+        return frozenset()
