@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 
-from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.font_manager import fontManager, get_font
 
 BASE = "DejaVu Sans"  # matplotlib brings it
 
@@ -47,9 +47,18 @@ def _others(missing: frozenset[str]) -> tuple[str, ...]:
 
 @functools.cache
 def _characters(family: str) -> frozenset[int]:
-    """The code points of the file that matplotlib takes for a family."""
+    """The code points of a family's regular fonts, whichever of them is taken."""
+    found = [
+        _of_file(font.fname)
+        for font in fontManager.ttflist
+        if font.name == family
+        and (font.style, font.weight) in (("normal", 400), ("normal", "regular"))
+    ]
+    return frozenset.intersection(*found) if found else frozenset()
+
+
+def _of_file(path: str) -> frozenset[int]:
     try:
-        path = findfont(FontProperties(family=[family]), fallback_to_default=False)
         return frozenset(get_font(path).get_charmap())
-    except (ValueError, RuntimeError, OSError):  # none fits, or it is damaged
+    except (RuntimeError, OSError):  # gone since matplotlib listed it, or damaged
         return frozenset()

@@ -84,7 +84,7 @@ def _styles(table: Table) -> dict[str, dict]:
             "color": COLOURS[index % len(COLOURS)],
             "ls": DASHES[index % len(DASHES)],
             "marker": MARKERS[index % len(MARKERS)],
-            "lw": max(4.4 - 0.9 * index, 1.6),
+            "lw": max(4 - 0.8 * index, 1.6),
             "zorder": 2 + index / len(encoders),
         }
     for index, name in enumerate(controls):
@@ -202,5 +202,5 @@ def _class_name(index: int, name: str) -> str:
     """The name, cut where it is long; with its number where it is not all there."""
     shown = drawable(" ".join(name.split()))
     if len(shown) > LONGEST_NAME:
-        shown = f"{shown[: LONGEST_NAME - 4]} ..."
+        shown = f"{shown[: LONGEST_NAME - 4].rstrip()} ..."
     return shown if shown == name else f"{index}: {shown}"
