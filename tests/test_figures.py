@@ -168,6 +168,20 @@ def test_loss_curves_show_accuracy_in_percent(tmp_path, drawn_lines):
     np.testing.assert_allclose(labelled["encoder, patch mean: 65.0%"], [70, 65])
 
 
+def test_equal_accuracies_are_both_seen(tmp_path):
+    """Of the two features: the wider line shows on both sides of the other."""
+    colour = figures.VIEW_COLOURS[0]
+    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    shown = []
+    for other in (0.7, 0.6):
+        rows = [{"step": step, **KNN, "knn/accuracy_cls": other} for step in (0, 500)]
+        path = tmp_path / str(other) / "losses.png"
+        figures.loss_curves(path, rows)
+        shown.append((np.abs(read_png(path) - np.array(rgb)).max(-1) < 12).sum())
+    equal, apart = shown
+    assert equal > 0.6 * apart
+
+
 @pytest.mark.parametrize(
     ("num_views", "spread", "as_line"), [(1, 0, True), (2, 1e-6, True), (2, 0.5, False)]
 )

@@ -245,31 +245,33 @@ def _curves(ax: Axes, rows: Sequence[Mapping], name: str, names: set[str]) -> No
     title = "total loss" if name == "loss" else name.removeprefix("loss/")
     lost = steps[np.isnan(values)]
     if len(lost):
-        title += f" ({len(lost)} logged values not finite)"
+        title += f" (logged values not finite: {len(lost)})"
         mark = {"color": ALARM, "markersize": 14, "transform": ax.get_xaxis_transform()}
         ax.plot(lost, np.zeros(len(lost)), "|", **mark)
-    if parts:
-        ax.legend(**LEGEND)
+    if parts:  # losses fall, and leave that corner free
+        ax.legend(loc="upper right", **LEGEND)
     smoothing = f" (line: running mean of {window} logged values)" if window > 1 else ""
     label_axes(ax, title, f"step{smoothing}", LOSS_UNITS.get(name, "loss"))
 
 
 def _knn(ax: Axes, rows: Sequence[Mapping]) -> None:
     """The encoder's accuracy, and the controls that it has to beat as level lines."""
-    for name, label, colour, style in (
-        ("accuracy_mean", "encoder, patch mean", VIEW_COLOURS[0], "-"),
-        ("accuracy_cls", "encoder, class token", VIEW_COLOURS[1], "-"),
-        ("random_encoder_mean", "random encoder, patch mean", VIEW_COLOURS[0], "--"),
-        ("random_encoder_cls", "random encoder, class token", VIEW_COLOURS[1], "--"),
-        ("image_statistics", "image statistics", NEUTRAL, ":"),
+    mean, token = VIEW_COLOURS[:2]
+    # Those after the first are thinner, so that equal ones are both seen.
+    for name, label, colour, style, width in (
+        ("accuracy_mean", "encoder, patch mean", mean, "o-", 3.5),
+        ("accuracy_cls", "encoder, class token", token, "s-", 1.3),
+        ("random_encoder_mean", "random encoder, patch mean", mean, "--", 3.5),
+        ("random_encoder_cls", "random encoder, class token", token, "--", 1.3),
+        ("image_statistics", "image statistics", NEUTRAL, ":", 1.5),
     ):
         steps, values = _series(rows, f"knn/{name}")
         if not len(values):
             continue
-        line = {"color": colour, "ls": style, "label": f"{label}: {values[-1]:.1%}"}
-        if style == "-":
-            ax.plot(steps, 100 * values, marker="o", markersize=4, **line)
+        line = {"color": colour, "lw": width, "label": f"{label}: {values[-1]:.1%}"}
+        if name.startswith("accuracy"):
+            ax.plot(steps, 100 * values, style, markersize=2.5 + width, **line)
         else:
-            ax.axhline(100 * values[-1], **line)
+            ax.axhline(100 * values[-1], ls=style, **line)
     label_axes(ax, "kNN accuracy (legend: the latest)", "step", "accuracy (%)")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), **LEGEND)
