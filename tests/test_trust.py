@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.runs import SMALL_MODEL, SMALL_RUN, call, refused
 from xsmae.checkpoints import digests
-from xsmae.cli.verify import main as verify
+from xsmae.cli.verify import checkpoints as verify
 from xsmae.errors import UserError
 from xsmae.process import watchdog
 from xsmae.process.files import read_jsonl

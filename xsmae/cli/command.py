@@ -87,8 +87,12 @@ def _called(call: Call, argv: list[str], less_memory: str) -> int:
 
 def _has_no_reader(stream: TextIO) -> bool:
     """True if the stream is a pipe that nobody reads any more."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # of a notebook, which has none
+        return False
     poll = select.poll()
-    poll.register(stream.fileno(), 0)
+    poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
