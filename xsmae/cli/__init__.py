@@ -15,6 +15,7 @@ COMMANDS = {
     "knn": ("knn", "measure an encoder by its nearest neighbours, over scales"),
     "probe": ("probe", "measure a frozen encoder by a linear classifier"),
     "finetune": ("finetune", "measure an encoder by training all of it with labels"),
+    "embed": ("embed", "features of a folder of images, as a Parquet table"),
     "results": ("results", "tables and figures of what was measured"),
     "check-data": ("check_data", "read a data set before training on it"),
     "convert": ("convert", "weights from and to other frameworks"),

@@ -96,10 +96,14 @@ def _has_no_reader(stream: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def stoppable(call: Callable[[list[str], Callable[[], bool]], int]) -> Call:
+def stoppable(
+    call: Callable[[list[str], Callable[[], bool]], int],
+    left: str = "stopped; the same command resumes from here",
+) -> Call:
     """A command that SIGINT and SIGTERM stop between two batches.
 
-    call(argv, should_stop) raises KeyboardInterrupt where should_stop() is True.
+    call(argv, should_stop) raises KeyboardInterrupt where should_stop() is True. left:
+    what is printed then.
     """
 
     def stopped(argv: list[str]) -> int:
@@ -107,10 +111,7 @@ def stoppable(call: Callable[[list[str], Callable[[], bool]], int]) -> Call:
             try:
                 return call(argv, lambda: stop.signal is not None)
             except KeyboardInterrupt:
-                print(
-                    "xsmae: stopped; the same command resumes from here",
-                    file=sys.stderr,
-                )
+                print(f"xsmae: {left}", file=sys.stderr)
                 return 128 + (stop.signal or signal.SIGINT)
 
     return stopped

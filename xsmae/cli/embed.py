@@ -1,0 +1,144 @@
+"""xsmae embed images --gsd=0.5 --encoder=runs/quickstart --out=features.parquet
+
+Writes the features of a folder of images to a Parquet table. A row an image: id (its path in the folder), label (its sub-folder, if any), gsd (metres
+per pixel as the encoder was told) and embedding. pandas, DuckDB and pyarrow read it:
+
+    table = pyarrow.parquet.read_table("features.parquet")
+    x = numpy.stack(table["embedding"].to_numpy())
+
+Instead of a folder, --data=configs/NAME.py --data.FIELD=VALUE embeds any data set.
+Images that cannot be used are left out and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_collections
+from absl import flags
+
+from xsmae.cli.arguments import parse_flags
+from xsmae.cli.command import example, run, stoppable
+from xsmae.cli.evaluation import define_data, parts_of, split_parts
+from xsmae.data.catalogue import build_source
+from xsmae.data.records import Source
+from xsmae.errors import UserError, printable
+from xsmae.evaluation.embeddings import write_embeddings
+from xsmae.evaluation.evaluate import subject_of
+from xsmae.evaluation.features import FEATURES
+from xsmae.evaluation.subjects import MISSING_BANDS
+
+SHOWN = 20  # unusable images; the file's metadata names all
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    define_data(values)
+
+    def string(name, default, text):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+
+    string("encoder", None, "An encoder's folder, a workdir, RUN/checkpoints/STEP.")
+    string("out", "features.parquet", "The file that is written.")
+    flags.DEFINE_float(
+        "gsd", None, "Metres per pixel of the folder's images.", flag_values=values
+    )
+    string("gsd_csv", None, "Or a table with the columns path,gsd.")
+    flags.DEFINE_integer(
+        "size",
+        None,
+        "Pixels that the largest central square of each image is resized to, with its "
+        "GSD. Default: those of training.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "pooling",
+        None,
+        FEATURES,
+        "Class token or mean patch. Default: the encoder's own.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "missing_bands",
+        "refuse",
+        MISSING_BANDS,
+        "What an encoder of more bands than the images have is given for the others: "
+        "their mean, or it is refused.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "batch_size",
+        64,
+        "Images that the encoder gets at a time.",
+        flag_values=values,
+    )
+
+
+def embed(argv: list[str], should_stop: Callable[[], bool]) -> int:
+    """Embed what the flags name, say what was left out; returns the exit status."""
+    fields, rest = split_parts(argv)
+    values = flags.FlagValues()
+    define_flags(values)
+    folders = parse_flags(values, rest, files=True)
+    if not values.encoder:
+        raise UserError(f"--encoder is missing: {example(__doc__)}")
+    config = None
+    if values.data is not None or any(fields.values()):
+        config = parts_of(values, fields, doc=__doc__)
+    source = _source(folders, values, config)
+    encoder = subject_of(
+        values.encoder, config=config, missing_bands=values.missing_bands
+    )
+    found = write_embeddings(
+        encoder,
+        source,
+        values.out,
+        size=values.size,
+        pooling=values.pooling,
+        batch_size=values.batch_size,
+        should_stop=should_stop,
+    )
+    names = list(found.unusable.items())
+    for name, reason in names[:SHOWN]:
+        print(printable(f"left out: {name}: {reason}"))
+    if len(names) > SHOWN:
+        print(f"and {len(names) - SHOWN} more: the metadata of {values.out}")
+    left_out = f", {len(names)} left out" if names else ""
+    print(f"{values.out}: {found.images} images{left_out}", flush=True)
+    return 0
+
+
+def _source(
+    folders: list[str],
+    values: flags.FlagValues,
+    config: ml_collections.ConfigDict | None,
+) -> Source:
+    """The images of the one folder, or of the config."""
+    if len(folders) + (config is not None) != 1:
+        raise UserError(
+            f"{len(folders)} folders{' and --data' if config else ''} given, expected "
+            "one folder, or --data=configs/NAME.py"
+        )
+    if config is None:
+        fields = {"root": folders[0], "gsd": values.gsd, "gsd_csv": values.gsd_csv}
+        data, flag = {"source": "folder", **fields}, "--"
+    else:
+        for name in ("gsd", "gsd_csv"):
+            if values[name].present:
+                raise UserError(f"--{name} is for a folder: give --data.{name}")
+        data, flag = config.data.to_dict(), "--data."
+    try:
+        return build_source(data)
+    except UserError as error:
+        raise UserError(str(error).replace("--config.data.", flag)) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `xsmae embed`; returns the exit status."""
+    return run(
+        stoppable(embed, "stopped, nothing is written"),
+        argv,
+        doc=__doc__,
+        sections={"Flags": define_flags},
+        less_memory="lower --batch_size",
+    )
