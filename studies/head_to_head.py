@@ -16,30 +16,34 @@ import json
 import sys
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+import xsmae
 import xsmae.main
 from studies import config as systems
-from xsmae.cli import knn
-from xsmae.cli import probe as linear_probe
 from xsmae.config import EXECUTION_FIELDS, flatten
+from xsmae.data.records import Source
 from xsmae.errors import UserError
 from xsmae.evaluation.rows import append_all, now, read
 from xsmae.evaluation.subjects import open_encoder
 from xsmae.process.environment import describe_environment
 from xsmae.process.files import read_jsonl
+from xsmae.process.signals import StopRequest
 
 STUDIES = Path(__file__).parent
 SCHEMA = 2
 SEEDS = (0, 1, 2)
 # What is evaluated: the encoders' own input size is 100 %, so that 12.5 % is one patch.
 BASE_SIZE = 64
-# Task -> its binary, and the scales in percent.
-TASKS = {"knn": (knn, "12.5,25,50,100"), "linear_probe": (linear_probe, "100")}
+# Task -> its scales in percent, and its options where they are not the default.
+TASKS = {
+    "knn": {"scales": (12.5, 25.0, 50.0, 100.0)},
+    "linear_probe": {"scales": (100.0,)},
+}
 BANK_EVERY = 4  # of EuroSAT's training images, the bank's; all of UC Merced's
 # Run with all seeds though they are not compared: the change of `published` that does
 # more than all others together, and what of `corrected` most suggests that it were
@@ -64,10 +68,14 @@ class DataSet:
     gsd: float
     bank_every: int
 
-    @property
-    def arguments(self) -> list[str]:
-        """The flags of an evaluation but for the lists."""
-        return [f"--data=configs/{self.name.removesuffix('_rgb')}.py"]
+    def source(self, folder: Path, part: str) -> Source:
+        """The images of the list `part`: `bank` or `test`."""
+        config = xsmae.load_config(self.name.removesuffix("_rgb"))
+        return xsmae.open_source(
+            config,
+            root=str(folder / self.folder),
+            split=str(folder / f"{self.name}_{part}.txt"),
+        )
 
 
 DATA_SETS = (
@@ -155,29 +163,30 @@ def pretrain(system: str, seed: int, folder: Path, workdir: Path, changes) -> in
     )
 
 
-def evaluate(name: str, folder: Path, workdir: Path) -> int:
+def evaluate(
+    name: str, folder: Path, workdir: Path, should_stop: Callable[[], bool]
+) -> None:
     """kNN over the scales and the linear probe at 100 %, on both test splits.
 
     The rows go to `<folder>/rows`, where the next run finds those of the controls.
+    Raises KeyboardInterrupt between two batches once `should_stop()`.
     """
     for one in DATA_SETS:
-        shared = [
-            f"--encoder={workdir / 'encoder'}",
-            f"--name={name}",
-            *one.arguments,
-            f"--data.root={folder / one.folder}",
-            f"--train.split={folder / f'{one.name}_bank.txt'}",
-            f"--test.split={folder / f'{one.name}_test.txt'}",
-            f"--base_size={BASE_SIZE}",
-            f"--cache={folder / 'features'}",
-        ]
-        for task, (binary, scales) in TASKS.items():
-            arguments = [*shared, f"--scales={scales}"]
-            rows = folder / "rows" / f"{task}.jsonl"
-            status = binary.main([task, *arguments, f"--results={rows}"])
-            if status:
-                return status
-    return 0
+        bank, test = (one.source(folder, part) for part in ("bank", "test"))
+        for task, options in TASKS.items():
+            xsmae.evaluate(
+                workdir / "encoder",
+                bank,
+                test,
+                task=task,
+                base_size=BASE_SIZE,
+                results=folder / "rows" / f"{task}.jsonl",
+                cache=folder / "features",
+                name=name,
+                data_name=one.folder,
+                should_stop=should_stop,
+                **options,
+            )
 
 
 def publish(rows: Path, results: Path, digest: str) -> None:
@@ -276,9 +285,13 @@ def _run_all(values: flags.FlagValues, runs: list[tuple[str, int]]) -> int:
         start = time.monotonic()
         status = pretrain(system, seed, folder, workdir, changes)
         seconds = time.monotonic() - start
-        status = status or evaluate(name, folder, workdir)
         if status:
             return status
+        with StopRequest() as stop:
+            try:
+                evaluate(name, folder, workdir, lambda: stop.signal is not None)
+            except KeyboardInterrupt:
+                return 128 + (stop.signal or 2)
         row = account(system, seed, fields, workdir, seconds)
         for task in TASKS:
             file = f"{task}.jsonl"

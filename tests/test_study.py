@@ -10,8 +10,6 @@ from PIL import Image
 
 from studies import config as systems
 from studies import head_to_head, report
-from xsmae.cli import knn
-from xsmae.cli import probe as linear_probe
 from xsmae.config import flatten
 from xsmae.evaluation.rows import read
 
@@ -121,8 +119,9 @@ def archives(tmp_path):
 
 
 def test_a_run_from_the_zips_to_the_tables(archives, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(head_to_head.TASKS, "knn", (knn, "25,100"))
-    monkeypatch.setattr(linear_probe, "PENALTIES", (1.0, 10.0))  # soon found
+    monkeypatch.setitem(head_to_head.TASKS, "knn", {"scales": (25.0, 100.0)})
+    soon = {"scales": (100.0,), "penalties": (1.0, 10.0)}
+    monkeypatch.setitem(head_to_head.TASKS, "linear_probe", soon)
     folder, results = tmp_path / "work", tmp_path / "results"
     command = ["study", f"--data={archives}", f"--folder={folder}", "--seeds=3", *SMALL]
     command += [f"--results={results}", "--only=corrected"]
