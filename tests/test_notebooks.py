@@ -19,34 +19,34 @@ from tests.support.execute_notebooks import (
 )
 from xsmae.process.files import read_jsonl
 
-SMALL = [
-    "--config.data.size=32",
-    "--config.views.size=32",
-    "--config.model.embed_dim=12",
-    "--config.model.depth=1",
-    "--config.model.num_heads=2",
-    "--config.model.decoder_embed_dim=16",
-    "--config.model.decoder_depth=1",
-    "--config.model.decoder_num_heads=2",
-    "--config.batch_size=16",
-    "--config.log_every=5",
-    "--config.knn.batch_size=32",
-]
+SMALL = {
+    "data.size": 32,
+    "views.size": 32,
+    "model.embed_dim": 12,
+    "model.depth": 1,
+    "model.num_heads": 2,
+    "model.decoder_embed_dim": 16,
+    "model.decoder_depth": 1,
+    "model.decoder_num_heads": 2,
+    "batch_size": 16,
+    "log_every": 5,
+    "knn.batch_size": 32,
+}
 SETTINGS = {
     "quickstart": {
         "STEPS": 20,
         "TRAIN_IMAGES": 80,
         "TEST_IMAGES": 40,
-        "SCALES": "50,100",
+        "SCALES": (50, 100),
         "PICTURE_SIZE": 32,
         "MORE": SMALL,
     },
     "linear_probe": {
-        "SCALES": "25,50",
+        "SCALES": (25, 50),
         "IMAGES_PER_CLASS": 6,
-        "PENALTIES": "1",
+        "PENALTIES": (1,),
         "STEPS": 20,
-        "MORE": [*SMALL, "--config.data.num_images=40"],
+        "MORE": {**SMALL, "data.num_images": 40},
     },
 }
 DRAWING = {
