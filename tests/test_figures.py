@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xsmae.bands import Bands
 from xsmae.figures import training as figures
 from xsmae.methods import Pictures
 from xsmae.run import drawing
@@ -14,7 +15,7 @@ from xsmae.run.drawing import GSD_SAMPLES
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.1, 0.25)
 PATCH, SIZE, SAMPLES = 8, 32, 2
-SPACE = {"mean": MEAN, "std": STD}
+BANDS = Bands(("red", "green", "blue"), MEAN, STD)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def drawn_lines(monkeypatch):
 def test_to_pixels_by_hand():
     images = np.array([[0, 1, -1], [0.5, 0, 20], [np.nan, 0, 0]], np.float32)
     expected = [[0.4, 0.6, 0.05], [0.5, 0.5, 1.0], [0.0, 0.5, 0.3]]
-    np.testing.assert_allclose(figures.to_pixels(images, **SPACE), expected, rtol=1e-6)
+    np.testing.assert_allclose(figures.to_pixels(images, BANDS), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_views", [1, 2])
@@ -74,7 +75,7 @@ def test_reconstructions(tmp_path, rng, num_views):
         ("prediction", "larger"),
     )
     gsd = np.full((SAMPLES, num_views, 2), 0.3)
-    figures.reconstructions(path, pictures, gsd, **SPACE)
+    figures.reconstructions(path, pictures, gsd, bands=BANDS)
     height, width, _ = read_png(path).shape
     assert 400 < height < 800
     assert 800 * num_views < width < 1300 * num_views

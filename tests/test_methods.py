@@ -11,6 +11,7 @@ from flax import nnx
 
 from tests.support.models import MODEL, some_noise, some_views
 from xsmae import losses
+from xsmae.bands import BANDS, Bands
 from xsmae.methods import METHODS
 from xsmae.methods.scale_mae import frequencies_of
 from xsmae.models.mae import MAE, Views
@@ -78,7 +79,8 @@ def target_views(scale=2, batch=3):
         "box": np.tile(np.array([0.0, 0, 16, 16], np.float32), (batch, 1, 1)),
         "flip": np.zeros((batch, 2), bool),
     }
-    return prepare_views(batch, mean=(0.4,) * 3, std=(0.2,) * 3, target_scale=scale)
+    bands = Bands(BANDS, (0.4,) * 3, (0.2,) * 3)
+    return prepare_views(batch, bands=bands, target_scale=scale)
 
 
 def test_every_method_shares_the_blocks():

@@ -12,6 +12,7 @@ from flax import nnx
 from xsmae.configs import common
 
 from tests.support.models import MODEL, some_batch
+from xsmae.bands import BANDS, Bands
 from xsmae.methods import METHODS
 from xsmae.optim import create_optimizer, decay_mask
 from xsmae.train_state import create_train_state, prepare_views, train_step
@@ -68,8 +69,7 @@ def trainer(
         weights=dict(zip(names, weights, strict=False)),
         optimizer=optimizer,
         noise_size=16,
-        mean=(0.4, 0.4, 0.4),
-        std=(0.2, 0.2, 0.2),
+        bands=Bands(BANDS, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2)),
         accumulation_steps=accumulation_steps,
     )
     return jax.jit(step), state
@@ -222,7 +222,9 @@ def test_clipping_bounds_the_update():
 
 
 def test_views_are_normalised_from_bytes():
-    views = prepare_views(some_batch(), mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    views = prepare_views(
+        some_batch(), bands=Bands(BANDS, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    )
     image = some_batch()["image"].astype(np.float64) / 255
     expected = (image - [0.5, 0.4, 0.3]) / [0.1, 0.2, 0.3]
     np.testing.assert_allclose(views.images, expected, atol=1e-4)

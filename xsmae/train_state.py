@@ -13,6 +13,7 @@ import optax
 from einops import rearrange
 from flax import nnx
 
+from xsmae.bands import Bands
 from xsmae.models.mae import Views
 from xsmae.models.position import relative_box
 from xsmae.ops import resize
@@ -63,19 +64,14 @@ def create_train_state(
 
 
 def prepare_views(
-    batch: Mapping[str, Array],
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    target_scale: int = 1,
+    batch: Mapping[str, Array], *, bands: Bands, target_scale: int = 1
 ) -> Views:
     """What the pipeline read, as the model takes it: normalised, boxes relative.
 
-    `mean` and `std` per band are of values in 0-1. With `target_scale` > 1 what was
-    read is the target, and the model's images are its means over that many pixels.
+    With `target_scale` > 1 what was read is the target, and the model's images are its
+    means over that many pixels.
     """
-    mean, std = (255 * jnp.array(x, jnp.float32) for x in (mean, std))
-    images, target = (batch["image"].astype(jnp.float32) - mean) / std, None
+    images, target = bands.normalize(batch["image"]), None
     if target_scale > 1:
         target, (height, width) = images, images.shape[2:4]
         images = resize.area(target, (height // target_scale, width // target_scale))
@@ -103,8 +99,7 @@ def train_step(
     weights: Mapping[str, float],
     optimizer: Optimizer,
     noise_size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    bands: Bands,
     target_scale: int = 1,
     accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
@@ -121,7 +116,7 @@ def train_step(
     A total or a gradient that is not finite leaves parameters, optimiser and batch
     statistics as they were, and is counted.
     """
-    views = prepare_views(batch, mean=mean, std=std, target_scale=target_scale)
+    views = prepare_views(batch, bands=bands, target_scale=target_scale)
     noise = draw_noise(jax.random.fold_in(state.key, state.step), views, noise_size)
 
     def loss_fn(params, batch_stats, views, noise):

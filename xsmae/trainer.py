@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from xsmae.bands import Bands
 from xsmae.config import check_ranges
 from xsmae.data.pipeline import make_batches
 from xsmae.data.records import Source
@@ -23,6 +24,7 @@ from xsmae.data.views import ViewSampler
 from xsmae.errors import UserError
 from xsmae.methods import METHODS, Method, Pictures
 from xsmae.models.build import EXECUTION
+from xsmae.models.pooling import POOLINGS, pool
 from xsmae.optim import Optimizer, create_optimizer
 from xsmae.sharding import (
     by_batch,
@@ -126,11 +128,8 @@ def create_trainer(
     optimizer = _optimizer(config, schedule)
     model, loss = config.model.to_dict(), config.loss.to_dict()
     size, channels = config.views.size, len(config.bands)
-    preparation = {
-        "mean": config.mean,
-        "std": config.std,
-        "target_scale": method.target_scale(model),
-    }
+    bands = Bands.of(config)
+    preparation = {"bands": bands, "target_scale": method.target_scale(model)}
 
     def build(rngs: nnx.Rngs, **changes: Any) -> nnx.Module:
         fields = model | changes
@@ -172,11 +171,10 @@ def create_trainer(
         out_shardings=replicated(mesh),
     )
     def features(params, images, gsd):
-        mean, std = (jnp.array(config[n]) for n in ("mean", "std"))
         stats = jax.tree.map(jnp.zeros_like, shapes.batch_stats)
         encoder = nnx.merge(exported, params, stats).encoder
-        tokens = encoder((images.astype(jnp.float32) / 255 - mean) / std, gsd=gsd)
-        return {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(axis=1)}
+        tokens = encoder(bands.normalize(bands.rescale(images)), gsd=gsd)
+        return {pooling: pool(tokens, pooling) for pooling in POOLINGS}
 
     step = jax.jit(
         step,

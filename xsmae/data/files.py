@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xsmae.data.images import BANDS
+from xsmae.bands import BANDS
 from xsmae.data.picture import open_picture
 from xsmae.data.records import BaseSource, Record, decoded, fingerprint
 from xsmae.errors import UserError

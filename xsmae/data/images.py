@@ -49,13 +49,12 @@ from PIL import ExifTags, Image, ImageOps
 from xsmae.data.tiff import MAGIC, check_tiff, has_nodata
 from xsmae.errors import BadImageError
 
-BANDS = ("red", "green", "blue")  # of every decoded image, in this order
 FORMATS = ("JPEG", "PNG", "WEBP")  # and TIFF, once it is checked
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 MIN_SIDE = 32
 MAX_PIXELS = 89_478_485  # PIL.Image.MAX_IMAGE_PIXELS: 256 MiB of RGB
 
-_MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA")
+MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA")
 
 
 def decode(
@@ -189,7 +188,7 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
     # MPO: the first picture is the photograph, the others are previews of it.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise BadImageError(f"animated ({image.n_frames} frames); save one frame")
-    if image.mode not in _MODES:
+    if image.mode not in MODES:
         raise BadImageError(
             f"mode {image.mode}; expected RGB, grey or an opaque palette"
         )

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from xsmae.data.images import BANDS, MAX_PIXELS, MIN_SIDE
+from xsmae.bands import BANDS
+from xsmae.data.images import MAX_PIXELS, MIN_SIDE
 from xsmae.data.picture import open_picture
 from xsmae.data.records import (
     GSD_HELP,

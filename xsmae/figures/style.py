@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from xsmae.bands import Bands
 from xsmae.figures.fonts import drawable, families
 from xsmae.process.files import atomic_write
 
@@ -29,11 +30,10 @@ LEGEND = {"fontsize": 9, "frameon": False}
 
 
 def to_pixels(
-    images: Float[np.ndarray, "... bands"], mean: Sequence[float], std: Sequence[float]
+    images: Float[np.ndarray, "... bands"], bands: Bands
 ) -> Float[np.ndarray, "... bands"]:
     """Normalised images in 0-1; what a diverged model predicts, NaN, is black."""
-    pixels = np.asarray(images, np.float32) * np.float32(std) + np.float32(mean)
-    return np.nan_to_num(pixels).clip(0, 1)
+    return np.nan_to_num(bands.denormalize(images)).clip(0, 1)
 
 
 def show(ax: Axes, image: np.ndarray) -> None:

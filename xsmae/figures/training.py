@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from xsmae.bands import Bands
 from xsmae.figures.style import (
     ALARM,
     LEGEND,
@@ -51,20 +52,19 @@ def reconstructions(
     pictures: Pictures,
     gsd: Float[np.ndarray, "n views 2"],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    bands: Bands,
 ) -> None:
     """A row a sample, for each view its input, what the encoder saw, the predictions.
 
-    `gsd` in metres per pixel, (y, x); `mean` and `std` of the bands, in 0-1.
+    `gsd` in metres per pixel, (y, x).
     """
     hidden = np.asarray(pictures.hidden)
-    shown = to_pixels(pictures.images, mean, std)
+    shown = to_pixels(pictures.images, bands)
     panels = {
         "input": shown,
         f"{100 * hidden.mean():.0f} % hidden": np.where(hidden, HIDDEN_GREY, shown),
         **{
-            title: to_pixels(images, mean, std)
+            title: to_pixels(images, bands)
             for title, images in zip(pictures.titles, pictures.panels, strict=True)
         },
     }

@@ -12,7 +12,7 @@ import operator
 
 import numpy as np
 
-from xsmae.data.images import BANDS
+from xsmae.bands import BANDS
 from xsmae.data.records import BaseSource, Record
 from xsmae.data.synthetic.canvas import Canvas, Materials
 from xsmae.data.synthetic.ground import Ground, hashed

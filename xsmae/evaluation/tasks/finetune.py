@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from xsmae.bands import Bands
 from xsmae.evaluation.fitting.augment import mix, random_erasing
 from xsmae.evaluation.fitting.fit import Learner
 from xsmae.evaluation.fitting.recipe import Plan
 from xsmae.evaluation.measure import Measurement
 from xsmae.models.build import build_encoder
 from xsmae.models.drop_path import drop_path_scales
+from xsmae.models.pooling import pool
 from xsmae.models.vit import Encoder, LayerNorm
 from xsmae.optim import Optimizer, decay_mask
 from xsmae.sharding import by_batch, create_mesh, replicated
@@ -72,8 +74,8 @@ class Classifier(nnx.Module):
         tokens = self.encoder(images, gsd=gsd, branch_scales=branch_scales)
         tokens = tokens.astype(jnp.float32)
         if self.fc_norm is None:
-            return self.head(tokens[:, 0])
-        return self.head(self.fc_norm(tokens[:, 1:].mean(axis=1)))
+            return self.head(pool(tokens, "cls"))
+        return self.head(self.fc_norm(pool(tokens, "mean")))
 
 
 def layer_scales(params: PyTree, *, depth: int, decay: float) -> PyTree:
@@ -126,6 +128,7 @@ def create_learner(
 ) -> Learner:
     """`job.encoder`'s network with its weights, and a new linear layer."""
     info, num_classes = job.encoder.info, len(job.parts.class_names)
+    bands = Bands.of(info)
     shape = dict(info["architecture"])
     if feature == "mean":
         shape["encoder_norm"] = False
@@ -159,12 +162,11 @@ def create_learner(
     graphdef, state = create_train_state(build, optimizer, jax.random.key(job.seed))
     mesh = create_mesh(recipe["batch_size"])
     whole, divided = replicated(mesh), by_batch(mesh)
-    normalize = functools.partial(_normalized, mean=info["mean"], std=info["std"])
     step = functools.partial(
         finetune_step,
         graphdef=graphdef,
         optimizer=optimizer,
-        normalize=normalize,
+        normalize=bands.normalize,
         num_classes=num_classes,
         depth=shape["depth"],
         recipe=recipe,
@@ -175,7 +177,7 @@ def create_learner(
     @functools.partial(jax.jit, in_shardings=(whole, rows, rows))
     def scores(state, images, gsd):
         network = nnx.merge(graphdef, state.params, state.batch_stats)
-        return network(normalize(images), gsd=gsd)
+        return network(bands.normalize(images), gsd=gsd)
 
     return Learner(
         state=jax.device_put(state, whole),
@@ -198,7 +200,7 @@ def finetune_step(
     *,
     graphdef: nnx.GraphDef,
     optimizer: Optimizer,
-    normalize: functools.partial,
+    normalize: Callable,
     num_classes: int,
     depth: int,
     recipe: Mapping[str, Any],
@@ -235,8 +237,3 @@ def finetune_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     state = updated(state, grads, state.batch_stats, finite=finite, optimizer=optimizer)
     return state, loss
-
-
-def _normalized(images, *, mean, std):
-    mean, std = (255 * jnp.array(x, jnp.float32) for x in (mean, std))
-    return (images.astype(jnp.float32) - mean) / std

@@ -1,0 +1,80 @@
+"""The bands of images, and the only place that normalises them.
+
+Images are stored as digital numbers (uint8, 0 to 255). Mean and standard deviation are
+those of the numbers divided by `scale`, hence of values in 0-1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Shaped
+
+BANDS = ("red", "green", "blue")  # of every decoded image, in this order
+
+
+@dataclasses.dataclass(frozen=True)
+class Bands:
+    """The bands of images in order, and how their values become a network's input.
+
+    mean, std: one number per band, of values in 0-1. units: of the values that mean and
+    std describe, in words. dtype: of stored images. scale: what stored values are
+    divided by to lie in 0-1.
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    units: str = "digital numbers 0-255 divided by 255"
+    dtype: str = "uint8"
+    scale: float = 255.0
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Bands:
+        """The `bands`, `mean` and `std` of a config or an encoder.json."""
+        return cls(*(tuple(fields[name]) for name in ("bands", "mean", "std")))
+
+    def rescale(
+        self, images: Shaped[Array, "*batch bands"]
+    ) -> Float[Array, "*batch bands"]:
+        """Stored values as float32 in 0-1, not normalised."""
+        return images.astype(np.float32) / self.scale
+
+    def normalize(
+        self, images: Shaped[Array, "*batch bands"]
+    ) -> Float[Array, "*batch bands"]:
+        """float32 of zero mean and unit variance; NumPy's arrays or JAX's.
+
+        images: as stored, or floating numbers in 0-1.
+        """
+        # Their own module: this one is imported where there is no JAX.
+        xp = images.__array_namespace__()
+        mean, std = (xp.asarray(x, dtype=xp.float32) for x in (self.mean, self.std))
+        if images.dtype == self.dtype:
+            # One pass less over the images than after `rescale`.
+            mean, std = self.scale * mean, self.scale * std
+        return (images.astype(xp.float32) - mean) / std
+
+    def denormalize(
+        self, images: Float[np.ndarray, "*batch bands"]
+    ) -> Float[np.ndarray, "*batch bands"]:
+        """The float32 values in 0-1 of normalised images, which may lie outside it."""
+        images = np.asarray(images, np.float32)
+        return images * np.float32(self.std) + np.float32(self.mean)
+
+    def places(self, names: Sequence[str]) -> list[int]:
+        """Where among these bands each of `names` is; ValueError if one is not."""
+        return [list(self.names).index(name) for name in names]
+
+    def complete(
+        self, images: Shaped[np.ndarray, "*batch some"], names: Sequence[str]
+    ) -> Float[np.ndarray, "*batch bands"]:
+        """All bands in 0-1, of stored images of `names`; the others at their mean."""
+        whole = np.tile(np.float32(self.mean), (*images.shape[:-1], 1))
+        whole[..., self.places(names)] = self.rescale(images)
+        return whole
