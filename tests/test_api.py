@@ -18,7 +18,7 @@ from xsmae.evaluation.evaluate import subject_of
 from xsmae.evaluation.subjects import open_encoder
 from xsmae.evaluation.tasks.catalogue import create_task
 from xsmae.process.signals import StopRequest
-from xsmae.weights.encoder import write_random_encoder
+from xsmae.weights.encoder import Encoder
 
 NAMES = {
     "Encoder", "evaluate", "export", "import_weights", "load_config", "load_encoder",
@@ -108,7 +108,7 @@ def exported(tmp_path):
         "image_size": 16,
         **{name: config[name] for name in ("bands", "mean", "std")},
     }
-    write_random_encoder(tmp_path / "encoder", info, seed=3)
+    Encoder.random(info, seed=3).save(tmp_path / "encoder")
     return tmp_path / "encoder"
 
 

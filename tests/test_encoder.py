@@ -14,10 +14,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import xsmae
+from xsmae.bands import BANDS, Bands
 from xsmae.errors import UserError
 from xsmae.models.build import build_encoder
 from xsmae.models.position import patch_positions
-from xsmae.weights.encoder import LoadedEncoder, load_encoder, to_timm, write_encoder
+from xsmae.weights.description import describe_encoder, to_timm
+from xsmae.weights.encoder import Encoder, load_encoder
 
 MODEL = {
     "patch_size": 4,
@@ -55,16 +57,13 @@ def apply(encoder, images, gsd=None):
 
 
 def write(directory, encoder, **changes):
-    write_encoder(
-        directory,
-        encoder,
-        model={**MODEL, **changes},
+    described = describe_encoder(
+        {**MODEL, **changes},
         image_size=SIZE,
-        bands=("red", "green", "blue"),
-        mean=MEAN,
-        std=STD,
+        bands=Bands(BANDS, MEAN, STD),
         run={"steps": 7},
     )
+    Encoder(encoder, described).save(directory)
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def loaded(**changes):
         "std": STD,
         "pooling": "mean",
     }
-    return LoadedEncoder(build(**changes), info)
+    return Encoder(build(**changes), info)
 
 
 def some_images(batch=3, height=SIZE, width=SIZE):

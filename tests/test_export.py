@@ -186,7 +186,7 @@ def test_positions_of_a_gsd(format, scaled, tmp_path):
     tensors, _, notes = exported(scaled, tmp_path, format, gsd=0.5, image_size=8)
     written = tensors[POSITIONS[format]]
     assert written.shape == (1, 5, 16)
-    positions = xsmae.load_encoder(scaled).encoder.positions
+    positions = xsmae.load_encoder(scaled).network.positions
     expected = positions((2, 2), gsd=jnp.full((1, 2), 0.5))
     np.testing.assert_array_equal(written[:, 1:], expected)
     np.testing.assert_array_equal(written[:, 0], 0)

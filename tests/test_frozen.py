@@ -83,7 +83,7 @@ def test_what_cannot_be_opened(workdir, config, tmp_path):
     for text in (unfinished, unfinished / "checkpoints" / "7"):
         with pytest.raises(UserError, match=said):
             open_encoder(str(text), config=config)
-    with pytest.raises(UserError, match="holds neither encoder"):
+    with pytest.raises(UserError, match=r"holds no encoder\.json and no checkpoints"):
         open_encoder(str(tmp_path), config=config)
     saved = json.loads((unfinished / "config.json").read_text())
     saved["model"]["embed_dim"] = 32

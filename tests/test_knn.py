@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from tests.support.devices import run_on_devices
+from xsmae.bands import Bands
 from xsmae.cli import knn
 from xsmae.cli import pretrain as pretraining
 from xsmae.cli.arguments import parse
@@ -22,7 +23,8 @@ from xsmae.evaluation.rows import read
 from xsmae.evaluation.tasks.knn import knn_predict, nearest, vote
 from xsmae.run.monitors import create_monitors
 from xsmae.trainer import create_trainer
-from xsmae.weights.encoder import write_encoder
+from xsmae.weights.description import describe_encoder
+from xsmae.weights.encoder import Encoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,10 +207,10 @@ def test_the_monitor_measures_what_the_binary_does(tmp_path, dtype):
     _, monitor = create_monitors(config, build_source(config.data))
     found = monitor.accuracy(functools.partial(trainer.encode, state.params))
     encoder = nnx.merge(trainer.graphdef, state.params, state.batch_stats).encoder
-    write_encoder(
-        tmp_path / "encoder", encoder, model=config.model, image_size=24,
-        bands=config.bands, mean=config.mean, std=config.std, run={},
-    )  # fmt: skip
+    described = describe_encoder(
+        config.model, image_size=24, bands=Bands.of(config), run={}
+    )
+    Encoder(encoder, described).save(tmp_path / "encoder")
     done = call(
         tmp_path, f"--encoder={tmp_path / 'encoder'}", "--data=configs/quickstart.py",
         *(f"--{name}={value}" for name, value in images.items()),

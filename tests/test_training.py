@@ -27,7 +27,7 @@ from xsmae.evaluation.rows import read
 from xsmae.evaluation.scales import create_scales
 from xsmae.evaluation.tasks import finetune as finetuning
 from xsmae.evaluation.tasks import published_probe
-from xsmae.weights.encoder import write_random_encoder
+from xsmae.weights.encoder import Encoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -293,7 +293,7 @@ def newest(folder):
 
 def test_a_row_for_the_encoder_and_one_for_its_control(tmp_path, monkeypatch):
     """An exported encoder has a random one of its architecture beside it."""
-    write_random_encoder(tmp_path / "mine", tiny_encoder().info, seed=5)
+    Encoder.random(tiny_encoder().info, seed=5).save(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     short = ["--recipe.epochs=1", "--recipe.warmup_epochs=0", "--encoder=mine"]
     short = ["xsmae", *DATA, *short, "--recipe.mixup=0", "--recipe.cutmix=0"]

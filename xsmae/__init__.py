@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from xsmae.data.catalogue import open_source
     from xsmae.evaluation.evaluate import evaluate
     from xsmae.evaluation.rows import read_results
-    from xsmae.weights.encoder import LoadedEncoder as Encoder
-    from xsmae.weights.encoder import load_encoder
-    from xsmae.weights.importing import export, import_weights
+    from xsmae.weights.encoder import Encoder, load_encoder
+    from xsmae.weights.export import export
+    from xsmae.weights.importing import import_weights
 
 __version__ = "0.1.0"
 
@@ -44,16 +44,16 @@ __all__ = [
     "read_results",
 ]
 
-# Name -> the module that has it, and its name there.
+# Name -> the module that has it.
 _HOMES = {
-    "Encoder": ("xsmae.weights.encoder", "LoadedEncoder"),
-    "evaluate": ("xsmae.evaluation.evaluate", "evaluate"),
-    "export": ("xsmae.weights.importing", "export"),
-    "import_weights": ("xsmae.weights.importing", "import_weights"),
-    "load_config": ("xsmae.config", "load_config"),
-    "load_encoder": ("xsmae.weights.encoder", "load_encoder"),
-    "open_source": ("xsmae.data.catalogue", "open_source"),
-    "read_results": ("xsmae.evaluation.rows", "read_results"),
+    "Encoder": "xsmae.weights.encoder",
+    "evaluate": "xsmae.evaluation.evaluate",
+    "export": "xsmae.weights.export",
+    "import_weights": "xsmae.weights.importing",
+    "load_config": "xsmae.config",
+    "load_encoder": "xsmae.weights.encoder",
+    "open_source": "xsmae.data.catalogue",
+    "read_results": "xsmae.evaluation.rows",
 }
 
 
@@ -61,8 +61,7 @@ def __getattr__(name: str) -> Any:
     # Lazy, so that `import xsmae.models` needs nothing beyond jax and flax.
     if name not in _HOMES:
         raise AttributeError(f"module 'xsmae' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from xsmae.bands import Bands
 from xsmae.checkpoints import Checkpoints
 from xsmae.checkpoints.saving import Saver
 from xsmae.data.catalogue import build_source
@@ -41,7 +42,9 @@ from xsmae.trainer import (
     create_sampler,
     create_trainer,
 )
-from xsmae.weights.encoder import write_encoder
+from xsmae.weights.description import describe_encoder
+from xsmae.weights.encoder import Encoder
+from xsmae.weights.gsd_range import GsdRange, seen_by_all
 from xsmae.weights.warm_start import keep_config, load_weights
 
 
@@ -177,6 +180,7 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
     batches = batches_of(config, run.source, run.sampler, start, num_steps)
     previous, due = None, False  # previous: a step's metrics and images
     gsds = drawing.Gsds(run)
+    gsd_range = GsdRange(run.workdir, start=start)
     for step, batch in enumerate(progress.receive(batches), start + 1):
         try:
             replaced = run.rejected.check(batch, step=step)
@@ -195,6 +199,7 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
 
         last = step == num_steps
         gsds.add(batch)
+        gsd_range.add(step, drawing.gsd_seen(run, batch["gsd"]))
         if step % config.log_every == 0 or step == 1 or last:
             values = {name: float(value) for name, value in metrics.items()}
             values["epoch"] = step / trainer.schedule.steps_per_epoch
@@ -243,16 +248,14 @@ def finish(run: Run, state: TrainState) -> None:
     # Whole on every device, which takes all processes; one of them writes.
     whole = jax.jit(lambda *parts: parts, out_shardings=replicated(trainer.mesh))
     model = nnx.merge(trainer.graphdef, *whole(state.params, state.batch_stats))
+    gsd_range = seen_by_all(run.workdir, trainer.schedule.num_steps)
     if jax.process_index() != 0:
         return
-    write_encoder(
-        run.workdir / "encoder",
-        model.encoder,
-        model=config.model,
+    described = describe_encoder(
+        config.model,
         image_size=config.views.size,
-        bands=config.bands,
-        mean=config.mean,
-        std=config.std,
+        bands=Bands.of(config),
+        gsd_range=gsd_range,
         run={
             "method": config.method,
             "seed": config.seed,
@@ -261,6 +264,7 @@ def finish(run: Run, state: TrainState) -> None:
             "data": repr(run.source),
         },
     )
+    Encoder(model.encoder, described).save(run.workdir / "encoder")
 
 
 def _check_limit(run: Run, rejected: int, step: int, state: TrainState) -> None:

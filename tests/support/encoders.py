@@ -7,9 +7,11 @@ import numpy as np
 from flax import nnx
 from xsmae.configs import common
 
+from xsmae.bands import Bands
 from xsmae.evaluation.subjects import FrozenEncoder, open_encoder
 from xsmae.models.build import build_encoder
-from xsmae.weights.encoder import write_encoder
+from xsmae.weights.description import describe_encoder
+from xsmae.weights.encoder import Encoder
 from xsmae.weights.layouts import leaves
 
 MODEL = {
@@ -68,14 +70,8 @@ def make_encoder(directory, bands=("red", "green", "blue"), **changes):
         for path, leaf in leaves(encoder).items()
     }
     nnx.update(encoder, nnx.State(nnx.traversals.unflatten_mapping(state)))
-    write_encoder(
-        directory,
-        encoder,
-        model=model,
-        image_size=16,
-        bands=bands,
-        mean=tuple(0.1 * (i + 1) for i in range(len(bands))),
-        std=(0.2,) * len(bands),
-        run={},
-    )
+    mean = tuple(0.1 * (i + 1) for i in range(len(bands)))
+    read = Bands(bands, mean, (0.2,) * len(bands))
+    described = describe_encoder(model, image_size=16, bands=read, run={})
+    Encoder(encoder, described).save(directory)
     return directory

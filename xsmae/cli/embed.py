@@ -1,8 +1,8 @@
 """xsmae embed images --gsd=0.5 --encoder=runs/quickstart --out=features.parquet
 
-Writes the features of a folder of images to a Parquet table, a row an image: id (its
-path in the folder), label (its sub-folder, if any), gsd (metres per pixel as the encoder
-was told) and embedding. pandas, DuckDB and pyarrow read it:
+Writes the features of a folder of images to a Parquet table. A row is an image: id (its
+path in the folder), label (its sub-folder, if any), gsd (metres per pixel for the
+encoder) and embedding. pandas, DuckDB and pyarrow read it:
 
     table = pyarrow.parquet.read_table("features.parquet")
     x = numpy.stack(table["embedding"].to_numpy())

@@ -13,25 +13,25 @@ from typing import Any
 import ml_collections
 
 from xsmae.configs import common
+from xsmae.data.square import RESIZE
 from xsmae.errors import UserError
 from xsmae.evaluation import scales as scales_of
-from xsmae.evaluation.features import RESIZE
 from xsmae.evaluation.measure import INTERVAL, Measurement, check_features, measure
 from xsmae.evaluation.parts import Data, Parts, name_of, open_parts
 from xsmae.evaluation.rows import Protocol, Result, check_writable
 from xsmae.evaluation.subjects import (
     PIXEL_CONTROLS,
     FrozenEncoder,
+    frozen_encoder,
     open_encoder,
     pixel_control,
     random_encoder,
 )
 from xsmae.evaluation.tasks.catalogue import Task, create_task
-from xsmae.weights.encoder import LoadedEncoder
-from xsmae.weights.importing import folder_of
+from xsmae.weights.encoder import Encoder
 
 # What is measured: an encoder in memory, or what `open_encoder` takes.
-Subject = LoadedEncoder | FrozenEncoder | str | os.PathLike
+Subject = Encoder | FrozenEncoder | str | os.PathLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +203,9 @@ def subject_of(
     how = {"config": config, "seed": seed, "missing_bands": missing_bands}
     if isinstance(encoder, str | os.PathLike):
         return open_encoder(os.fspath(encoder), name=name, **how)
-    with folder_of(encoder) as folder:
-        found = open_encoder(str(folder), name=name or "encoder", **how)
-    return dataclasses.replace(found, origin={"run": encoder.info.get("run")})
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"encoder={encoder!r}, expected an encoder, or its folder")
+    return frozen_encoder(encoder, name or "encoder", {}, missing_bands=missing_bands)
 
 
 def _controls(

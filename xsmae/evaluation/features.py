@@ -8,22 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from xsmae.data.records import Source, pixel_digest
+from xsmae.data.square import square
 from xsmae.errors import BadImageError, UserError
+from xsmae.models.pooling import POOLINGS
 
-FEATURES = ("cls", "mean")
+FEATURES = POOLINGS  # of an encoder; the controls have one of their own
 THUMBNAIL_SIZE = 8  # pixels; the smallest scale in use, 12.5 % of 64, is not enlarged
 
 # From images [n, size, size, 3] uint8 and their GSDs [n, 2] to features [n, width].
 Encode = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
-
-
-# How whole images are brought to a size, as result rows say it. Pillow's BOX weighs
-# every source pixel of an output pixel's square alike, exactly so where the sides
-# divide; it would repeat pixels where the image is enlarged, hence bicubic there.
-RESIZE = "area-averaged (Pillow BOX); bicubic where enlarged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +42,6 @@ def spread(total: int, most: int) -> np.ndarray:
     if not most or most >= total:
         return np.arange(total)
     return np.arange(most) * total // most
-
-
-def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]:
-    """The largest central square, resized as `RESIZE` says, and its GSD."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    resized = Image.fromarray(image).resize(
-        (size, size),
-        Image.Resampling.BOX if size <= side else Image.Resampling.BICUBIC,
-        box=(left, top, left + side, top + side),
-        reducing_gap=None,  # one step: no coarser first reduction
-    )
-    return np.asarray(resized), gsd * side / size
 
 
 def read_images(
@@ -126,7 +107,8 @@ def encode_batches(
         count = len(batch.images)
         padding = [(0, batch_size - count)]
         images = np.pad(batch.images, padding + [(0, 0)] * 3)
-        gsd = np.pad(batch.gsd, [*padding, (0, 0)], constant_values=1.0)
+        # Repeated, since the encoder warns of a GSD that it does not know.
+        gsd = np.pad(batch.gsd, [*padding, (0, 0)], "edge")
         encoded = encode(images, gsd)
         yield batch, {k: np.asarray(v)[:count] for k, v in encoded.items()}
 

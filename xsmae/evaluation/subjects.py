@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-import numpy as np
 
+from xsmae.bands import BANDS
 from xsmae.configs import common
-from xsmae.data.images import BANDS
 from xsmae.errors import UserError
 from xsmae.evaluation.features import (
     FEATURES,
@@ -24,15 +21,9 @@ from xsmae.evaluation.features import (
     image_statistics,
     thumbnail,
 )
-from xsmae.models.vit import Encoder
-from xsmae.weights.encoder import (
-    ARCHITECTURE,
-    GROUPS,
-    check_network,
-    load_encoder,
-    write_random_encoder,
-)
-from xsmae.weights.from_checkpoint import export_checkpoint, no_encoder_in
+from xsmae.models.vit import Encoder as Network
+from xsmae.weights.description import ARCHITECTURE, GROUPS, check_network
+from xsmae.weights.encoder import Encoder, load_encoder
 
 # What becomes of the bands of an encoder that images do not have.
 MISSING_BANDS = ("refuse", "mean")
@@ -70,7 +61,7 @@ class FrozenEncoder:
     reads_gsd: bool
     standardize: bool
     encode: Encode
-    network: Encoder | None = None
+    network: Network | None = None
     filled: tuple[str, ...] = ()
 
     @property
@@ -100,7 +91,6 @@ def open_encoder(
     an encoder's bands that images do not have. Raises UserError where there is no such
     thing.
     """
-    exported = functools.partial(_exported, missing_bands=missing_bands)
     if text in PIXEL_CONTROLS:
         return pixel_control(text, name=name)
     kind, _, argument = text.partition(":")
@@ -112,23 +102,24 @@ def open_encoder(
             missing_bands=missing_bands,
         )
     path = Path(text)
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        with tempfile.TemporaryDirectory() as folder:
-            export_checkpoint(path, Path(folder))
-            run = path.parent.parent.name
-            return exported(Path(folder), name or f"{run}@{path.name}", {"path": text})
-    if not path.is_dir():
+    step = path.name if path.parent.name == "checkpoints" else ""
+    if not path.is_dir() and not step.isdigit():
         raise UserError(
             f"encoder={text}: no such folder, expected an exported encoder, a workdir, "
             "RUN/checkpoints/STEP, random:SIZE, statistics or thumbnail"
         )
-    if not (path / "encoder.json").exists():
-        if not (path / "encoder" / "encoder.json").exists():
-            raise UserError(no_encoder_in(path))
-        path = path / "encoder"
+    encoder = load_encoder(path)
+    name = name or _name(path, step)
+    return frozen_encoder(encoder, name, {"path": text}, missing_bands=missing_bands)
+
+
+def _name(path: Path, step: str) -> str:
+    """What a table calls the encoder of a folder: its run, and its step if not last."""
     run = path.absolute()
-    run = run.parent.name if run.name == "encoder" else run.name
-    return exported(path, name or run, {"path": text})
+    if step.isdigit():
+        return f"{run.parent.parent.name}@{step}"
+    exported = run.name == "encoder" and (run / "encoder.json").exists()
+    return run.parent.name if exported else run.name
 
 
 def pixel_control(kind: str, *, name: str | None = None) -> FrozenEncoder:
@@ -161,50 +152,37 @@ def random_encoder(
         f"random encoder ({shape['embed_dim']} wide, {shape['depth']} deep, patch "
         f"{shape['patch_size']})"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_encoder(Path(folder), info, seed=seed)
-        return _exported(
-            Path(folder),
-            name,
-            {"random_seed": seed},
-            kind="random",
-            missing_bands=missing_bands,
-        )
+    return frozen_encoder(
+        Encoder.random(info, seed=seed),
+        name,
+        {"random_seed": seed},
+        kind="random",
+        missing_bands=missing_bands,
+    )
 
 
-def _exported(
-    path: Path,
+def frozen_encoder(
+    encoder: Encoder,
     name: str,
     origin: Mapping[str, Any],
     *,
     kind: str = "encoder",
     missing_bands: str,
 ) -> FrozenEncoder:
-    """The encoder of a folder with `encoder.json` and `encoder.safetensors`."""
-    encoder = load_encoder(path)
-    # Who made it and under which licence changes no feature.
-    told = {k: v for k, v in encoder.info.items() if k not in ("run", "licence")}
-    weights = (path / "encoder.safetensors").read_bytes()
-    shape = encoder.info["architecture"]
-    places, filled = _bands(name, encoder.info["bands"], missing_bands)
-    mean = np.array(encoder.info["mean"], np.float32)
+    """An encoder as evaluations use it."""
+    shape, bands = encoder.info["architecture"], encoder.bands
+    filled = _filled(name, bands.names, missing_bands)
 
     def encode(images, gsd):
-        if places != list(range(len(mean))):
-            whole = np.tile(mean, (*images.shape[:3], 1))
-            whole[..., places] = images / np.float32(255)
-            images = whole
+        if bands.names != BANDS:
+            images = bands.complete(images, BANDS)
         tokens = encoder.tokens(images, gsd=gsd)
-        return dict(zip(FEATURES, (tokens[:, 0], tokens[:, 1:].mean(1)), strict=True))
+        return {feature: encoder.pool(tokens, feature) for feature in FEATURES}
 
     return FrozenEncoder(
         name=name,
         kind=kind,
-        digest=_digest(
-            json.dumps(told, sort_keys=True).encode(),
-            weights,
-            *([b"missing bands at their mean"] if filled else []),
-        ),
+        digest=encoder.digest_with(*[b"missing bands at their mean"] * bool(filled)),
         origin={**origin, "run": encoder.info.get("run")},
         info=encoder.info,
         features=FEATURES,
@@ -212,18 +190,16 @@ def _exported(
         reads_gsd=shape["position"] != "fixed",
         standardize=False,
         encode=encode,
-        network=encoder.encoder,
+        network=encoder.network,
         filled=filled,
     )
 
 
-def _bands(
-    name: str, bands: Sequence[str], missing_bands: str
-) -> tuple[list[int], tuple[str, ...]]:
-    """Where among an encoder's bands those of the images go, and the bands left over.
+def _filled(name: str, bands: Sequence[str], missing_bands: str) -> tuple[str, ...]:
+    """The bands of an encoder that images lack.
 
     Raises UserError where the encoder does not have the images' bands, or where some
-    are left over and `missing_bands` does not say what they are.
+    are lacking and `missing_bands` does not say what they are.
     """
     lacking = [band for band in BANDS if band not in bands]
     filled = tuple(band for band in bands if band not in BANDS)
@@ -238,7 +214,7 @@ def _bands(
             f"{what}: --missing_bands=mean gives it each of the other "
             f"{len(filled)} at its mean, otherwise give an encoder of the images' bands"
         )
-    return [list(bands).index(band) for band in BANDS], filled
+    return filled
 
 
 def _info_of_size(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from xsmae.bands import Bands
 from xsmae.errors import BadImageError
 from xsmae.figures import training as figures
 from xsmae.process.files import read_jsonl
@@ -52,9 +53,8 @@ def progress(run: Run, state: TrainState, step: int) -> None:
     figures.reconstructions(
         folder / f"reconstructions_{step:07}.png",
         pictures,
-        _gsd_seen(run, batch["gsd"]),
-        mean=config.mean,
-        std=config.std,
+        gsd_seen(run, batch["gsd"]),
+        bands=Bands.of(config),
     )
 
 
@@ -83,11 +83,11 @@ class Gsds:
         heights = box[:, 0, 2] - box[:, 0, 0]
         figures.gsd_histogram(
             self._path,
-            _gsd_seen(self._run, gsd),
+            gsd_seen(self._run, gsd),
             source_gsd=gsd[:, 0, 0] * self._run.sampler.size / heights,
         )
 
 
-def _gsd_seen(run: Run, gsd: np.ndarray) -> np.ndarray:
+def gsd_seen(run: Run, gsd: np.ndarray) -> np.ndarray:
     """The GSD that the model sees of crops of `gsd`, which may be a finer target."""
     return gsd * (run.sampler.size // run.config.views.size)

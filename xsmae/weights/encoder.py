@@ -1,9 +1,13 @@
-"""The encoder that is carried away: written in timm's names, loaded as a callable."""
+"""The encoder that is carried away: in memory, in its folder, and as a callable."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,122 +16,92 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
+from xsmae.bands import Bands
+from xsmae.config import DTYPES
 from xsmae.errors import UserError
-from xsmae.models.build import EXECUTION, Config, build_encoder, channel_groups
-from xsmae.models.position import patch_positions
-from xsmae.models.vit import Encoder
+from xsmae.models.pooling import POOLINGS, pool
+from xsmae.models.vit import Encoder as Network
+from xsmae.ops.attention.api import IMPLEMENTATIONS
 from xsmae.process.files import atomic_write, write_json
-from xsmae.weights.layouts import collect, encoder_weights, load
+from xsmae.weights.description import (
+    check_network,
+    describe_encoder,
+    from_timm,
+    new_network,
+    no_encoder_in,
+    read_description,
+    to_timm,
+)
+from xsmae.weights.embedding import embed_all, open_images
+from xsmae.weights.inputs import check_gsd, check_images, check_patches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    Gsd = float | Sequence[float] | np.ndarray | None
 
-SCHEMA = 1
-POOLINGS = ("cls", "mean")
-
-# What of `config.model` goes into encoder.json, and what loading reads besides.
-ARCHITECTURE = (
-    "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_style",
-    "norm_epsilon", "encoder_norm", "position", "reference_gsd",
-)  # fmt: skip
-GROUPS = ("channel_groups", "group_dim")  # SatMAE's
-REQUIRED = ("architecture", "bands", "mean", "std", "pooling")
+# What of a description changes no feature: who made the weights, on what.
+NOT_IN_DIGEST = ("run", "licence", "gsd_range")
 
 
-def to_timm(
-    encoder: Encoder, model: Config, *, grid: tuple[int, int]
-) -> dict[str, np.ndarray]:
-    """The encoder's weights as timm's `VisionTransformer` names and shapes them.
-
-    `pos_embed` is that of a `grid` at the reference GSD, zeros for the class token.
-    With groups of bands the names are SatMAE's, and there is no `pos_embed`.
-    """
-    tensors = collect(encoder, encoder_weights(model))
-    if not channel_groups(model):
-        position = patch_positions(grid, encoder.embed_dim)
-        position = jnp.pad(position, [(0, 0), (1, 0), (0, 0)])
-        tensors["pos_embed"] = np.asarray(position)
-    return tensors
-
-
-def from_timm(
-    encoder: Encoder, model: Config, tensors: Mapping[str, np.ndarray]
-) -> None:
-    """Put `to_timm`'s tensors into `encoder`, in place.
-
-    Raises UserError with the names that are missing, extra or of another shape.
-    """
-    tensors = {k: v for k, v in tensors.items() if k != "pos_embed"}  # is computed
-    load(encoder, encoder_weights(model), tensors)
-
-
-def write_encoder(
-    directory: Path,
-    encoder: Encoder,
-    *,
-    model: Mapping[str, Any],
-    image_size: int,
-    bands: tuple[str, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    run: Mapping[str, Any],
-) -> None:
-    """Write `encoder.safetensors` and `encoder.json` into `directory`.
-
-    `model` is `config.model`; `run` says what run the encoder comes from.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    grid = (image_size // encoder.patch_size,) * 2
-    tensors = to_timm(encoder, model, grid=grid)
-    with atomic_write(directory / "encoder.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(
-        directory / "encoder.json",
-        {
-            "schema": SCHEMA,
-            "architecture": {
-                name: model[name] for name in (*ARCHITECTURE, *GROUPS) if name in model
-            },
-            "image_size": image_size,
-            "bands": list(bands),
-            "units": "digital numbers 0-255 divided by 255",
-            "mean": list(mean),
-            "std": list(std),
-            "gsd_units": "metres per pixel",
-            "pooling": "mean",
-            "licence": "the weights are their maker's; the data's licence applies",
-            "run": dict(run),
-        },
-    )
-
-
-class LoadedEncoder:
+class Encoder:
     """An encoder with all that it must be told: `encoder(images, gsd=...)` -> features.
 
-    info: the content of `encoder.json`. encoder: the network, of normalised images.
+    info: the content of its `encoder.json`. bands: what it reads. network: of
+    normalised images. dtype: of its products, `float32` or `bfloat16`; features are
+    float32. attention: one of `IMPLEMENTATIONS`.
     """
 
-    def __init__(self, encoder: Encoder, info: Mapping[str, Any]):
-        self.info = info
-        self.encoder = encoder
-        graphdef, state = nnx.split(encoder)
-        mean, std = (jnp.array(info[name], jnp.float32) for name in ("mean", "std"))
+    def __init__(
+        self,
+        weights: Network,
+        info: Mapping[str, Any],
+        *,
+        dtype: str = "float32",
+        attention: str = "xla",
+        weights_digest: bytes | None = None,
+    ):
+        """The weights of a network, however it computes, as `info` describes them.
+
+        weights_digest: SHA-256 of the file that they were read from, if any.
+        """
+        _check_choice("dtype", dtype, DTYPES)
+        _check_choice("attention", attention, IMPLEMENTATIONS)
+        self.info, self.dtype, self.attention = dict(info), dtype, attention
+        self.bands = Bands.of(info)
+        self.network = check_network(info, dtype=dtype, attention=attention)
+        nnx.update(self.network, nnx.state(weights))
+        self._weights_digest = weights_digest
+        self._warned = False
+        graphdef, state = nnx.split(self.network)
 
         @jax.jit
         def encode(state, images, gsd):
-            return nnx.merge(graphdef, state)((images - mean) / std, gsd=gsd)
+            tokens = nnx.merge(graphdef, state)(self.bands.normalize(images), gsd=gsd)
+            return tokens.astype(jnp.float32)
 
-        self._encode = lambda images, gsd: encode(state, images, gsd)
+        self._encode = functools.partial(encode, state)
+        if attention not in ("xla", "auto"):  # those serve anything
+            side = self.info["image_size"]
+            like = jax.ShapeDtypeStruct((1, side, side, len(self.bands.names)), "f4")
+            with _as_user_error():
+                jax.eval_shape(self._encode, like, np.ones((1, 2), np.float32))
+
+    @classmethod
+    def random(cls, info: Mapping[str, Any], *, seed: int) -> Encoder:
+        """An encoder as `info` describes it, before any training."""
+        described = describe_encoder(
+            info["architecture"],
+            image_size=info["image_size"],
+            bands=Bands.of(info),
+            run={"method": "none: random weights", "seed": seed},
+        )
+        return cls(new_network(info, seed=seed), described)
 
     def __call__(
-        self,
-        images: np.ndarray,
-        *,
-        gsd: float | np.ndarray | None = None,
-        pooling: str | None = None,
+        self, images: np.ndarray, *, gsd: Gsd = None, pooling: str | None = None
     ) -> Float[Array, "batch width"]:
         """One feature vector per image.
 
@@ -136,49 +110,102 @@ class LoadedEncoder:
         [batch], or [batch, 2] as (y, x); needed where the position encoding reads it.
         pooling: `cls` or `mean` (of the patch tokens), by default encoder.json's.
         """
+        pooling = self._pooling(pooling)
+        return self.pool(self.tokens(images, gsd=gsd), pooling)
+
+    def tokens(
+        self, images: np.ndarray, *, gsd: Gsd = None
+    ) -> Float[Array, "batch tokens width"]:
+        """The class token and then one token per patch, row by row."""
+        images = check_images(np.asarray(images), self.bands)
+        check_patches(images, self.info["architecture"]["patch_size"])
+        told = self._told(gsd, len(images))
+        if told is not None:
+            self._warn_outside(told)
+        with _as_user_error():
+            return self._encode(images, told)
+
+    def pool(
+        self, tokens: Float[Array, "batch tokens width"], pooling: str | None = None
+    ) -> Float[Array, "batch width"]:
+        """One vector per image from `tokens`, as `__call__` gives it."""
+        return pool(tokens, self._pooling(pooling))
+
+    def embed(
+        self,
+        images_or_paths: Any,
+        gsd: Gsd = None,
+        batch_size: int = 64,
+        pooling: str | None = None,
+        progress: bool = True,
+    ) -> Float[np.ndarray, "n width"]:
+        """One feature vector per image, of any number of images of any size.
+
+        images_or_paths: an array [n, height, width, bands]; a list of arrays, PIL
+        images or paths of files, in any mixture; or a source. Of each the largest
+        central square is brought to the encoder's image size, as evaluations do. gsd:
+        as in `__call__`, of the images as they are given; a source's records have their
+        own. progress: say to stderr how far it is, every ten seconds. Raises UserError
+        where an image cannot be used.
+        """
+        pooling = self._pooling(pooling)
+        opened = open_images(images_or_paths, bands=self.bands)
+        if opened.has_gsd and gsd is not None:
+            raise UserError(
+                "gsd is given, but the source's records have their own: leave it out"
+            )
+        told = None if opened.has_gsd else self._told(gsd, len(opened))
+        return embed_all(
+            lambda images, gsd: np.asarray(self(images, gsd=gsd, pooling=pooling)),
+            opened,
+            gsd=told,
+            size=self.info["image_size"],
+            bands=self.bands,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write `encoder.safetensors` and `encoder.json` into `directory`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_write(directory / "encoder.safetensors") as temporary:
+            temporary.write_bytes(self._serialized())
+        write_json(directory / "encoder.json", self.info)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of weights and description.
+
+        Encoders with equal ones give equal features.
+        """
+        return self.digest_with()
+
+    def digest_with(self, *more: bytes) -> str:
+        """The digest of this encoder used in a way that `more` describes."""
+        told = {k: v for k, v in self.info.items() if k not in NOT_IN_DIGEST}
+        if self._weights_digest is None:
+            self._weights_digest = hashlib.sha256(self._serialized()).digest()
+        if self.dtype != "float32":
+            more = (self.dtype.encode(), *more)
+        described = json.dumps(told, sort_keys=True).encode()
+        parts = [hashlib.sha256(part).digest() for part in (described, *more)]
+        parts.insert(1, self._weights_digest)
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+    def _serialized(self) -> bytes:
+        grid = (self.info["image_size"] // self.network.patch_size,) * 2
+        tensors = to_timm(self.network, self.info["architecture"], grid=grid)
+        return save(tensors, metadata={"format": "pt"})
+
+    def _pooling(self, pooling: str | None) -> str:
         pooling = pooling or self.info["pooling"]
         if pooling not in POOLINGS:
             raise UserError(f"pooling={pooling!r}, expected one of {POOLINGS}")
-        tokens = self.tokens(images, gsd=gsd)
-        return tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(axis=1)
+        return pooling
 
-    def tokens(
-        self, images: np.ndarray, *, gsd: float | np.ndarray | None = None
-    ) -> Float[Array, "batch tokens width"]:
-        """The class token and then one token per patch, row by row."""
-        images = self._check_images(np.asarray(images))
-        return self._encode(images, self._check_gsd(gsd, len(images)))
-
-    def _check_images(self, images: np.ndarray) -> np.ndarray:
-        bands, patch = self.info["bands"], self.info["architecture"]["patch_size"]
-        if images.ndim != 4 or images.shape[-1] != len(bands):
-            raise UserError(
-                f"images of shape {images.shape}, expected [batch, height, width, "
-                f"{len(bands)}] with the bands {', '.join(bands)} in this order"
-            )
-        if not images.size:
-            raise UserError(f"images of shape {images.shape}, expected one or more")
-        if images.shape[1] % patch or images.shape[2] % patch:
-            raise UserError(
-                f"images of {images.shape[1]}x{images.shape[2]} px, expected multiples "
-                f"of the patch size {patch}: resize or crop them"
-            )
-        if images.dtype == np.uint8:
-            return images.astype(np.float32) / 255
-        if not np.issubdtype(images.dtype, np.floating):
-            raise UserError(
-                f"images of dtype {images.dtype}, expected uint8 (0-255) or floating "
-                "numbers in 0-1"
-            )
-        low, high = float(images.min()), float(images.max())
-        if not (low >= 0 and high <= 1):
-            raise UserError(
-                f"images with values from {low:g} to {high:g}, expected uint8 (0-255) "
-                "or floating numbers in 0-1, not normalised"
-            )
-        return images.astype(np.float32)
-
-    def _check_gsd(self, gsd, batch: int) -> np.ndarray | None:
+    def _told(self, gsd: Gsd, batch: int) -> np.ndarray | None:
+        """`gsd` as the network takes it; None where its positions read none."""
         if self.info["architecture"]["position"] == "fixed":
             return None
         if gsd is None:
@@ -186,93 +213,63 @@ class LoadedEncoder:
                 "gsd is missing: this encoder's positions are scaled by it; give "
                 "metres per pixel of the images as they are passed, gsd=..."
             )
-        try:
-            gsd = np.asarray(gsd, np.float32)
-        except (TypeError, ValueError):
-            raise UserError(f"gsd={gsd!r}, expected metres per pixel above 0") from None
-        wrong = gsd[~(np.isfinite(gsd) & (gsd > 0))]
-        if wrong.size:
-            raise UserError(f"gsd={wrong[0]:g}, expected metres per pixel above 0")
-        try:
-            per_axis = gsd[:, None] if gsd.ndim == 1 else gsd
-            return np.broadcast_to(per_axis, (batch, 2))
-        except ValueError:
-            raise UserError(
-                f"gsd of shape {gsd.shape} for {batch} images, expected one number, "
-                f"[{batch}] or [{batch}, 2]"
-            ) from None
+        return check_gsd(gsd, batch)
 
-
-def load_encoder(directory: str | Path) -> LoadedEncoder:
-    """The encoder that a run left in `<workdir>/encoder/`; the workdir is taken too.
-
-    Raises UserError where the folder or its files are not what they should be.
-    """
-    directory = Path(directory)
-    if not (directory / "encoder.json").exists():
-        if not (directory / "encoder" / "encoder.json").exists():
-            raise UserError(
-                f"{directory} holds no encoder.json: give the folder `encoder` that a "
-                "finished run leaves in its workdir"
+    def _warn_outside(self, gsd: np.ndarray) -> None:
+        """Warn once of GSDs that training did not tell the encoder."""
+        if self._warned or "gsd_range" not in self.info:
+            return
+        (low, high), ends = self.info["gsd_range"], (gsd.min(), gsd.max())
+        if ends[0] < np.float32(low) or ends[1] > np.float32(high):
+            self._warned = True
+            given = " to ".join(f"{end:g}" for end in sorted(set(ends)))
+            warnings.warn(
+                f"the encoder was trained at {low:g} to {high:g} metres per pixel and "
+                f"is given images of {given}: its features may be poor there",
+                stacklevel=4,
             )
-        directory = directory / "encoder"
-    path = directory / "encoder.json"
+
+
+def load_encoder(
+    path: str | Path, dtype: str = "float32", attention: str = "xla"
+) -> Encoder:
+    """The encoder in `RUN/encoder`, of the run in `RUN`, or `RUN/checkpoints/STEP`.
+
+    dtype: of its products, `float32` or `bfloat16` (faster on GPUs and TPUs).
+    attention: `xla`, `pallas`, `cudnn`, or `auto`, the fastest for the device. Raises
+    UserError where the folder or its files are not what they should be.
+    """
+    path, execution = Path(path), {"dtype": dtype, "attention": attention}
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        # It takes all that training takes; not so the encoder in its folder.
+        from xsmae.weights.from_checkpoint import read_checkpoint
+
+        return Encoder(*read_checkpoint(path), **execution)
+    if not (path / "encoder.json").exists():
+        if not (path / "encoder" / "encoder.json").exists():
+            raise UserError(no_encoder_in(path))
+        path = path / "encoder"
+    info = read_description(path / "encoder.json")
     try:
-        info = json.loads(path.read_text())
-        tensors = load_file(directory / "encoder.safetensors")
+        tensors = load_file(path / "encoder.safetensors")
+        with (path / "encoder.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
     except (ValueError, SafetensorError, OSError) as error:
-        raise UserError(f"{directory} cannot be read: {error}") from None
-    schema = info.get("schema") if isinstance(info, dict) else None
-    if schema != SCHEMA:
-        raise UserError(
-            f"{path} has schema {schema!r}, expected {SCHEMA}: it was written by "
-            "another version of xsmae"
-        )
-    missing = [name for name in REQUIRED if name not in info]
-    missing += [
-        n for n in ARCHITECTURE if n not in info.get("architecture", ARCHITECTURE)
-    ]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(map(repr, missing))}")
-    channels = len(info["bands"])
-    for name in ("mean", "std"):
-        if len(info[name]) != channels:
-            raise UserError(
-                f"{path} has {len(info[name])} {name}, expected {channels}, one a band"
-            )
+        raise UserError(f"{path} cannot be read: {error}") from None
+    weights = check_network(info)
+    from_timm(weights, info["architecture"], tensors)
+    return Encoder(weights, info, weights_digest=digest, **execution)
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value!r}, expected one of {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def _as_user_error() -> Iterator[None]:
+    """What an attention that cannot serve says, as the user's error."""
     try:
-        encoder = check_network(info)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{path} does not fit together: {error}") from None
-    from_timm(encoder, info["architecture"], tensors)
-    return LoadedEncoder(encoder, info)
-
-
-def check_network(info: Mapping[str, Any]) -> Encoder:
-    """The shapes alone, without the time that random weights take.
-
-    Raises what the network does where the values of `info` do not fit together.
-    """
-    return nnx.eval_shape(lambda: _network(info))
-
-
-def _network(info: Mapping[str, Any], *, seed: int = 0) -> Encoder:
-    """A new encoder as an `encoder.json` describes it."""
-    model = {**info["architecture"], **EXECUTION}
-    return build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(seed))
-
-
-def write_random_encoder(
-    directory: Path, info: Mapping[str, Any], *, seed: int
-) -> None:
-    """Write an encoder as `info` (an `encoder.json`) describes it, before training."""
-    write_encoder(
-        directory,
-        _network(info, seed=seed),
-        model=info["architecture"],
-        image_size=info["image_size"],
-        bands=tuple(info["bands"]),
-        mean=tuple(info["mean"]),
-        std=tuple(info["std"]),
-        run={"method": "none: random weights", "seed": seed},
-    )
+        yield
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None

@@ -13,36 +13,39 @@ from safetensors.numpy import save_file
 from xsmae.errors import UserError
 from xsmae.models.build import channel_groups
 from xsmae.process.files import atomic_write, write_json
-from xsmae.weights.encoder import LoadedEncoder, load_encoder
+from xsmae.weights.encoder import Encoder, load_encoder
 from xsmae.weights.layouts import NAMINGS, collect, encoder_weights
 
 FORMATS = ("timm", "huggingface")
 
 
 def export(
-    source: str | Path,
+    source: Encoder | str | Path,
     out: str | Path,
     *,
     format: str,
     gsd: float | None = None,
     image_size: int | None = None,
 ) -> list[str]:
-    """Write the encoder of `source` into the new folder `out`; what is to be known.
+    """Write an encoder as timm or Hugging Face load it; returns what is to be known.
 
-    `gsd` is the metres per pixel that positions which the encoder scales by the GSD are
-    written for: the other frameworks have fixed ones. `image_size` is in pixels, by
-    default that of training. Raises UserError for what cannot be expressed there.
+        xsmae.export("runs/mine", "mine-timm", format="timm")
+
+    `source` is an encoder in memory, or what `load_encoder` takes. `out` is a new
+    folder. `gsd` is the metres per pixel that GSD-scaled positions are written for: the
+    other frameworks have fixed ones. `image_size` is in pixels, by default that of
+    training. Raises UserError for what cannot be expressed there.
     """
     if format not in FORMATS:
         raise UserError(f"--format={format}, expected one of {', '.join(FORMATS)}")
-    loaded = load_encoder(source)
+    loaded = source if isinstance(source, Encoder) else load_encoder(source)
     architecture = loaded.info["architecture"]
     _check(architecture, format)
     size = loaded.info["image_size"] if image_size is None else image_size
     positions, notes = _positions(loaded, size, gsd)
     names = NAMINGS[format]
     weights = encoder_weights(architecture, naming=format)
-    tensors = collect(loaded.encoder, weights) | {names.position: positions}
+    tensors = collect(loaded.network, weights) | {names.position: positions}
     if not architecture["encoder_norm"]:
         # timm's ViT has none then, and refuses what it has no place for.
         tensors = {
@@ -89,12 +92,12 @@ def _check(architecture: dict[str, Any], format: str) -> None:
 
 
 def _positions(
-    loaded: LoadedEncoder, size: int, gsd: float | None
+    loaded: Encoder, size: int, gsd: float | None
 ) -> tuple[np.ndarray, list[str]]:
     """[1, 1 + patches, width], zeros first, and what they were written for."""
-    positions, notes = loaded.encoder.positions, []
+    positions, notes = loaded.network.positions, []
     try:
-        grid = loaded.encoder.grid(size, size)
+        grid = loaded.network.grid(size, size)
     except ValueError as error:
         raise UserError(f"--image_size={size}: {error}") from None
     if size <= 0:
@@ -115,7 +118,7 @@ def _positions(
     return np.ascontiguousarray(padded), notes
 
 
-def _timm(loaded: LoadedEncoder, size: int) -> dict[str, Any]:
+def _timm(loaded: Encoder, size: int) -> dict[str, Any]:
     """For `timm.create_model("local-dir:OUT")`."""
     info, model = loaded.info, loaded.info["architecture"]
     return {
@@ -152,7 +155,7 @@ def _timm(loaded: LoadedEncoder, size: int) -> dict[str, Any]:
     }
 
 
-def _huggingface(loaded: LoadedEncoder, size: int) -> dict[str, Any]:
+def _huggingface(loaded: Encoder, size: int) -> dict[str, Any]:
     """For `ViTModel` and `ViTMAEModel.from_pretrained("OUT")`."""
     info, model = loaded.info, loaded.info["architecture"]
     return {

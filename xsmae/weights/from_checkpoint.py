@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
 from flax import nnx
 
+from xsmae.bands import Bands
 from xsmae.checkpoints import Checkpoints
 from xsmae.errors import UserError
+from xsmae.models.vit import Encoder as Network
 from xsmae.trainer import create_trainer
-from xsmae.weights.encoder import write_encoder
+from xsmae.weights.description import describe_encoder, no_encoder_in
+from xsmae.weights.gsd_range import seen_by_run
 
 
-def export_checkpoint(path: Path, directory: Path) -> None:
-    """Write the encoder of `RUN/checkpoints/STEP` as a run does at its end.
+def read_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
+    """The encoder of `RUN/checkpoints/STEP`, and its description as at a run's end.
 
     Raises UserError where there is no such checkpoint, or one that cannot be read.
     """
@@ -45,30 +49,13 @@ def export_checkpoint(path: Path, directory: Path) -> None:
         raise UserError(f"{error}: give another checkpoint of {path.parent}") from None
     finally:
         checkpoints.close()
-    model = nnx.merge(trainer.graphdef, state.params, state.batch_stats)
-    write_encoder(
-        directory,
-        model.encoder,
-        model=config.model,
+    # On one device: over all of them it would be as training has it.
+    weights = jax.device_put(jax.device_get((state.params, state.batch_stats)))
+    described = describe_encoder(
+        config.model,
         image_size=config.views.size,
-        bands=tuple(config.bands),
-        mean=tuple(config.mean),
-        std=tuple(config.std),
+        bands=Bands.of(config),
         run={"method": config.method, "seed": config.seed, "steps": step},
+        gsd_range=seen_by_run(workdir, step),
     )
-
-
-def no_encoder_in(workdir: Path) -> str:
-    """What to say of a workdir without an exported encoder: what it holds instead."""
-    names = (path.name for path in workdir.glob("checkpoints/[0-9]*"))
-    found = sorted(int(name) for name in names if name.isdigit())
-    if not found:
-        return (
-            f"encoder={workdir} holds neither encoder.json nor checkpoints: give an "
-            "exported encoder or the workdir of a run"
-        )
-    return (
-        f"encoder={workdir} holds no exported encoder (the run is not finished) but "
-        f"checkpoints: give {workdir}/checkpoints/STEP with STEP one of "
-        f"{', '.join(map(str, found))}"
-    )
+    return nnx.merge(trainer.graphdef, *weights).encoder, described

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from xsmae.errors import UserError
-from xsmae.process.files import write_json
-from xsmae.weights.encoder import LoadedEncoder, load_encoder, write_encoder
-from xsmae.weights.export import export as export_folder
-from xsmae.weights.official import Imported, import_checkpoint, write_import
+from xsmae.weights.encoder import Encoder, load_encoder
+from xsmae.weights.official import Imported, encoder_of, import_checkpoint, write_import
 
 
 def read_weights(
@@ -52,7 +48,7 @@ def import_weights(
     *,
     out: str | os.PathLike | None = None,
     **options: Any,
-) -> LoadedEncoder:
+) -> Encoder:
     """The encoder of an official checkpoint of Cross-Scale MAE, MAE, SatMAE, Scale-MAE.
 
         encoder = xsmae.import_weights("mae_pretrain_vit_base.pth")
@@ -69,49 +65,4 @@ def import_weights(
             raise UserError(f"{out} is there already: give a new folder")
         write_import(imported, out, source=Path(path))
         return load_encoder(out)
-    with tempfile.TemporaryDirectory() as folder:
-        encoder = Imported(imported.config, imported.encoder, True, imported.notes)
-        write_import(encoder, Path(folder), source=Path(path))
-        return load_encoder(folder)
-
-
-def export(
-    encoder: LoadedEncoder | str | os.PathLike,
-    out: str | os.PathLike,
-    *,
-    format: str,
-    gsd: float | None = None,
-    image_size: int | None = None,
-) -> list[str]:
-    """Write an encoder as timm or Hugging Face load it; returns what is to be known.
-
-        xsmae.export("runs/mine", "mine-timm", format="timm")
-
-    encoder: one in memory, its folder, or a run's workdir. The rest as in
-    `xsmae.weights.export.export`.
-    """
-    with folder_of(encoder) as folder:
-        return export_folder(folder, out, format=format, gsd=gsd, image_size=image_size)
-
-
-@contextlib.contextmanager
-def folder_of(encoder: LoadedEncoder | str | os.PathLike) -> Iterator[Path]:
-    """The folder of an encoder; for one in memory, one that is there meanwhile."""
-    if isinstance(encoder, str | os.PathLike):
-        yield Path(encoder)
-        return
-    if not isinstance(encoder, LoadedEncoder):
-        raise UserError(
-            f"encoder={encoder!r}, expected an encoder, or the folder of one"
-        )
-    info = encoder.info
-    with tempfile.TemporaryDirectory() as folder:
-        write_encoder(
-            Path(folder),
-            encoder.encoder,
-            model=info["architecture"],
-            **{n: info[n] for n in ("image_size", "bands", "mean", "std")},
-            run=info.get("run") or {},
-        )
-        write_json(Path(folder) / "encoder.json", info)
-        yield Path(folder)
+    return encoder_of(imported, Path(path))

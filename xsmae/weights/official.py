@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from xsmae.bands import Bands
 from xsmae.checkpoints import Checkpoints
 from xsmae.errors import UserError
 from xsmae.methods import METHODS
@@ -23,7 +24,8 @@ from xsmae.models.build import build_encoder
 from xsmae.models.position import sincos_1d, sincos_2d
 from xsmae.process.files import write_json
 from xsmae.train_state import TrainState
-from xsmae.weights.encoder import write_encoder
+from xsmae.weights.description import describe_encoder
+from xsmae.weights.encoder import Encoder
 from xsmae.weights.layouts import NAMINGS, encoder_weights, load, weights_of
 from xsmae.weights.official_config import OfficialFile, config_of
 from xsmae.weights.torch_file import read_pytorch
@@ -256,20 +258,26 @@ def _check_computed(file: OfficialFile, name: str, expected: np.ndarray) -> None
         )
 
 
+def sha256_of(source: Path) -> str:
+    """The digest of an official checkpoint."""
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def encoder_of(imported: Imported, source: Path) -> Encoder:
+    """The encoder of an import, in memory."""
+    config = imported.config
+    run = {"method": config.method, "import": source.name, "sha256": sha256_of(source)}
+    described = describe_encoder(
+        config.model, image_size=config.views.size, bands=Bands.of(config), run=run
+    )
+    return Encoder(imported.encoder, described)
+
+
 def write_import(imported: Imported, out: Path, *, source: Path, seed: int = 0) -> None:
     """Write `encoder/`; of a whole network config.json and a checkpoint too."""
-    config = imported.config
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    write_encoder(
-        out / "encoder",
-        imported.encoder,
-        model=config.model,
-        image_size=config.views.size,
-        bands=config.bands,
-        mean=config.mean,
-        std=config.std,
-        run={"method": config.method, "import": source.name, "sha256": digest},
-    )
+    config, digest = imported.config, sha256_of(source)
+    encoder_of(imported, source).save(out / "encoder")
     if imported.encoder_only:
         return
     _, params, batch_stats = nnx.split(imported.network, nnx.Param, nnx.BatchStat)

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from xsmae.data.images import BANDS
+from xsmae.bands import BANDS
 from xsmae.errors import UserError
 from xsmae.evaluation.features import FEATURES
 from xsmae.evaluation.fitting import recipe as recipes

@@ -1,0 +1,44 @@
+"""Whole images brought to a size: the largest central square, area-averaged."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+# As result rows say it. Pillow's BOX weighs every source pixel of an output pixel's
+# square alike, exactly so where the sides divide; it would repeat pixels where the
+# image is enlarged, hence bicubic there.
+RESIZE = "area-averaged (Pillow BOX); bicubic where enlarged"
+
+
+def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]:
+    """The largest central square, resized as `RESIZE` says, and its GSD.
+
+    image: [height, width, bands], uint8, or floating numbers in 0-1, which become
+    float32. gsd: metres per pixel, or an array of (y, x).
+    """
+    height, width, bands = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    box = (left, top, left + side, top + side)
+    if image.dtype == np.uint8 and bands == 3:
+        resized = _resize(image, size, box)
+    else:
+        if image.dtype != np.uint8:
+            image = image.astype(np.float32)
+        parts = [_resize(image[..., band], size, box) for band in range(bands)]
+        resized = np.stack(parts, axis=-1)
+        if image.dtype != np.uint8:
+            resized = resized.clip(0, 1)  # bicubic overshoots, as it does for uint8
+    return resized, gsd * side / size
+
+
+def _resize(image: np.ndarray, size: int, box: tuple[int, int, int, int]) -> np.ndarray:
+    side = box[2] - box[0]
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize(
+        (size, size),
+        Image.Resampling.BOX if size <= side else Image.Resampling.BICUBIC,
+        box=box,
+        reducing_gap=None,  # one step: no coarser first reduction
+    )
+    return np.asarray(resized)

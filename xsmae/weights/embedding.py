@@ -1,0 +1,172 @@
+"""Many images to features: arrays, pictures, files or a source, batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from xsmae.bands import BANDS, Bands
+from xsmae.data.images import MODES, decode, to_rgb
+from xsmae.data.square import square
+from xsmae.errors import BadImageError, UserError
+from xsmae.weights.inputs import check_images
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+EVERY = 10.0  # seconds between two lines of progress
+THREADS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Images to embed, read one by one.
+
+    read(index) -> the whole image [height, width, bands], of the encoder's bands, and
+    its metres per pixel where `has_gsd`, otherwise None. name(index): for messages.
+    """
+
+    count: int
+    read: Callable[[int], tuple[np.ndarray, float | None]]
+    name: Callable[[int], str]
+    has_gsd: bool = False
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def open_images(images: Any, *, bands: Bands) -> Opened:
+    """What `Encoder.embed` takes; raises UserError for anything else."""
+    if hasattr(images, "fingerprint") and hasattr(images, "class_names"):
+        places = _places(bands, images.bands, repr(images))
+
+        def read_record(index: int) -> tuple[np.ndarray, float]:
+            record = images[index]
+            return record.image[..., places], record.gsd
+
+        opened = Opened(len(images), read_record, images.id, has_gsd=True)
+    elif hasattr(images, "ndim"):
+        images = np.asarray(images)
+        check_images(images, bands)
+        opened = Opened(
+            len(images), lambda i: (images[i], None), lambda i: f"image {i}"
+        )
+    else:
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
+        if not isinstance(images, list | tuple):
+            raise UserError(
+                f"images of type {type(images).__name__}, expected an array, a list of "
+                "arrays, PIL images or paths, or a source"
+            )
+        given = list(images)
+
+        def name(index: int) -> str:
+            item = given[index]
+            return str(item) if isinstance(item, str | Path) else f"image {index}"
+
+        opened = Opened(len(given), lambda i: (_pixels(given[i], bands), None), name)
+    if not len(opened):
+        raise UserError("there are no images to embed, expected one or more")
+    return opened
+
+
+def _pixels(item: Any, bands: Bands) -> np.ndarray:
+    """An image of a list; raises UserError or BadImageError, which do not name it."""
+    if hasattr(item, "ndim"):
+        image = np.asarray(item)
+        check_images(image[None], bands)
+        return image
+    if isinstance(item, Image.Image):
+        if item.mode not in MODES:
+            raise UserError(f"mode {item.mode}, expected one of {', '.join(MODES)}")
+        image = np.asarray(to_rgb(item.copy()))  # which would turn it in place
+    elif isinstance(item, str | Path):
+        image = decode(Path(item), min_side=1)
+    else:
+        raise UserError(
+            f"is of type {type(item).__name__}, expected an array, a PIL image or a "
+            "path"
+        )
+    return image[..., _places(bands, BANDS, "an image file")]
+
+
+def _places(bands: Bands, names: tuple[str, ...], what: str) -> list[int]:
+    """Where among `names` the encoder's bands are; raises UserError."""
+    if sorted(names) != sorted(bands.names):
+        raise UserError(
+            f"{what} has the bands {', '.join(names)}, the encoder reads "
+            f"{', '.join(bands.names)}: give arrays of its bands in its order"
+        )
+    return [names.index(name) for name in bands.names]
+
+
+def embed_all(
+    encode: Callable[[np.ndarray, np.ndarray | None], np.ndarray],
+    opened: Opened,
+    *,
+    gsd: Float[np.ndarray, "n 2"] | None,
+    size: int,
+    bands: Bands,
+    batch_size: int,
+    progress: bool,
+) -> Float[np.ndarray, "n width"]:
+    """`encode(images, gsd)` of all images, resized to `size`, in batches.
+
+    gsd: of the images as they are given; None for those that have their own, and where
+    it is not read. Every batch has one shape. Raises UserError where an image cannot be
+    used.
+    """
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size={batch_size!r}, expected 1 or more")
+    batch_size, count = min(batch_size, len(opened)), len(opened)
+    reads_gsd = opened.has_gsd or gsd is not None
+
+    def load(index: int) -> tuple[np.ndarray, np.ndarray | float]:
+        try:
+            image, own = opened.read(index)
+        except (BadImageError, UserError) as error:
+            raise UserError(f"{opened.name(index)}: {error}") from None
+        told = own if opened.has_gsd else (1.0 if gsd is None else gsd[index])
+        return square(image, told, size)
+
+    found, begin = [], time.monotonic()
+    last = begin
+    for rows in _ahead(load, count, batch_size):
+        images, gsds = zip(*rows, strict=True)
+        if len({image.dtype for image in images}) > 1:
+            images = [bands.rescale(i) if i.dtype == bands.dtype else i for i in images]
+        padding = (0, batch_size - len(rows))
+        images = np.pad(np.stack(images), [padding, *[(0, 0)] * 3], "edge")
+        told = np.stack([np.broadcast_to(np.float32(g), 2) for g in gsds])
+        told = np.pad(told, [padding, (0, 0)], "edge")
+        found.append(encode(images, told if reads_gsd else None)[: len(rows)])
+        now = time.monotonic()
+        if progress and now - last > EVERY:
+            done = sum(map(len, found))
+            rate = done / (now - begin)
+            line = f"embedded {done} of {count} images, {rate:.0f} images/s"
+            print(line, file=sys.stderr, flush=True)
+            last = now
+    return np.concatenate(found)
+
+
+def _ahead(
+    load: Callable[[int], Any], count: int, batch_size: int
+) -> Iterator[list[Any]]:
+    """`load` of 0 to `count`, in batches; the next is read while one is used."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        starts = range(0, count, batch_size)
+        parts = [range(s, min(s + batch_size, count)) for s in starts]
+        following = pool.map(load, parts[0])
+        for part in [*parts[1:], range(0)]:
+            rows, following = list(following), pool.map(load, part)
+            yield rows
