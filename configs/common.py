@@ -129,6 +129,8 @@ def get_common(
     config.input.max_rejected_fraction = 0.01
 
     config.log_every = 50  # steps
+    # (10, 15): a trace of these steps, the first from 1, goes to <workdir>/profile.
+    config.profile = ()
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = 1000  # steps
     config.checkpoint.keep = 3  # the newest ones

@@ -23,6 +23,7 @@ from xsmae.checkpoints.saving import Saver
 from xsmae.checkpoints.step import create_handler, verify
 from xsmae.cli.verify import checkpoints as main
 from xsmae.errors import DamagedError, SaveError, UserError
+from xsmae.process.log import shown
 
 ROOT = Path(__file__).parent.parent
 FLIPS = 100
@@ -166,6 +167,7 @@ def test_every_flipped_bit_is_noticed_and_the_older_step_used(two_steps, tmp_pat
     assert step == 6
 
 
+@shown()
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty", "no digests", "renamed"])
 def test_a_step_that_is_not_whole_is_passed_over(two_steps, tmp_path, damage, capsys):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
@@ -237,6 +239,7 @@ def test_a_damaged_newest_step_is_saved_again(two_steps, tmp_path):
     assert checkpoints.steps() == [3, 6]
 
 
+@shown()
 @pytest.mark.parametrize("damaged", [3, 9])
 def test_damaged_steps_are_removed_when_a_run_is_complete(
     two_steps, tmp_path, damaged, capsys
@@ -273,6 +276,7 @@ def test_none_that_is_whole_is_an_error(two_steps, tmp_path):
     checkpoints.close()
 
 
+@shown()
 def test_steps_of_before_there_were_digests_go_on_with_a_line(tmp_path, capsys):
     with ocp.Checkpointer(create_handler()) as checkpointer:
         position = {"schema": 1, "batches": 5, "source": "data"}
@@ -464,6 +468,7 @@ def test_a_folder_that_vanishes_is_told_and_not_made_anew(tmp_path, replaced_by)
     assert not directory.is_dir()
 
 
+@shown()
 def test_so_many_saves_may_fail_in_a_row(tmp_path, monkeypatch, capsys):
     checkpoints = saved(tmp_path, [1])
     saver = Saver(checkpoints, fingerprint="data", allowed=2)

@@ -10,8 +10,7 @@ from PIL import Image
 from xsmae.bands import Bands
 from xsmae.figures import training as figures
 from xsmae.methods import Pictures
-from xsmae.run import drawing
-from xsmae.run.drawing import GSD_SAMPLES
+from xsmae.run.pictures import GSD_SAMPLES, GsdHistogram
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.1, 0.25)
 PATCH, SIZE, SAMPLES = 8, 32, 2
@@ -220,24 +219,28 @@ def test_gsds_of_a_run_are_drawn_once_there_are_enough(tmp_path, rng):
             batch_size=GSD_SAMPLES // 2, views=types.SimpleNamespace(size=SIZE)
         ),
         sampler=types.SimpleNamespace(size=SIZE),
+        num_steps=3,
     )
     batch = {
         "gsd": rng.uniform(1, 2, (GSD_SAMPLES // 2, 2, 2)),
         "box": np.tile([0.0, 0.0, 64.0, 64.0], (GSD_SAMPLES // 2, 2, 1)),
     }
-    (tmp_path / "figures").mkdir()
-    gsds = drawing.Gsds(run)
-    gsds.add(batch)
-    assert gsds.due(last=True)
-    assert not gsds.due(last=False)
-    gsds.add(batch)
-    assert gsds.due(last=False)
-    gsds.draw()
-    assert read_png(tmp_path / "figures" / "gsd.png").size
-    for again in (gsds, drawing.Gsds(run)):  # the run goes on, and is begun again
-        again.add(batch)
-        again.add(batch)
-        assert not again.due(last=True)
+    path = tmp_path / "figures" / "gsd.png"
+
+    def call(hook, step):
+        assert hook.due(step)
+        hook(types.SimpleNamespace(step=step, batch=batch))
+
+    enough, last = GsdHistogram(run), GsdHistogram(run)
+    call(enough, 1)
+    assert not path.exists()
+    call(enough, 2)
+    assert read_png(path).size
+    path.unlink()
+    call(last, 3)  # no more will come
+    assert read_png(path).size
+    for again in (enough, last, GsdHistogram(run)):  # it goes on, and is begun again
+        assert not again.due(3)
 
 
 def test_a_picture_is_replaced_whole_or_kept(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from xsmae.cli.arguments import parse
 from xsmae.data.catalogue import build_source
 from xsmae.evaluation.rows import read
 from xsmae.evaluation.tasks.knn import knn_predict, nearest, vote
-from xsmae.run.monitors import create_monitors
+from xsmae.run.knn import create_monitors
 from xsmae.trainer import create_trainer
 from xsmae.weights.description import describe_encoder
 from xsmae.weights.encoder import Encoder

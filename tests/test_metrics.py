@@ -21,6 +21,7 @@ from xsmae.config import flatten
 from xsmae.errors import UserError
 from xsmae.process import progress
 from xsmae.process.files import read_jsonl, write_json
+from xsmae.process.log import shown
 from xsmae.process.progress import Progress
 from xsmae.process.signals import StopRequest
 from xsmae.run.metrics import MetricsWriter
@@ -95,6 +96,7 @@ def test_half_written_last_line(tmp_path, cut):
     assert steps_of(path) == [1, 2, 4]
 
 
+@shown()
 @pytest.mark.parametrize("damage", [b"\xff", b"}", b'"', b"[]\n", b"null\n"])
 def test_a_damaged_line_costs_no_other(tmp_path, damage, capsys):
     path = write(tmp_path, [1, 2, 3])

@@ -21,10 +21,11 @@ from xsmae.errors import UserError
 from xsmae.process import watchdog
 from xsmae.process.files import read_jsonl
 from xsmae.process.lock import FolderLock
+from xsmae.process.log import shown
 from xsmae.process.watchdog import Watchdog
-from xsmae.run import drawing
 from xsmae.run.metrics import MetricsWriter
 from xsmae.run.nonfinite import NonfiniteBatches
+from xsmae.run.pictures import Crops, figures
 from xsmae.run.workdir import told_in_one_line
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,7 @@ def test_a_second_process_is_told_who_has_the_workdir(tmp_path, capsys):
         pass
 
 
+@shown()
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def flock(handle, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -236,6 +238,7 @@ def test_a_diverging_run_keeps_its_good_checkpoint(tmp_path, capsys):
 # Disks
 
 
+@shown()
 def test_lines_that_a_full_disk_did_not_take_are_written_later(tmp_path, capsys):
     writer = MetricsWriter(tmp_path, resume_step=None, tensorboard=True)
     writer.write(1, {"loss": 1.0})
@@ -254,6 +257,7 @@ def test_lines_that_a_full_disk_did_not_take_are_written_later(tmp_path, capsys)
     assert [row["step"] for row in read_jsonl(writer.path)] == list(range(1, 41))
 
 
+@shown()
 def test_a_run_does_not_wait_for_tensorboard_that_has_ended(tmp_path, capsys):
     writer = MetricsWriter(tmp_path, resume_step=None, tensorboard=True)
     writer.events._get_file_writer().event_writer._worker.stop()
@@ -278,7 +282,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(tmp_path, capsys, monkey
         write(*args)
 
     monkeypatch.setattr(digests, "write", now_and_then)
-    monkeypatch.setattr(drawing.figures, "crops", no_space)
+    monkeypatch.setattr(figures, "crops", no_space)
     assert call(*SHORT, f"--workdir={tmp_path}") == 0
     said = capsys.readouterr().out
     assert "step 1 could not be saved" in said
@@ -298,14 +302,14 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(tmp_path, capsys, monkey
 def test_a_run_outlives_images_that_vanish_before_they_are_drawn(
     image_folder, tmp_path, capsys, monkeypatch
 ):
-    draw = drawing.crops
+    draw = Crops.draw
 
-    def vanish(run, batch):
+    def vanish(hook, batch):
         for path in image_folder.rglob("*.jpg"):
             path.unlink()
-        draw(run, batch)
+        draw(hook, batch)
 
-    monkeypatch.setattr(drawing, "crops", vanish)
+    monkeypatch.setattr(Crops, "draw", vanish)
     workdir = tmp_path / "run"
     run = [
         "--config=configs/folder.py:method=mae",

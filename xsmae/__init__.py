@@ -86,17 +86,18 @@ def pretrain(
     from xsmae import train
     from xsmae.cli.pretrain import LESS_MEMORY
     from xsmae.errors import memory_shortage
+    from xsmae.process.log import LOG, shown
     from xsmae.run.hosts import ends_with_the_others
     from xsmae.weights import warm_start
 
     workdir, config = Path(workdir), config.copy_and_resolve_references()
-    if config.init:
-        for change in warm_start.adopt(config, keep, workdir=workdir):
-            print(f"as the weights have it: {change}")
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
     try:
-        with ends_with_the_others(), memory_shortage(LESS_MEMORY):
+        with shown(), ends_with_the_others(), memory_shortage(LESS_MEMORY):
+            if config.init:
+                for change in warm_start.adopt(config, keep, workdir=workdir):
+                    LOG.info(f"as the weights have it: {change}")
             status = train.train_and_evaluate(config, workdir)
     finally:
         logging.set_verbosity(before)

@@ -41,6 +41,7 @@ RANGES = {
     "checkpoint.keep_every": (0, LARGE),
     "checkpoint.keep_going_without_checkpoints": (0, LARGE),
     "watchdog_minutes": (0, LARGE),
+    "profile": (1, LARGE),
     "knn.every": (-1, LARGE),
     "knn.k": (1, LARGE),
     "knn.batch_size": (1, LARGE),
@@ -88,6 +89,13 @@ def check_ranges(
     """
     flat = flatten(config.to_dict())
     check_numbers(flat, {**RANGES, **of_method})
+    profile = tuple(config.profile)
+    whole = all(isinstance(step, int) for step in profile)
+    if len(profile) not in (0, 2) or not whole or list(profile) != sorted(profile):
+        raise UserError(
+            f"profile={profile}, expected the first step and the last, such as "
+            "(10, 15), or () for none"
+        )
     model, views = config.model, config.views
     if views.size % model.patch_size:
         raise UserError(

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
-from flax import nnx
 
-from xsmae.bands import Bands
 from xsmae.checkpoints import Checkpoints
-from xsmae.checkpoints.saving import Saver
 from xsmae.data.catalogue import build_source
 from xsmae.data.pipeline import check_bands, check_batch_size
 from xsmae.data.records import Source
 from xsmae.errors import UserError
 from xsmae.process.lock import FolderLock
-from xsmae.process.progress import Progress
+from xsmae.process.log import LOG, shown
 from xsmae.process.signals import StopRequest
 from xsmae.process.watchdog import Watchdog
-from xsmae.run import drawing, monitoring
-from xsmae.run.hosts import StopTogether, counted_together, end_alone, own_folder
-from xsmae.run.metrics import MetricsWriter
-from xsmae.run.monitoring import due_every
-from xsmae.run.monitors import create_monitors
-from xsmae.run.nonfinite import NonfiniteBatches
-from xsmae.run.rejected import RejectedImages
+from xsmae.run.hooks import (
+    Done,
+    Hook,
+    Log,
+    Profile,
+    WriteEncoder,
+    call_due,
+    due_every,
+)
+from xsmae.run.hosts import StopTogether, end_alone, own_folder
+from xsmae.run.knn import Knn, create_monitors
+from xsmae.run.pictures import Crops, GsdHistogram, Reconstructions
+from xsmae.run.rejected import TooManyRejected
 from xsmae.run.report import describe, summary
-from xsmae.run.run import Run
-from xsmae.run.workdir import goes_on_without, open_workdir, told_in_one_line
-from xsmae.sharding import by_batch, put_batch, replicated
+from xsmae.run.run import Run, create_run
+from xsmae.run.workdir import open_workdir, told_in_one_line
+from xsmae.sharding import by_batch, put_batch
 from xsmae.train_state import TrainState
 from xsmae.trainer import (
     STEP_FIELDS,
@@ -42,12 +45,10 @@ from xsmae.trainer import (
     create_sampler,
     create_trainer,
 )
-from xsmae.weights.description import describe_encoder
-from xsmae.weights.encoder import Encoder
-from xsmae.weights.gsd_range import GsdRange, seen_by_all
 from xsmae.weights.warm_start import keep_config, load_weights
 
 
+@shown()
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Train to the end, from the newest checkpoint in `workdir` if there is one.
 
@@ -63,7 +64,6 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     trainer = create_trainer(config, num_images=len(source))
     request = StopRequest()
     stop = StopTogether(request, trainer.mesh)
-    first = jax.process_index() == 0
     folder = own_folder(workdir)
     watchdog = Watchdog(folder / "hang.log", minutes=config.watchdog_minutes)
 
@@ -71,7 +71,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         watchdog.feed()
         return stop.asked()
 
-    monitor, full_monitor = create_monitors(config, source, should_stop=should_stop)
+    monitors = create_monitors(config, source, should_stop=should_stop)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FolderLock(folder))
         stack.enter_context(told_in_one_line(workdir))
@@ -87,59 +87,48 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 )
             )
         )
-        start, state = _first_state(config, workdir, source, trainer, checkpoints)
-        print(describe(config, trainer, source), flush=True)
-        writer = MetricsWriter(
+        resumed, state = _first_state(config, workdir, source, trainer, checkpoints)
+        LOG.info(describe(config, trainer, source))
+        run = create_run(
+            config,
             folder,
-            resume_step=start,
-            tensorboard=config.tensorboard and first,
-            wandb_config=config.to_dict() if config.wandb and first else None,
-        )
-        stack.enter_context(contextlib.closing(writer))
-        rejected = RejectedImages(
-            folder / "rejected.jsonl",
             source,
-            max_fraction=config.input.max_rejected_fraction,
-            resume_step=start,
-        )
-        nonfinite = NonfiniteBatches(
-            folder, source, limit=config.optim.max_nonfinite, resume_step=start
-        )
-        saver = Saver(
+            sampler,
+            trainer,
             checkpoints,
-            fingerprint=source.fingerprint,
-            allowed=config.checkpoint.keep_going_without_checkpoints,
-        )
-        run = Run(
-            config=config,
-            workdir=folder,
-            source=source,
-            sampler=sampler,
-            trainer=trainer,
-            monitor=monitor,
-            full_monitor=full_monitor,
-            saver=saver,
-            writer=writer,
-            rejected=rejected,
-            nonfinite=nonfinite,
+            resume_step=resumed,
             stop=stop,
             watchdog=watchdog,
         )
+        stack.enter_context(contextlib.closing(run.writer))
+        # In the order in which they are called.
+        hooks = [
+            Log(run),
+            Crops(run),
+            Knn(run, *monitors),
+            Reconstructions(run),
+            GsdHistogram(run),
+            WriteEncoder(run),
+            Profile(run),  # last, so that it begins behind the others of a step
+        ]
+        for hook in hooks:
+            stack.callback(hook.close)
         try:
-            state = train(run, state, start or 0)
+            state = train(run, hooks, state)
             if not stop.after_all():
-                finish(run, state)
+                for hook in hooks:
+                    hook.end(state)
         except KeyboardInterrupt:
             if stop.signal is None:
                 raise
-        saver.finish()
+        run.saver.finish()
         if stop.signal is None:
             checkpoints.remove_damaged(feed=watchdog.feed)
     if stop.signal is not None:
-        print(f"stopped; the same command goes on from {workdir}", flush=True)
+        LOG.info(f"stopped; the same command goes on from {workdir}")
         return 128 + stop.signal
-    if first:
-        print(summary(workdir), flush=True)
+    if jax.process_index() == 0:
+        LOG.info(summary(workdir))
     return 0
 
 
@@ -150,127 +139,85 @@ def _first_state(
     trainer: Trainer,
     checkpoints: Checkpoints,
 ) -> tuple[int | None, TrainState]:
-    """The state to go on from and its step, None where the run begins."""
+    """The state to resume from and its step, None where the run begins."""
     found = checkpoints.restore_newest(
         trainer.state_shapes(), fingerprint=source.fingerprint
     )
     if found is not None:
-        print(f"going on from step {found[0]}, saved in {workdir}", flush=True)
+        LOG.info(f"going on from step {found[0]}, saved in {workdir}")
         return found
     state = trainer.initial_state()
     if config.init:
         state = dataclasses.replace(state, **load_weights(config.init, state))
         if jax.process_index() == 0:
             keep_config(config.init, workdir)
-        print(f"starting from the weights in {config.init}", flush=True)
+        LOG.info(f"starting from the weights in {config.init}")
     return None, state
 
 
-def train(run: Run, state: TrainState, start: int) -> TrainState:
-    """The loop over the steps after `start`."""
-    config, trainer = run.config, run.trainer
-    num_steps = trainer.schedule.num_steps
-    monitoring.at_the_start(run, state, start)
-    if run.stop.asked():
-        return state  # it is saved as it was, and the next start makes up for the kNN
-    sharding = by_batch(trainer.mesh)
-    progress = Progress(
-        start_step=start, num_steps=num_steps, batch_size=config.batch_size
-    )
-    batches = batches_of(config, run.source, run.sampler, start, num_steps)
-    previous, due = None, False  # previous: a step's metrics and images
-    gsds = drawing.Gsds(run)
-    gsd_range = GsdRange(run.workdir, start=start)
-    for step, batch in enumerate(progress.receive(batches), start + 1):
-        try:
-            replaced = run.rejected.check(batch, step=step)
-        except UserError as error:
-            end_alone(error)  # of several processes: a save would take all of them
-            run.saver.save(step - 1, state)
-            raise
+def train(run: Run, hooks: Sequence[Hook], state: TrainState) -> TrainState:
+    """The loop over the steps after `run.start`; returns the last state.
+
+    What has an order, which all processes keep, stands here; the rest are hooks:
+
+    1. Images that cannot be used are accounted for before the step: where there are too
+       many, the state of the step before is saved. What all processes have met together
+       the log counts, and then the state of this step is saved.
+    2. Whether a step was finite is checked one step late, so that the devices do not
+       wait for the host; before a save at once.
+    3. Hooks see the state of the step that is done, whether it is saved or not.
+    4. All processes stop after the same step, and the last thing is to save it.
+    """
+    config, num_steps = run.config, run.num_steps
+    for hook in hooks:
+        hook.begin(state)
+        if run.stop.asked():
+            return state  # as it was saved; the next start makes up for the kNN
+    sharding = by_batch(run.trainer.mesh)
+    batches = batches_of(config, run.source, run.sampler, run.start, num_steps)
+    previous, save_due = None, False  # previous: a step's metrics and images
+    for step, batch in enumerate(run.progress.receive(batches), run.start + 1):
+        replaced = _account_for(run, batch, step, state)
         arrays = put_batch({name: batch[name] for name in STEP_FIELDS}, sharding)
-        state, metrics = trainer.step(state, arrays)
+        state, metrics = run.trainer.step(state, arrays)
         run.watchdog.feed()
         run.saver.poll()
         if previous is not None:
-            # Of the step before, so that the devices do not wait for the host.
             run.nonfinite.check(*previous, step=step - 1)
         previous = metrics, np.array(batch["index"])
-
-        last = step == num_steps
-        gsds.add(batch)
-        gsd_range.add(step, drawing.gsd_seen(run, batch["gsd"]))
-        if step % config.log_every == 0 or step == 1 or last:
-            values = {name: float(value) for name, value in metrics.items()}
-            values["epoch"] = step / trainer.schedule.steps_per_epoch
-            rejected, replaced = counted_together(run.rejected.reasons, replaced)
-            values["rejected"], values["replaced_in_batch"] = rejected, replaced
-            rates = {
-                "images_per_second": progress.images_per_second(step),
-                "waiting_for_data": progress.waiting_for_data(),
-            }
-            # The first step compiles, which is not the rate to go by.
-            values |= rates if step > start + 1 else dict.fromkeys(rates, math.nan)
-            run.writer.write(step, values)
-            print(progress.line(step, values), flush=True)
-            _check_limit(run, rejected, step, state)
-        if step == start + 1:
-            with goes_on_without("the picture of the crops"):
-                drawing.crops(run, batch)
+        if step == run.start + 1:  # it compiles: the rates count from here
             jax.block_until_ready(metrics)
-            progress.restart(step)
-        with progress.paused():
-            if monitoring.is_due(run, step):
-                monitoring.after_step(run, state, step)
-            if due_every(step, config.figures.every) or last:
-                with goes_on_without("the reconstructions"):
-                    drawing.progress(run, state, step)
-            if gsds.due(last=last):
-                with goes_on_without("the picture of the GSDs"):
-                    gsds.draw()
+            run.progress.restart(step)
+        try:
+            call_due(hooks, Done(step, state, batch, metrics, replaced))
+        except TooManyRejected:
+            run.saver.save(step, state)
+            raise
+        with run.progress.paused():
             stopping = run.stop.after_step()
-            due = due or due_every(step, config.checkpoint.every) or last or stopping
-            if due:
+            final = stopping or step == num_steps
+            save_due |= final or due_every(step, config.checkpoint.every)
+            if save_due:
                 run.nonfinite.check(*previous, step=step)
             # Steps that have changed nothing must not push out one that is good.
-            if due and (last or stopping or not run.nonfinite.in_a_row):
+            if save_due and (final or not run.nonfinite.in_a_row):
                 run.saver.save(step, state)
-                due = False
+                save_due = False
         if stopping:
             break
     return state
 
 
-def finish(run: Run, state: TrainState) -> None:
-    """The kNN over all labelled images, and the encoder that is carried away."""
-    config, trainer = run.config, run.trainer
-    monitoring.at_the_end(run, state)
-    # Whole on every device, which takes all processes; one of them writes.
-    whole = jax.jit(lambda *parts: parts, out_shardings=replicated(trainer.mesh))
-    model = nnx.merge(trainer.graphdef, *whole(state.params, state.batch_stats))
-    gsd_range = seen_by_all(run.workdir, trainer.schedule.num_steps)
-    if jax.process_index() != 0:
-        return
-    described = describe_encoder(
-        config.model,
-        image_size=config.views.size,
-        bands=Bands.of(config),
-        gsd_range=gsd_range,
-        run={
-            "method": config.method,
-            "seed": config.seed,
-            "steps": trainer.schedule.num_steps,
-            "batch_size": config.batch_size,
-            "data": repr(run.source),
-        },
-    )
-    Encoder(model.encoder, described).save(run.workdir / "encoder")
+def _account_for(
+    run: Run, batch: dict[str, np.ndarray], step: int, state: TrainState
+) -> int:
+    """How many images of the batch of `step` could not be used; `state` is before it.
 
-
-def _check_limit(run: Run, rejected: int, step: int, state: TrainState) -> None:
-    """Stop all processes alike where they have met too many bad images together."""
+    Of several processes, the one that meets too many alone ends: to save takes all.
+    """
     try:
-        run.rejected.check_limit(rejected)
-    except UserError:
-        run.saver.save(step, state)
+        return run.rejected.check(batch, step=step)
+    except UserError as error:
+        end_alone(error)
+        run.saver.save(step - 1, state)
         raise

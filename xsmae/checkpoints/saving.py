@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from xsmae.checkpoints.store import Checkpoints
 from xsmae.errors import SaveError
+from xsmae.process.log import LOG
 from xsmae.train_state import TrainState
 
 
@@ -57,10 +58,9 @@ class Saver:
             self.failures += 1
             if self.failures > self.allowed:
                 raise SaveError(f"{error}; {self._what_is_left()}") from error
-            print(
+            LOG.warning(
                 f"{error}; the run goes on without: {self.failures} of {self.allowed} "
-                "saves in a row that may fail",
-                flush=True,
+                "saves in a row that may fail"
             )
         else:
             if self._begun is not None and not self.checkpoints.saving():

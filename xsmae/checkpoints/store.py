@@ -15,6 +15,7 @@ from xsmae.checkpoints import digests
 from xsmae.checkpoints import step as step_of
 from xsmae.checkpoints.step import SCHEMA, create_handler, reason
 from xsmae.errors import DamagedError, SaveError, UserError
+from xsmae.process.log import LOG
 from xsmae.train_state import TrainState
 
 # A save is under way in `saving-STEP`, and then renamed; so is what is to be removed.
@@ -42,7 +43,7 @@ class Checkpoints:
         keep_every: int = 0,
         read_only: bool = False,
         with_digests: bool = True,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = LOG.warning,
     ):
         self.directory = directory.absolute()
         self.keep, self.keep_every = keep, keep_every

@@ -19,6 +19,7 @@ from typing import TextIO
 from absl import flags, logging
 
 from xsmae.errors import UserError, memory_shortage
+from xsmae.process.log import shown
 from xsmae.process.signals import StopRequest
 
 USER_ERROR = 2
@@ -75,7 +76,7 @@ def run(
 def _called(call: Call, argv: list[str], less_memory: str) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
     try:
-        with memory_shortage(less_memory):
+        with shown(), memory_shortage(less_memory):
             return call(argv)
     except UserError as error:
         print(f"xsmae: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from absl import flags
 from xsmae.cli.arguments import define_config, given_fields, joined, parse
 from xsmae.cli.command import example, run
 from xsmae.errors import memory_shortage
+from xsmae.process.log import LOG
 
 LESS_MEMORY = (
     "lower --config.batch_size, compute it in parts with "
@@ -81,9 +82,9 @@ def pretrain(argv: list[str]) -> int:
     if values.config.init:
         given = given_fields(argv)
         for change in init.adopt(values.config, given, workdir=workdir):
-            print(f"as the weights have it: {change}")
+            LOG.info(f"as the weights have it: {change}")
     if values.dry_run:
-        print(report.dry_run(values.config))
+        LOG.info(report.dry_run(values.config))
         return 0
     # Too little memory is told here, so that it ends all of several processes.
     with hosts.ends_with_the_others(), memory_shortage(LESS_MEMORY):

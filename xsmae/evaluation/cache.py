@@ -17,6 +17,7 @@ from xsmae.evaluation.features import encode_batches
 from xsmae.evaluation.scales import Scale
 from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.process.files import atomic_write
+from xsmae.process.log import LOG
 
 VERSION = 1  # raise it whenever the same encoder and images give other features
 EVERY = 10.0  # seconds between two lines of progress
@@ -67,7 +68,7 @@ def cached_features(
     batch_size: int = 64,
     title: str = "features",
     should_stop: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    say: Callable[[str], None] = LOG.info,
 ) -> Features:
     """The features of every image of `source` at `scale`, computed where not yet kept.
 

@@ -28,6 +28,7 @@ from xsmae.evaluation.rows import Protocol as ResultProtocol
 from xsmae.evaluation.scales import Scale
 from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.process.environment import describe_environment
+from xsmae.process.log import LOG
 
 INTERVAL = {
     "method": "percentile bootstrap over test images",
@@ -99,7 +100,7 @@ class Measurement:
     cache: Path
     batch_size: int = 64
     should_stop: Callable[[], bool] = lambda: False
-    say: Callable[[str], None] = lambda line: print(line, flush=True)
+    say: Callable[[str], None] = LOG.info
 
 
 def measure(job: Measurement) -> list[Result]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from xsmae.process.log import LOG
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -46,7 +48,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             rows.append(row)
         except (ValueError, KeyError, TypeError):
             if line.endswith(b"\n"):
-                print(f"{path}: line {number} is damaged and left out", flush=True)
+                LOG.warning(f"{path}: line {number} is damaged and left out")
     return rows
 
 

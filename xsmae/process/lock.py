@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from xsmae.errors import UserError
+from xsmae.process.log import LOG
 
 FILE = "lock"
 # What `flock` says on a file system that has no locks, some kinds of NFS among them.
@@ -54,10 +55,9 @@ class FolderLock:
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
-            print(
+            LOG.warning(
                 f"{folder} is on a file system without locks ({error.strerror}): do "
-                "not start a second process on it",
-                flush=True,
+                "not start a second process on it"
             )
         holder = {
             "pid": os.getpid(),

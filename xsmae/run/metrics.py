@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 from xsmae.errors import UserError
 from xsmae.process.files import keep_rows
+from xsmae.process.log import LOG
 
 SCHEMA = 1
 
@@ -71,7 +72,7 @@ class MetricsWriter:
             self._unwritten.clear()
         except OSError as error:
             os.ftruncate(self.file.fileno(), end)  # half a line
-            print(f"{self.path} cannot be written ({error.strerror}), yet", flush=True)
+            LOG.warning(f"{self.path} cannot be written ({error.strerror}), yet")
 
     def _takes_events(self) -> bool:
         """Whether TensorBoard's thread is there: it ends where the disk is full.
@@ -81,9 +82,7 @@ class MetricsWriter:
         if self.events is not None:
             worker = self.events._get_file_writer().event_writer._worker
             if not worker.is_alive():
-                print(
-                    "TensorBoard's file ends here: it could not be written", flush=True
-                )
+                LOG.warning("TensorBoard's file ends here: it could not be written")
                 self.events = None
         return self.events is not None
 

@@ -13,6 +13,10 @@ from xsmae.errors import BadImageError, UserError
 from xsmae.process.files import keep_rows
 
 
+class TooManyRejected(UserError):
+    """More images of a run cannot be used than it allows."""
+
+
 class RejectedImages:
     """Which images of a source could not be used, in memory and in `rejected.jsonl`.
 
@@ -40,8 +44,8 @@ class RejectedImages:
     def check(self, batch: dict[str, np.ndarray], *, step: int) -> int:
         """Account for the replaced images of a step's batch; returns how many it holds.
 
-        Raises UserError where more images are bad than `allowed_rejections`, by what
-        this process has seen.
+        Raises TooManyRejected where more images are bad than `allowed_rejections`, by
+        what this process has seen.
         """
         replaced = np.flatnonzero(batch["index"] != batch["requested"])
         for row in replaced:
@@ -70,7 +74,7 @@ class RejectedImages:
             file.write(json.dumps(row) + "\n")
 
     def check_limit(self, number: int) -> None:
-        """Raises UserError where `number` bad images of all processes are too many."""
+        """Raises TooManyRejected where so many bad images, of all processes, are."""
         allowed = allowed_rejections(len(self.source), self.max_fraction)
         if number <= allowed:
             return
@@ -79,7 +83,7 @@ class RejectedImages:
         more = number - len(named)
         if more > 0:
             named.append(f"and {more} more")
-        raise UserError(
+        raise TooManyRejected(
             f"{number} of {len(self.source)} images cannot be used, more than the "
             f"{allowed} allowed (--config.input.max_rejected_fraction="
             f"{self.max_fraction:g}): {', '.join(named)}. Mend or remove the files "

@@ -12,7 +12,7 @@ from xsmae.data.catalogue import build_source, missing_arguments
 from xsmae.data.pipeline import check_bands, check_batch_size
 from xsmae.data.records import Source
 from xsmae.process.files import read_jsonl
-from xsmae.run.monitors import create_monitors
+from xsmae.run.knn import create_monitors
 from xsmae.trainer import (
     Trainer,
     batch_shapes,

@@ -16,6 +16,7 @@ from xsmae.config import EXECUTION_FIELDS, flatten
 from xsmae.errors import BadImageError, UserError
 from xsmae.process.environment import describe_environment
 from xsmae.process.files import write_json
+from xsmae.process.log import LOG
 
 # Fields that change neither the batches nor, except for rounding, the numbers: they may
 # differ on resuming. A name that ends with a dot is a whole group of fields. What the
@@ -34,6 +35,7 @@ FREE_FIELDS = (
     "knn.full_at_end",
     "log_every",
     "optim.max_nonfinite",
+    "profile",
     "watchdog_minutes",
     "data.root",
     "data.csv_path",
@@ -103,9 +105,9 @@ def goes_on_without(what: str) -> Iterator[None]:
     try:
         yield
     except BadImageError as error:
-        print(f"{what} cannot be drawn ({error})", flush=True)
+        LOG.warning(f"{what} cannot be drawn ({error})")
     except OSError as error:
-        print(f"{what} cannot be written ({error.strerror or error})", flush=True)
+        LOG.warning(f"{what} cannot be written ({error.strerror or error})")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from xsmae.process.files import keep_rows, read_jsonl
+from xsmae.process.log import LOG
 
 NAME = "gsd_range.jsonl"  # in the workdir; of other processes, in process_<number>/
 
@@ -52,7 +53,7 @@ class GsdRange:
             self._unwritten = False
         except OSError as error:  # a full disk: with the next step's
             if not self._unwritten:
-                print(f"{self._path} cannot be written ({error.strerror}), yet")
+                LOG.warning(f"{self._path} cannot be written ({error.strerror}), yet")
             self._unwritten = True
 
 

@@ -1,0 +1,229 @@
+"""What a run does besides its steps: hooks, which the loop calls after each step.
+
+A new evaluator is one class, and one line in the list of hooks in `train.py`:
+
+    class FeatureNorm(Hook):
+        def due(self, step):
+            return due_every(step, 1000) or step == self.run.num_steps
+
+        def __call__(self, done):
+            batch = first_samples(self.run.config, self.run.source, self.run.sampler, 8)
+            images, gsd = batch["image"][:, 0], batch["gsd"][:, 0]
+            features = self.run.trainer.encode(done.state.params, images, gsd)
+            norm = float(np.linalg.norm(features["mean"], axis=1).mean())
+            self.run.writer.write(done.step, {"feature_norm": norm})
+
+Its values become a line of `metrics.jsonl`. Where a run has several processes, all of
+them call the same hooks after the same steps, so that a hook may use all devices; one
+whose `due` looks at what a process alone knows would wait for the others for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from xsmae.bands import Bands
+from xsmae.process.log import LOG
+from xsmae.run.hosts import counted_together
+from xsmae.run.run import Run
+from xsmae.sharding import replicated
+from xsmae.train_state import TrainState
+from xsmae.weights.description import describe_encoder
+from xsmae.weights.encoder import Encoder
+from xsmae.weights.gsd_range import GsdRange, seen_by_all
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A step that is done, as hooks see it.
+
+    state: after the step; the next step overwrites it, so that a hook keeps none of it.
+    batch: this process's part. metrics: not yet computed maybe; to read one waits for
+    the step. replaced: how many images of the batch could not be used.
+    """
+
+    step: int
+    state: TrainState
+    batch: Mapping[str, np.ndarray]
+    metrics: Mapping[str, jax.Array]
+    replaced: int
+
+
+class Hook:
+    """Something that a run does besides its steps; what is left out does nothing.
+
+    timed: whether its time counts in the images per second and the time left; the loop
+    leaves that of the others out.
+    """
+
+    timed = False
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def begin(self, state: TrainState) -> None:
+        """Before the first step of each start of the run."""
+
+    def due(self, step: int) -> bool:
+        """Whether to call this after `step`."""
+        return False
+
+    def __call__(self, done: Done) -> None:
+        """After a step that is due."""
+
+    def end(self, state: TrainState) -> None:
+        """After the last step of the run, unless it was asked to stop."""
+
+    def close(self) -> None:
+        """When this start of the run is over, however it ended."""
+
+
+def due_every(step: int, every: int) -> bool:
+    """True if what is done every `every` steps is due after `step` (0 or -1: never)."""
+    return every > 0 and step % every == 0
+
+
+def call_due(hooks: Sequence[Hook], done: Done) -> None:
+    """Call the hooks that are due after a step, in their order."""
+    for hook in hooks:
+        if hook.due(done.step):
+            progress = hook.run.progress
+            with contextlib.nullcontext() if hook.timed else progress.paused():
+                hook(done)
+
+
+class Log(Hook):
+    """A line of `metrics.jsonl`, and one in the terminal.
+
+    Raises TooManyRejected where all processes together have met too many bad images,
+    which only they together know, after the line that shows their number.
+    """
+
+    timed = True  # reading the metrics waits for the devices
+
+    def due(self, step: int) -> bool:
+        every = self.run.config.log_every
+        return due_every(step, every) or step in (1, self.run.num_steps)
+
+    def __call__(self, done: Done) -> None:
+        run, step = self.run, done.step
+        values = {name: float(value) for name, value in done.metrics.items()}
+        values["epoch"] = step / run.trainer.schedule.steps_per_epoch
+        rejected, replaced = counted_together(run.rejected.reasons, done.replaced)
+        values["rejected"], values["replaced_in_batch"] = rejected, replaced
+        rates = {
+            "images_per_second": run.progress.images_per_second(step),
+            "waiting_for_data": run.progress.waiting_for_data(),
+        }
+        # The first step compiles, which is not the rate to go by.
+        values |= rates if step > run.start + 1 else dict.fromkeys(rates, math.nan)
+        run.writer.write(step, values)
+        LOG.info(run.progress.line(step, values))
+        run.rejected.check_limit(rejected)
+
+
+class WriteEncoder(Hook):
+    """The encoder that is carried away, in `<workdir>/encoder`, and the GSDs it saw."""
+
+    timed = True  # it writes only while the range of GSDs becomes wider
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._gsd_range = GsdRange(run.workdir, start=run.start)
+
+    def due(self, step: int) -> bool:
+        return True
+
+    def __call__(self, done: Done) -> None:
+        self._gsd_range.add(done.step, self.run.gsd_seen(done.batch["gsd"]))
+
+    def end(self, state: TrainState) -> None:
+        run, config, trainer = self.run, self.run.config, self.run.trainer
+        # Whole on every device, which takes all processes; one of them writes.
+        whole = jax.jit(lambda *parts: parts, out_shardings=replicated(trainer.mesh))
+        model = nnx.merge(trainer.graphdef, *whole(state.params, state.batch_stats))
+        gsd_range = seen_by_all(run.workdir, run.num_steps)
+        if jax.process_index() != 0:
+            return
+        described = describe_encoder(
+            config.model,
+            image_size=config.views.size,
+            bands=Bands.of(config),
+            gsd_range=gsd_range,
+            run={
+                "method": config.method,
+                "seed": config.seed,
+                "steps": run.num_steps,
+                "batch_size": config.batch_size,
+                "data": repr(run.source),
+            },
+        )
+        Encoder(model.encoder, described).save(run.workdir / "encoder")
+
+
+class Profile(Hook):
+    """A trace of the steps `config.profile` = (first, last), in `<workdir>/profile`.
+
+    A run that resumes between the two traces the rest, one that resumes after them
+    nothing. It ends with the run where that ends or is stopped before.
+    """
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.folder = run.workdir / "profile"
+        self._first, last = run.config.profile or (0, 0)
+        self._last = min(last, run.num_steps)
+        self._tracing = False
+
+    def begin(self, state: TrainState) -> None:
+        if self._first > self.run.num_steps:
+            LOG.warning(
+                f"nothing is profiled: profile begins with step {self._first}, the run "
+                f"ends with step {self.run.num_steps}"
+            )
+        if self._first <= self.run.start + 1 <= self._last:
+            self._start(self.run.start + 1)
+
+    def due(self, step: int) -> bool:
+        begins = step + 1 == self._first <= self._last
+        return begins or (self._tracing and step == self._last)
+
+    def __call__(self, done: Done) -> None:
+        if self._tracing:
+            jax.block_until_ready(done.metrics)
+            self.close()
+        else:
+            self._start(done.step + 1)
+
+    def close(self) -> None:
+        if not self._tracing:
+            return
+        self._tracing = False
+        with _goes_on_without_a_profile():
+            jax.profiler.stop_trace()
+            LOG.info(
+                f"the profile from step {self._begun} on is in {self.folder}: open its "
+                "*.trace.json.gz at https://ui.perfetto.dev, or the folder with "
+                f"`xprof {self.folder}` (pip install xprof)"
+            )
+
+    def _start(self, step: int) -> None:
+        with _goes_on_without_a_profile():
+            jax.profiler.start_trace(self.folder)
+            self._tracing, self._begun = True, step
+
+
+@contextlib.contextmanager
+def _goes_on_without_a_profile() -> Iterator[None]:
+    """A full disk, or a trace that the caller has begun, ends no run."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        LOG.warning(f"no profile is written ({' '.join(str(error).split())})")

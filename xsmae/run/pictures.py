@@ -1,0 +1,110 @@
+"""The pictures that a run draws of itself as it goes: what it hands to `figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from xsmae.errors import BadImageError
+from xsmae.figures import training as figures
+from xsmae.process.files import read_jsonl
+from xsmae.run.hooks import Done, Hook, due_every
+from xsmae.run.run import Run
+from xsmae.run.workdir import goes_on_without
+from xsmae.train_state import TrainState
+from xsmae.trainer import STEP_FIELDS, first_samples
+
+GSD_SAMPLES = 2000  # in the histogram of GSDs, enough for a smooth one
+
+
+class Crops(Hook):
+    """The boxes of the views of the first batch's first samples on their sources."""
+
+    def due(self, step: int) -> bool:
+        return step == self.run.start + 1
+
+    def __call__(self, done: Done) -> None:
+        with goes_on_without("the picture of the crops"):
+            self.draw(done.batch)
+
+    def draw(self, batch: Mapping[str, np.ndarray]) -> None:
+        run = self.run
+        rows = range(min(run.config.figures.samples, len(batch["index"])))
+        records = [run.source[int(batch["index"][row])] for row in rows]
+        figures.crops(
+            run.workdir / "figures" / "crops.png",
+            [(record.image, record.gsd, record.id) for record in records],
+            batch["image"][rows],
+            batch["box"][rows],
+            batch["gsd"][rows],
+        )
+
+
+class Reconstructions(Hook):
+    """The loss curves, and reconstructions of the run's first samples."""
+
+    def due(self, step: int) -> bool:
+        every = self.run.config.figures.every
+        return due_every(step, every) or step == self.run.num_steps
+
+    def __call__(self, done: Done) -> None:
+        with goes_on_without("the reconstructions"):
+            self.draw(done.state, done.step)
+
+    def draw(self, state: TrainState, step: int) -> None:
+        """Raises BadImageError if one of the samples can no longer be read."""
+        run, config, folder = self.run, self.run.config, self.run.workdir / "figures"
+        batch = first_samples(config, run.source, run.sampler, config.figures.samples)
+        unreadable = np.count_nonzero(batch["index"] < 0)
+        batch = {name: batch[name] for name in STEP_FIELDS}
+        # All processes predict together, also where one of them cannot read an image.
+        pictures = jax.device_get(run.trainer.predict(state, batch))
+        rows = read_jsonl(run.workdir / "metrics.jsonl")
+        figures.loss_curves(folder / "losses.png", rows)
+        if unreadable:
+            raise BadImageError(
+                f"{unreadable} of {len(batch['image'])} images cannot be read any more"
+            )
+        figures.reconstructions(
+            folder / f"reconstructions_{step:07}.png",
+            pictures,
+            run.gsd_seen(batch["gsd"]),
+            mean=config.mean,
+            std=config.std,
+        )
+
+
+class GsdHistogram(Hook):
+    """Which GSDs the run sees, as its first batches show: drawn once.
+
+    After each step until there are enough samples, or no more will come.
+    """
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._path = run.workdir / "figures" / "gsd.png"
+        self._wanted = not self._path.exists()
+        self._seen: dict[str, list[np.ndarray]] = {"gsd": [], "box": []}
+
+    def due(self, step: int) -> bool:
+        return self._wanted
+
+    def __call__(self, done: Done) -> None:
+        for name, seen in self._seen.items():
+            seen.append(np.array(done.batch[name]))
+        samples = len(self._seen["gsd"]) * self.run.config.batch_size
+        if samples >= GSD_SAMPLES or done.step == self.run.num_steps:
+            with goes_on_without("the picture of the GSDs"):
+                self.draw()
+
+    def draw(self) -> None:
+        gsd, box = (np.concatenate(seen) for seen in self._seen.values())
+        self._wanted, self._seen = False, {}
+        heights = box[:, 0, 2] - box[:, 0, 0]
+        figures.gsd_histogram(
+            self._path,
+            self.run.gsd_seen(gsd),
+            source_gsd=gsd[:, 0, 0] * self.run.sampler.size / heights,
+        )
