@@ -130,6 +130,45 @@ def test_what_is_no_encoder_is_refused():
         subject_of(3)
 
 
+@pytest.fixture
+def official(tmp_path):
+    """The weights of a small MAE encoder under the official names, and the encoder."""
+    config = common.get_common("published", "tiny", "mae")
+    config.model.update(embed_dim=16, depth=1, num_heads=2, patch_size=4)
+    info = {
+        "architecture": config.model.to_dict(),
+        "image_size": 16,
+        **{name: config[name] for name in ("bands", "mean", "std")},
+    }
+    write_random_encoder(tmp_path / "plain", info, seed=5)
+    encoder = xsmae.load_encoder(tmp_path / "plain")
+    notes = xsmae.export(encoder, tmp_path / "timm", format="timm")
+    assert any("16 px" in note for note in notes)
+    return tmp_path / "timm" / "model.safetensors", encoder
+
+
+@pytest.mark.parametrize("out", [None, "imported"])
+def test_weights_come_back_from_other_frameworks(official, out, tmp_path):
+    file, expected = official
+    place = out and tmp_path / out
+    found = xsmae.import_weights(file, out=place, num_heads=2)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    np.testing.assert_allclose(found(images), expected(images), rtol=1e-5, atol=1e-6)
+    if place:
+        assert (place / "encoder" / "encoder.json").exists()
+        with pytest.raises(UserError, match=f"{place} is there already"):
+            xsmae.import_weights(file, out=place, num_heads=2)
+
+
+def test_statistics_of_imported_weights_can_be_given(official):
+    file, _ = official
+    mean = (0.1, 0.2, 0.3)
+    found = xsmae.import_weights(file, num_heads=2, mean=mean)
+    assert tuple(found.info["mean"]) == mean
+    with pytest.raises(UserError, match="--mean has 1, expected 3"):
+        xsmae.import_weights(file, num_heads=2, mean=[0.5])
+
+
 # Sources
 
 
