@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import signal
 from collections.abc import Iterator, Sequence
@@ -141,7 +142,30 @@ def make_batches(
             ),
             worker_init_fn=_leave_interrupts_to_the_parent,
         )
+        return _owned(iter(iterator))
     return iter(iterator)
+
+
+def _owned(iterator: grain.DatasetIterator) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of worker processes; no segment of shared memory outlives the run.
+
+    Grain removes a batch's segments when its arrays are deleted. At the end of a run
+    that may be never, since a device buffer or a reference cycle holds the last ones,
+    and Python reports them as leaked at exit. So the names of what is yielded are
+    removed at once, which leaves the memory to its users. What was only prefetched is
+    in a cycle (the traceback of a StopIteration), which is collected.
+    """
+    try:
+        for batch in iterator:
+            for array in batch.values():
+                segment = getattr(array, "shm", None)
+                if segment is not None:
+                    segment.unlink()
+                    array._unlink_on_del = False  # grain has no call for it
+            yield batch
+    finally:
+        iterator.close()
+        gc.collect()
 
 
 def check_batch_size(source: Source, batch_size: int) -> None:
