@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import ml_collections
 import numpy as np
 import pytest
 from xsmae.configs import common
@@ -10,8 +11,10 @@ from xsmae.configs import common
 import xsmae
 from tests.support.runs import SMALL_RUN
 from tests.support.runs import call as pretrain
+from xsmae.data.catalogue import build_source
 from xsmae.errors import UserError
 from xsmae.evaluation.subjects import open_encoder, random_encoder
+from xsmae.trainer import batches_of, create_sampler
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,29 @@ def test_every_way_to_an_encoder_gives_its_features(workdir, config):
         assert found.origin["path"] == str(text)
     assert names == ["small", "small", "small@8"]
     assert len(digests) == 1
+
+
+def test_a_checkpoint_is_loaded_as_the_exported_encoder_is(workdir):
+    exported = xsmae.load_encoder(workdir)
+    found = xsmae.load_encoder(str(workdir / "checkpoints" / "8"), dtype="bfloat16")
+    assert found.info["run"]["steps"] == exported.info["run"]["steps"] == 8
+    assert {**found.info, "run": 0} == {**exported.info, "run": 0}
+    assert found.dtype == "bfloat16"
+    earlier = xsmae.load_encoder(workdir / "checkpoints" / "3")
+    assert earlier.info["run"]["steps"] == 3
+
+
+def test_the_gsd_range_is_that_of_the_crops(workdir):
+    """Of the run's batches, drawn again without it."""
+    config = ml_collections.ConfigDict(
+        json.loads((workdir / "config.json").read_text())
+    )
+    source = build_source(config.data)
+    batches = batches_of(config, source, create_sampler(config), 0, config.num_steps)
+    gsd = np.stack([batch["gsd"] for batch in batches])
+    for step, encoder in ((8, workdir), (3, workdir / "checkpoints" / "3")):
+        found = xsmae.load_encoder(encoder).info["gsd_range"]
+        assert found == [gsd[:step].min(), gsd[:step].max()]
 
 
 def test_an_earlier_checkpoint_is_another_encoder(workdir, config):
