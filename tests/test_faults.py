@@ -96,7 +96,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
         for folder in (workdir, uninterrupted)
     )
     assert ours == theirs
-    assert checkpoints(["checkpoints", "verify", str(workdir)]) == 0
+    assert checkpoints(["xsmae-checkpoints", "verify", str(workdir)]) == 0
     with capsys.disabled():
         print(f"{kills} times {number.name}: equal metrics, equal encoder")
 
