@@ -140,7 +140,7 @@ def official(tmp_path):
         "image_size": 16,
         **{name: config[name] for name in ("bands", "mean", "std")},
     }
-    write_random_encoder(tmp_path / "plain", info, seed=5)
+    Encoder.random(info, seed=5).save(tmp_path / "plain")
     encoder = xsmae.load_encoder(tmp_path / "plain")
     notes = xsmae.export(encoder, tmp_path / "timm", format="timm")
     assert any("16 px" in note for note in notes)
