@@ -31,6 +31,17 @@ def allowed_rejections(num_images: int, max_fraction: float) -> int:
     return min(allowed, num_images - 1)
 
 
+def draws_of(
+    seed: int, position: int, *, batch_size: int
+) -> dict[str, np.random.Generator]:
+    """The two generators that `ViewSampler` draws a position of a run with."""
+    # The stream numbers 0 and 1 keep the two kinds of draws apart.
+    return {
+        "rng": np.random.default_rng((seed, 0, position)),
+        "batch_rng": np.random.default_rng((seed, 1, position // batch_size)),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadViews:
     """Reads the image of a position in the run and draws its views.
@@ -50,13 +61,7 @@ class LoadViews:
         sample = None
         used = -1
         for candidate in range(index, index + self.max_tries):
-            # The stream numbers 0 and 1 keep the two kinds of draws apart.
-            draws = {
-                "rng": np.random.default_rng((self.seed, 0, position)),
-                "batch_rng": np.random.default_rng(
-                    (self.seed, 1, position // self.batch_size)
-                ),
-            }
+            draws = draws_of(self.seed, position, batch_size=self.batch_size)
             try:
                 with self.source.open(candidate % len(self.source)) as record:
                     sample = self.sampler(record.image, record.gsd, **draws)

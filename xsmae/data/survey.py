@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -77,22 +77,27 @@ class Survey:
 def survey(
     source: Source,
     *,
+    indices: Sequence[int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Survey:
-    """Read every image; raises KeyboardInterrupt where `should_stop()`."""
+    """Read every image, or those at `indices`.
+
+    Raises KeyboardInterrupt where `should_stop()`.
+    """
+    indices = range(len(source)) if indices is None else indices
     images, rejected = [], {}
-    for done, found in enumerate(_read(source, should_stop), 1):
+    for done, found in enumerate(_read(source, indices, should_stop), 1):
         if isinstance(found, Image):
             images.append(found)
         else:
             rejected[source.id(found[0])] = found[1]
-        progress(done, len(source))
+        progress(done, len(indices))
     return Survey(source, images, rejected)
 
 
 def _read(
-    source: Source, should_stop: Callable[[], bool]
+    source: Source, indices: Sequence[int], should_stop: Callable[[], bool]
 ) -> Iterator[Image | tuple[int, str]]:
     def load(index: int) -> Image | tuple[int, str]:
         try:
@@ -109,7 +114,7 @@ def _read(
         return Image(index, shape, record.gsd, record.label, digest, mean, square)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(source), CHUNK):
+        for start in range(0, len(indices), CHUNK):
             if should_stop():
                 raise KeyboardInterrupt
-            yield from pool.map(load, range(start, min(start + CHUNK, len(source))))
+            yield from pool.map(load, indices[start : start + CHUNK])

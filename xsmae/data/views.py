@@ -118,6 +118,21 @@ def _cut(pixels: Pixels, box: Box, size: int, interpolation: str) -> Image.Image
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The draws of a sample.
+
+    boxes: of the views, in source pixels. vertical, horizontal: whether the views are
+    mirrored. displayed: view 2's box in view 1's pixels before mirroring, if it was
+    drawn there.
+    """
+
+    boxes: list[Box]
+    vertical: bool
+    horizontal: bool
+    displayed: Box | None
+
+
+@dataclasses.dataclass(frozen=True)
 class ViewSampler:
     """How the views of a sample are drawn; the fields are those of `config.views`."""
 
@@ -165,6 +180,34 @@ class ViewSampler:
                     f"views.{name}={getattr(self, name)}, expected a probability"
                 )
 
+    def draw(
+        self,
+        shape: tuple[int, int],
+        *,
+        rng: np.random.Generator,
+        batch_rng: np.random.Generator,
+    ) -> Drawn:
+        """Where the views of an image of `shape` (height, width) lie."""
+        draw = {"ratio": self.ratio, "distribution": self.area_distribution}
+        whole = Box(0.0, 0.0, float(shape[0]), float(shape[1]))
+        boxes = [draw_box(rng, whole, area=self.area, **draw)]
+        vertical = rng.uniform() < self.vertical_flip
+        horizontal = rng.uniform() < self.horizontal_flip
+        displayed = None
+        if self.num_views == 2:
+            box_rng = batch_rng if self.view2_box == "batch" else rng
+            shown = Box(0.0, 0.0, float(self.size), float(self.size))
+            if self.view2_box == "batch" or self.view2_from == "view1":
+                # Drawn in view 1 as it is displayed, where one box can serve all.
+                displayed = draw_box(box_rng, shown, area=self.area2, **draw)
+                mirrored = displayed.mirrored(
+                    shown, vertical=vertical, horizontal=horizontal
+                )
+                boxes.append(mirrored.within(boxes[0], shown))
+            else:
+                boxes.append(draw_box(box_rng, boxes[0], area=self.area2, **draw))
+        return Drawn(boxes, vertical, horizontal, displayed)
+
     def __call__(
         self,
         image: np.ndarray | Picture,
@@ -181,25 +224,9 @@ class ViewSampler:
         horizontally). `rng` is the sample's, `batch_rng` the same for a whole batch.
         A `Picture` is decoded once, as fine as the views need; raises BadImageError.
         """
-        draw = {"ratio": self.ratio, "distribution": self.area_distribution}
-        whole = Box(0.0, 0.0, float(image.shape[0]), float(image.shape[1]))
-        boxes = [draw_box(rng, whole, area=self.area, **draw)]
-        vertical = rng.uniform() < self.vertical_flip
-        horizontal = rng.uniform() < self.horizontal_flip
+        drawn = self.draw(image.shape[:2], rng=rng, batch_rng=batch_rng)
+        boxes, vertical, horizontal = drawn.boxes, drawn.vertical, drawn.horizontal
         from_view1 = self.num_views == 2 and self.view2_from == "view1"
-        if self.num_views == 2:
-            box_rng = batch_rng if self.view2_box == "batch" else rng
-            shown = Box(0.0, 0.0, float(self.size), float(self.size))
-            if self.view2_box == "batch" or from_view1:
-                # Drawn in view 1 as it is displayed, where one box can serve all.
-                box2 = draw_box(box_rng, shown, area=self.area2, **draw)
-                mirrored = box2.mirrored(
-                    shown, vertical=vertical, horizontal=horizontal
-                )
-                boxes.append(mirrored.within(boxes[0], shown))
-            else:
-                boxes.append(draw_box(box_rng, boxes[0], area=self.area2, **draw))
-
         from_source = boxes[:1] if from_view1 else boxes
         if isinstance(image, Picture):
             sides = [side for b in from_source for side in (b.height, b.width)]
@@ -213,7 +240,8 @@ class ViewSampler:
             )
         ]
         if from_view1:
-            views.append(_cut(Pixels(views[0]), box2, self.size, self.interpolation2))
+            pixels = Pixels(views[0])
+            views.append(_cut(pixels, drawn.displayed, self.size, self.interpolation2))
         return {
             "image": np.stack([np.asarray(view) for view in views]),
             "box": np.stack([b.to_array() for b in boxes]),
