@@ -25,6 +25,7 @@ from xsmae.data.pipeline import allowed_rejections
 from xsmae.data.survey import Survey, survey
 from xsmae.errors import UserError, printable
 from xsmae.process.files import write_json
+from xsmae.run.workdir import check_outside_data
 
 SHOWN = 20  # of a list that may be long; report.json has all of it
 TOO_MANY = 3
@@ -51,6 +52,7 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
     if values.samples < 1:
         raise UserError(f"samples={values.samples}, expected 1 or more")
     out = Path(values.out)
+    check_outside_data(out, config.data, flag="--out")
     parts = {"data": _survey("data", config.data, should_stop)}
     if config.test.to_dict() != config.data.to_dict():
         parts["test"] = _survey("test", config.test, should_stop)

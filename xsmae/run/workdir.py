@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_collections
@@ -97,6 +98,33 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             f"cannot write to the workdir {workdir}: {error.strerror}; give another "
             "--workdir"
         ) from None
+
+
+def check_outside_data(
+    path: Path, data: Mapping[str, Any], ids: Iterable[str] = (), *, flag: str
+) -> None:
+    """Raise UserError if pictures written to `path` would be images of `data`.
+
+    Only a folder is listed again and again. ids: its images, whose folders may be links
+    that lead out of it. A hidden folder is not listed. flag: what gave `path`.
+    """
+    if data["source"] != "folder" or data.get("root") is None:
+        return
+    root, real = Path(data["root"]).expanduser(), Path(os.path.realpath(path))
+    folders = {PurePosixPath(os.path.dirname(name)) for name in ids}
+    for folder in {
+        PurePosixPath("."),
+        *folders,
+        *(p for f in folders for p in f.parents),
+    }:
+        listed = Path(os.path.realpath(root / folder))
+        if not real.is_relative_to(listed):
+            continue
+        if not any(part.startswith(".") for part in real.relative_to(listed).parts):
+            raise UserError(
+                f"{path} lies in the data's folder {root / folder}, of which its "
+                f"pictures would become images: give {flag} outside of it"
+            )
 
 
 @contextlib.contextmanager
