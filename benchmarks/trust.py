@@ -31,7 +31,10 @@ from xsmae.checkpoints import Checkpoints
 from xsmae.checkpoints.saving import Saver
 from xsmae.process.lock import FolderLock
 from xsmae.process.watchdog import Watchdog
+from xsmae.run.choices import INTERVALS
 from xsmae.trainer import Trainer, batch_shapes, create_trainer
+
+EVERY = INTERVALS["checkpoint.every"][-1]  # in a run of this length
 
 
 def create(batch: int) -> tuple[Trainer, dict[str, np.ndarray], int]:
@@ -50,7 +53,7 @@ def create(batch: int) -> tuple[Trainer, dict[str, np.ndarray], int]:
     }
     arrays["gsd"][:] = 1.0
     arrays["box"][:] = (0, 0, 64, 64)
-    return create_trainer(config, num_images=batch), arrays, config.checkpoint.every
+    return create_trainer(config, num_images=batch), arrays, EVERY
 
 
 @contextlib.contextmanager

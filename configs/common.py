@@ -23,6 +23,8 @@ SIZES = {
     "huge": ((1280, 32, 16), (512, 8, 16)),
 }
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std (torchvision)
+
 
 def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
     """`preset,name=value,...` to a dict with the keys `preset`, `method` and `size`.
@@ -75,8 +77,7 @@ def get_common(
     # The images' statistics in 0-1, and their bands in order; they travel with the
     # weights. Each data set's config sets its own.
     config.bands = ("red", "green", "blue")
-    config.mean = (0.485, 0.456, 0.406)  # ImageNet's (torchvision)
-    config.std = (0.229, 0.224, 0.225)
+    config.mean, config.std = IMAGENET
 
     config.views = views = ml_collections.ConfigDict()
     views.size = 128  # pixels, height and width of what the encoder reads
@@ -128,11 +129,13 @@ def get_common(
     # out bad; 0: at the first.
     config.input.max_rejected_fraction = 0.01
 
-    config.log_every = 50  # steps
+    # In steps. An interval that is not set is chosen by the length of the run; so are
+    # the fields that a config sets to None: xsmae/run/choices.py.
+    config.log_every = placeholder(int)  # 20 times in a run, at most 50 steps
     # (10, 15): a trace of these steps, the first from 1, goes to <workdir>/profile.
     config.profile = ()
     config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every = 1000  # steps
+    config.checkpoint.every = placeholder(int)  # 5 times, at most 1000 steps
     config.checkpoint.keep = 3  # the newest ones
     config.checkpoint.keep_every = 0  # and every one of this many steps; 0: none
     # Saves in a row that may fail, the disk being full, before the run stops; 0: none.
@@ -143,13 +146,13 @@ def get_common(
     # save, and than any compilation seen.
     config.watchdog_minutes = 30.0
     config.figures = ml_collections.ConfigDict()
-    config.figures.every = 5000  # steps; 0: at the end alone
+    config.figures.every = placeholder(int)  # 4 times, at most 5000; 0: at the end
     config.figures.samples = 6
 
     # The kNN monitor, where the data has labels. `train` and `test` are what differs
     # from `data` for the labelled bank and the queries.
     config.knn = knn = ml_collections.ConfigDict()
-    knn.every = 5000  # steps; 0: at the end alone; -1: never
+    knn.every = placeholder(int)  # 4 times, at most 5000; 0: at the end; -1: never
     knn.train = ml_collections.ConfigDict()
     knn.test = ml_collections.ConfigDict()
     knn.k = 20  # k and temperature: Scale-MAE's protocol

@@ -24,7 +24,13 @@ def get_config(argument=None):
     )
     # The reference follows the one GSD; with a table of GSDs it must be given.
     config.model.reference_gsd = config.data.get_oneway_ref("gsd")
-    config.batch_size = 256
+    # Chosen by the images and the device, and said at the start of a run.
+    config.batch_size = placeholder(int)  # at most 256
+    config.views.size = placeholder(int)  # at most 128
+    config.model.patch_size = placeholder(int)  # 16, of small images 8
+    config.model.dtype = placeholder(str)  # bfloat16, on CPUs float32
+    config.mean = placeholder(tuple)  # measured on a sample
+    config.std = placeholder(tuple)
     config.num_epochs = 100.0
     config.optim.warmup_epochs = 10.0
     config.optim.learning_rate = 1.5e-4  # MAE's, for shorter runs on smaller data

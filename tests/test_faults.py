@@ -78,7 +78,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
             process.kill()
         kills += 1
         printed = log.read_text()
-        begun = re.search(r"going on from step (\d+)", printed)
+        begun = re.search(r"resuming from step (\d+)", printed)
         if begun:  # otherwise it was killed before that
             assert int(begun[1]) == newest
         if number == signal.SIGKILL:

@@ -132,7 +132,7 @@ def test_one_that_is_killed_ends_the_others_and_the_run_goes_on(one_process, tmp
     assert second == -signal.SIGKILL
     processes, logs = start_two(workdir, tmp_path)
     assert ends(processes, logs) == [0, 0], logs[0].read_text()
-    assert re.search(r"going on from step (10|20)", logs[0].read_text())
+    assert re.search(r"resuming from step (10|20)", logs[0].read_text())
     assert_near(workdir, one_process)
 
 

@@ -112,10 +112,13 @@ def test_the_encoder_is_usable(finished):
     assert not np.allclose(features, encoder(images, gsd=4.0))
 
 
-def test_the_same_command_again_changes_nothing(finished, capsys):
+def test_the_same_command_again_changes_nothing(finished):
     workdir, _ = finished
     before = comparable(workdir)
-    assert subprocess.run(command(workdir), cwd=ROOT).returncode == 0
+    again = subprocess.run(command(workdir), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "complete at step 8" in again.stdout
+    assert "resuming" not in again.stdout
     assert comparable(workdir) == before
 
 
@@ -474,6 +477,7 @@ def test_bands_that_are_not_the_sources(bands, unknown, dry, tmp_path, capsys):
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_builds(name, argument):
+    from xsmae.run.choices import settle
     from xsmae.trainer import create_sampler, create_trainer
 
     arguments = [f"--config=configs/{name}:{argument},size=small"]
@@ -481,6 +485,7 @@ def test_each_config_builds(name, argument):
         arguments.append("--config.data.gsd=0.5")
     config = parse(["xsmae", *arguments], main.define_flags).config
     assert config.is_locked
+    config, _ = settle(config, None)
     create_sampler(config)
     trainer = create_trainer(config, num_images=100_000)
     state = jax.eval_shape(trainer.initial_state)

@@ -87,6 +87,7 @@ def pretrain(
     from xsmae.cli.pretrain import LESS_MEMORY
     from xsmae.errors import memory_shortage
     from xsmae.process.log import LOG, shown
+    from xsmae.run import choices
     from xsmae.run.hosts import ends_with_the_others
     from xsmae.weights import warm_start
 
@@ -98,6 +99,8 @@ def pretrain(
             if config.init:
                 for change in warm_start.adopt(config, keep, workdir=workdir):
                     LOG.info(f"as the weights have it: {change}")
+            for line in choices.fit_warmup(config, keep, workdir=workdir):
+                LOG.info(line)
             status = train.train_and_evaluate(config, workdir)
     finally:
         logging.set_verbosity(before)

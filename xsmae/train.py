@@ -20,6 +20,7 @@ from xsmae.process.lock import FolderLock
 from xsmae.process.log import LOG, shown
 from xsmae.process.signals import StopRequest
 from xsmae.process.watchdog import Watchdog
+from xsmae.run import choices
 from xsmae.run.hooks import (
     Done,
     Hook,
@@ -35,7 +36,7 @@ from xsmae.run.pictures import Crops, GsdHistogram, Reconstructions
 from xsmae.run.rejected import TooManyRejected
 from xsmae.run.report import describe, summary
 from xsmae.run.run import Run, create_run
-from xsmae.run.workdir import open_workdir, told_in_one_line
+from xsmae.run.workdir import check_outside_data, open_workdir, told_in_one_line
 from xsmae.sharding import by_batch, put_batch
 from xsmae.train_state import TrainState
 from xsmae.trainer import (
@@ -58,7 +59,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """
     # All that can be wrong with the input comes first, and leaves no trace.
     source = build_source(config.data)
+    ids = map(source.id, range(len(source)))
+    check_outside_data(workdir, config.data, ids, flag="--workdir")
     check_bands(source, config.bands)
+    config, chosen = choices.settle(config, source, workdir=workdir)
     check_batch_size(source, config.batch_size)
     sampler = create_sampler(config)
     trainer = create_trainer(config, num_images=len(source))
@@ -88,7 +92,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
             )
         )
         resumed, state = _first_state(config, workdir, source, trainer, checkpoints)
-        LOG.info(describe(config, trainer, source))
+        LOG.info("\n".join([*chosen, describe(config, trainer, source)]))
         run = create_run(
             config,
             folder,
@@ -144,7 +148,9 @@ def _first_state(
         trainer.state_shapes(), fingerprint=source.fingerprint
     )
     if found is not None:
-        LOG.info(f"going on from step {found[0]}, saved in {workdir}")
+        complete = found[0] == trainer.schedule.num_steps
+        said = "complete at" if complete else "resuming from"
+        LOG.info(f"{said} step {found[0]}, saved in {workdir}")
         return found
     state = trainer.initial_state()
     if config.init:

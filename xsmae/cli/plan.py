@@ -16,6 +16,7 @@ from xsmae.cli.command import example, run
 from xsmae.errors import UserError
 from xsmae.planning.step import make_plan, table
 from xsmae.planning.topology import describe_topology
+from xsmae.run import choices
 from xsmae.weights import warm_start as init
 
 
@@ -44,12 +45,14 @@ def plan(argv: list[str]) -> int:
     if values.topology is None:
         raise UserError(f"--topology is missing: {example(__doc__)}")
     topology = describe_topology(values.topology)
+    given = given_fields(argv)
     if values.config.init:
-        given = given_fields(argv)
         for change in init.adopt(values.config, given):
             print(f"as the weights have it: {change}")
-    found = make_plan(values.config, topology, largest=values.largest_batch)
-    print(table(found))
+    said = choices.fit_warmup(values.config, given)
+    config, chosen = choices.settle(values.config, None, devices=topology.devices)
+    found = make_plan(config, topology, largest=values.largest_batch)
+    print(*said, *chosen, table(found), sep="\n")
     print(json.dumps({"topology": values.topology, "jax": jax.__version__, **found}))
     return 0
 

@@ -74,15 +74,17 @@ def pretrain(argv: list[str]) -> int:
     values = parse(argv, define_flags, example=example(__doc__))
     # After the flags, so that a wrong one is told at once.
     from xsmae import train
-    from xsmae.run import hosts, report
+    from xsmae.run import choices, hosts, report
     from xsmae.weights import warm_start as init
 
     hosts.join(values, watchdog_minutes=values.config.watchdog_minutes)
     workdir = Path(values.workdir or default_workdir(argv))
+    given = given_fields(argv)
     if values.config.init:
-        given = given_fields(argv)
         for change in init.adopt(values.config, given, workdir=workdir):
             LOG.info(f"as the weights have it: {change}")
+    for line in choices.fit_warmup(values.config, given, workdir=workdir):
+        LOG.info(line)
     if values.dry_run:
         LOG.info(report.dry_run(values.config))
         return 0

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 from flax import nnx
 
 from xsmae.data.catalogue import build_source, missing_arguments
-from xsmae.data.pipeline import check_bands, check_batch_size
+from xsmae.data.pipeline import check_bands, check_batch_size, draws_of
 from xsmae.data.records import Source
+from xsmae.ops.attention.api import choose
 from xsmae.process.files import read_jsonl
+from xsmae.run.choices import image_shapes, settle
 from xsmae.run.knn import create_monitors
 from xsmae.trainer import (
     Trainer,
@@ -21,20 +24,81 @@ from xsmae.trainer import (
     create_trainer,
 )
 
+DRAWS = 500  # positions of a run
+SHOWN_SHARE = 0.01  # of the views
+
 
 def describe(
     config: ml_collections.ConfigDict, trainer: Trainer, source: Source
 ) -> str:
-    """What a run is about to do, in a few lines."""
+    """What a run is about to do and how, in a few lines."""
     total = count_parameters(jax.eval_shape(trainer.initial_state).params)
     schedule = trainer.schedule
     return (
         f"{config.method}, {total / 1e6:.2f} M parameters; {source!r}\n"
         f"{schedule.num_steps} steps of {config.batch_size} samples "
         f"({schedule.num_steps / schedule.steps_per_epoch:.1f} epochs), learning rate "
-        f"{schedule.learning_rate:g}, warm-up {schedule.warmup_steps} steps, "
-        f"{trainer.mesh.size} device(s)"
+        f"{schedule.learning_rate:g}, warm-up {schedule.warmup_steps} steps\n"
+        + execution(config, trainer)
+        + finer_views(config, source)
         + "".join(f"\n{note}" for note in source.notes())
+    )
+
+
+def execution(config: ml_collections.ConfigDict, trainer: Trainer) -> str:
+    """The devices and how each computes its part of a batch, in one line."""
+    model, mesh = config.model, trainer.mesh
+    device = mesh.devices.flat[0]
+    part = config.batch_size // mesh.size
+    kind = dict.fromkeys((device.platform, device.device_kind))
+    blocks = "scanned" if model.scan else "unrolled"
+    return (
+        f"{mesh.size} x {' '.join(kind)}, {part} samples each, {model.dtype}, "
+        f"{_attention(config, part)}, remat {model.remat}, blocks {blocks}"
+    )
+
+
+def _attention(config: ml_collections.ConfigDict, samples: int) -> str:
+    """The implementation that the encoder's attention runs with, and why."""
+    model = config.model
+    if model.attention != "auto":
+        return f"attention {model.attention}"
+    device = jax.local_devices()[0]
+    platform = device.platform
+    if platform == "gpu":
+        platform = "rocm" if "rocm" in device.client.platform_version else "cuda"
+    patches = (config.views.size // model.patch_size) ** 2
+    patches *= len(model.get("channel_groups", ())) or 1
+    tokens = 1 + int(patches * (1 - model.mask_ratio))
+    name, reason = choose(
+        (samples, tokens, 3 * model.embed_dim),
+        model.dtype,
+        num_heads=model.num_heads,
+        platform=platform,
+        capability=getattr(device, "compute_capability", None),
+    )
+    return f"attention {name} ({reason})"
+
+
+def finer_views(config: ml_collections.ConfigDict, source: Source) -> str:
+    """A line if views are finer than the images they are cut from, else nothing.
+
+    By the draws of the first positions of the run, on the sizes of some images.
+    """
+    sampler, shapes = create_sampler(config), image_shapes(source)
+    finer = np.zeros(sampler.num_views)
+    for position in range(DRAWS):
+        drawn = sampler.draw(
+            shapes[position % len(shapes)],
+            **draws_of(config.seed, position, batch_size=config.batch_size),
+        )
+        finer += [box.height * box.width < sampler.size**2 for box in drawn.boxes]
+    shares = [f"{share:.0%} of view {i}" for i, share in enumerate(finer / DRAWS, 1)]
+    if finer.max() / DRAWS < SHOWN_SHARE:
+        return ""
+    return (
+        f"\nfiner than their images, so upsampled: {' and '.join(shares)}; fewer with "
+        "a smaller --config.views.size or a larger --config.views.area"
     )
 
 
@@ -78,8 +142,11 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
     Data that is not given yet is left out, and said to be.
     """
     missing = missing_arguments(config.data)
-    sampler = create_sampler(config)
     source = None if missing else build_source(config.data)
+    if source is not None:
+        check_bands(source, config.bands)
+    config, chosen = settle(config, source)
+    sampler = create_sampler(config)
     unknown = config.num_steps is None and source is None
     # Without data the number of steps is not known; the step's program is the same.
     num_images = len(source) if source else 1000 * config.batch_size
@@ -91,6 +158,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
         for name, part in model.parts().items()
     }
     lines = [
+        *chosen,
         f"method: {config.method}",
         f"parameters: {count_parameters(state.params) / 1e6:.2f} M in all",
         f"  {parts['encoder'] / 1e6:.2f} M encoder, {parts['decoder'] / 1e6:.2f} M "
@@ -107,7 +175,6 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
         batch = batch_shapes(config)
     else:
         lines.append(f"data: {source!r}")
-        check_bands(source, config.bands)
         check_batch_size(source, config.batch_size)
         create_monitors(config, source)
         batch = next(batches_of(config, source, sampler, 0, 1))
