@@ -294,8 +294,8 @@ def test_a_run_from_before_there_were_choices_resumes(run_of, capsys):
     run, _, workdir = run_of
     old = [
         "--config.batch_size=4", "--config.views.size=64",
-        "--config.mean=(0.4,0.4,0.4)", "--config.std=(0.2,0.2,0.2)", "--config.model.patch_size=16",
-        "--config.optim.warmup_steps=1",
+        "--config.mean=(0.4,0.4,0.4)", "--config.std=(0.2,0.2,0.2)",
+        "--config.model.patch_size=16", "--config.optim.warmup_steps=1",
     ]  # fmt: skip
     assert call(*run, *old) == 0
     before = values_of(workdir)
