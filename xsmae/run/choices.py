@@ -20,7 +20,7 @@ import numpy as np
 from xsmae.checkpoints.store import has_checkpoint
 from xsmae.config import RANGES, flatten
 from xsmae.configs.common import IMAGENET
-from xsmae.data.records import Source, open_record
+from xsmae.data.records import Source
 from xsmae.data.survey import survey
 from xsmae.errors import BadImageError, UserError
 from xsmae.methods import METHODS
@@ -218,7 +218,7 @@ def image_shapes(source: Source) -> list[tuple[int, int]]:
     shapes, indices = [], evenly_spaced(len(source), SHAPES)
     for index in indices:
         try:
-            with open_record(source, index) as record:
+            with source.open(index) as record:
                 shapes.append(record.image.shape[:2])
         except BadImageError as error:
             reason = error
