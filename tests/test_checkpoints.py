@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.multihost import multihost
 
 from tests.support.states import some_state
 from xsmae.checkpoints import Checkpoints, digests, store
 from xsmae.checkpoints.saving import Saver
-from xsmae.checkpoints.step import create_handler, verify
+from xsmae.checkpoints.step import check_files, create_handler, verify
 from xsmae.cli.verify import checkpoints as main
 from xsmae.errors import DamagedError, SaveError, UserError
 from xsmae.process.log import shown
@@ -261,6 +262,19 @@ def test_damaged_steps_are_removed_when_a_run_is_complete(
     assert len(fed) == 1
     assert checkpoints.steps() == ([6] if damaged == 3 else [3, 6])
     assert main(["xsmae verify", str(tmp_path)]) == 0
+
+
+def test_files_are_checked_without_the_other_processes(two_steps, monkeypatch):
+    """Process 0 alone removes damaged steps: the others would never join it."""
+    waited_for = []
+    monkeypatch.setattr(
+        multihost,
+        "sync_global_processes",
+        lambda *args, processes=None, **kwargs: waited_for.append(processes),
+    )
+    check_files(two_steps / "6")
+    assert waited_for
+    assert all(processes == {0} for processes in waited_for)
 
 
 def test_none_that_is_whole_is_an_error(two_steps, tmp_path):

@@ -115,7 +115,9 @@ def test_two_processes_of_two_devices_equal_one_of_four(one_process, tmp_path):
     assert ends(processes, logs) == [0, 0], logs[0].read_text()
     assert_near(workdir, one_process)
     assert f"\nstep {NUM_STEPS}/" in logs[0].read_text()
-    assert logs[1].read_text() == ""  # the same again would be of no use
+    # The same again would be of no use; [Gloo] is the library of its exchanges.
+    said = logs[1].read_text().splitlines()
+    assert [line for line in said if not line.startswith("[Gloo]")] == []
     # What each has seen of it is the same; its images are its own.
     assert comparable(workdir / "process_1") == comparable(workdir)
     assert not (workdir / "process_1/encoder").exists()

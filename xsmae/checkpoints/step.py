@@ -145,7 +145,14 @@ def _checked(path: Path) -> dict[str, Any] | None:
 
 def _position(path: Path, content: Mapping[str, Any] | None) -> dict[str, Any]:
     """Where in the data the step is; raises DamagedError where that is not so."""
-    position = _read(path, position=ocp.args.JsonRestore())
+    # By this process alone: `remove_damaged` asks in one process of several.
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"process_{index}",
+    )
+    position = _read(path, alone, position=ocp.args.JsonRestore())
     try:
         schema, batches = position["schema"], position["batches"]
         position["source"]
@@ -160,10 +167,17 @@ def _position(path: Path, content: Mapping[str, Any] | None) -> dict[str, Any]:
     return position
 
 
-def _read(path: Path, **arguments: Any) -> Any:
-    """One item of a step."""
+def _read(
+    path: Path,
+    processes: ocp.options.MultiprocessingOptions | None = None,
+    **arguments: Any,
+) -> Any:
+    """One item of a step; `processes` are those that read it together, None for all."""
     (name,) = arguments
-    with ocp.Checkpointer(create_handler()) as checkpointer:
+    processes = processes or ocp.options.MultiprocessingOptions()
+    with ocp.Checkpointer(
+        create_handler(), multiprocessing_options=processes
+    ) as checkpointer:
         try:
             return checkpointer.restore(path, ocp.args.Composite(**arguments))[name]
         except Exception as error:  # of many kinds
