@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from xsmae.bands import Bands
 from xsmae.errors import BadImageError
 from xsmae.figures import training as figures
 from xsmae.process.files import read_jsonl
@@ -71,8 +72,7 @@ class Reconstructions(Hook):
             folder / f"reconstructions_{step:07}.png",
             pictures,
             run.gsd_seen(batch["gsd"]),
-            mean=config.mean,
-            std=config.std,
+            bands=Bands.of(config),
         )
 
 
