@@ -15,6 +15,10 @@ settings.register_profile("faults", max_examples=1000, deadline=None)
 # A failed assert says what it compared, also in what tests share.
 pytest.register_assert_rewrite("tests.support")
 
+# An axis that is missing is a mistake or goes without saying; here it must be said, in
+# what tests start too. Set before anything imports jax.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
 # Half of the suite's time would be compiling what another test has compiled: workers
 # and what they start share what they have. Set before anything imports jax.
 COMPILED = {

@@ -16,7 +16,7 @@ from xsmae.bands import BANDS, Bands
 from xsmae.methods import METHODS
 from xsmae.optim import create_optimizer, decay_mask
 from xsmae.train_state import create_train_state, prepare_views, train_step
-from xsmae.trainer import create_trainer
+from xsmae.trainer import batch_shapes, create_trainer
 
 LOSS = {
     "reconstruction": {"weight": 1.0, "norm_pix_loss": True, "views": "mean"},
@@ -149,6 +149,24 @@ def test_accumulation_equals_the_large_batch(method):
         assert float(whole_metrics[name]) == pytest.approx(
             float(parts_metrics[name]), rel=1e-4
         )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_accumulates_in_float32(name):
+    """Where no cast lies between a parameter and what is made of it."""
+    config = common.get_common("published", "tiny", name)
+    config.batch_size = 8
+    config.optim.accumulation_steps = 2
+    config.views.size = 16
+    config.model.update(patch_size=4, embed_dim=32, num_heads=2, dtype="float32")
+    if name == "scale_mae":
+        config.model.update(head_dim=8, target_scale=2)
+    trainer = create_trainer(config, num_images=4000)
+    state, metrics = jax.eval_shape(
+        trainer.step, trainer.state_shapes(), batch_shapes(config)
+    )
+    assert state == trainer.state_shapes()
+    assert metrics["loss"].shape == ()
 
 
 def test_accumulation_holds_one_gradient():

@@ -58,6 +58,8 @@ class Bands:
         if images.dtype == self.dtype:
             # One pass less over the images than after `rescale`.
             mean, std = self.scale * mean, self.scale * std
+        axes = (1,) * (images.ndim - 1)
+        mean, std = mean.reshape(*axes, -1), std.reshape(*axes, -1)
         return (images.astype(xp.float32) - mean) / std
 
     def denormalize(

@@ -120,7 +120,7 @@ def contrastive(
     logits = logits / temperature
     positive = (z[:, :, 0] * z[:, :, 1]).sum(-1)[..., None] / temperature
     sample = jnp.eye(z.shape[1], dtype=bool)[:, None, :, None]
-    excluded = sample & jnp.eye(2, dtype=bool)[:, None, :]  # itself
+    excluded = sample & jnp.eye(2, dtype=bool)[None, :, None]  # itself
     if positive_in_denominator:
         logits = jnp.where(excluded, -jnp.inf, logits)
         denominator = jax.nn.logsumexp(logits, axis=(-2, -1))
@@ -181,7 +181,7 @@ def sample_tokens(
 def _linear_weights(start, stop, size):
     """[batch, size, size] weights of linear interpolation along one axis."""
     centre = (jnp.arange(size) + 0.5) / size
-    centre = start[:, None] + (stop - start)[:, None] * centre
+    centre = start[:, None] + (stop - start)[:, None] * centre[None]
     at = jnp.clip(centre * size - 0.5, 0, size - 1)
-    distance = jnp.abs(at[..., None] - jnp.arange(size))
+    distance = jnp.abs(at[..., None] - jnp.arange(size)[None, None])
     return jnp.maximum(0, 1 - distance), (centre >= 0) & (centre <= 1)

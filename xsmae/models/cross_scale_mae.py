@@ -64,7 +64,8 @@ class PositionBatchNorm(nnx.Module):
         unbiased = var * (count / (count - 1))
         self.var[...] = keep * self.var[...] + self.momentum * unbiased
         scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
-        wide = (wide - mean[:, None]) * scale[:, None] + self.bias[...][:, None]
+        wide = (wide - mean[None, :, None]) * scale[None, :, None]
+        wide = wide + self.bias[...][None, :, None]
         return wide.astype(x.dtype)
 
 

@@ -175,7 +175,7 @@ class MAE(nnx.Module):
         gsd, offset = merge(views.gsd), None
         if encoder.positions.position == "gsd":
             # From view 1's corner to the view's, in patches of the reference GSD.
-            extent = views.gsd[:, :1] * jnp.array([height, width], jnp.float32)
+            extent = views.gsd[:, :1] * jnp.array([[[height, width]]], jnp.float32)
             unit = encoder.patch_size * encoder.positions.reference_gsd
             offset = merge(views.box[..., :2] * extent / unit)
         masking = self.random_masking(merge(noise))

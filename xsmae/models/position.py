@@ -25,6 +25,7 @@ def sincos_1d(
         raise ValueError(f"embed_dim={embed_dim}, expected an even number")
     half = embed_dim // 2
     omega = 1.0 / 10000.0 ** (jnp.arange(half, dtype=jnp.float32) / half)
+    omega = jnp.expand_dims(omega, tuple(range(position.ndim)))
     angle = position[..., None].astype(jnp.float32) * omega
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
@@ -73,7 +74,7 @@ def patch_positions(
     if gsd is None or reference_gsd is None:
         raise ValueError("position='gsd' needs gsd and reference_gsd, found None")
     scale = gsd.astype(jnp.float32) / reference_gsd
-    y, x = y * scale[:, :1], x * scale[:, 1:]
+    y, x = y[None] * scale[:, :1], x[None] * scale[:, 1:]
     if offset is not None:
         y, x = y + offset[:, :1], x + offset[:, 1:]
     return sincos_2d(y, x, embed_dim)

@@ -87,16 +87,17 @@ class GroupedConv(nnx.Module):
     def __call__(self, x: Float[Array, "batch rows columns in_features"]):
         rows, columns = x.shape[1:3]
         _, _, in_group, groups = self.kernel.shape
-        kernel = self.kernel[...].astype(self.dtype)
+        # JAX cannot add up gradients of slices that are taken of the parameter itself.
+        kernel = self.kernel[...].astype(self.dtype)[:, :, None, None, None]
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
         # The channels of a group lie side by side.
         x = rearrange(x, "b h w (g i) -> b h w g i", g=groups, i=in_group)
         products = [
-            (x[:, i : i + rows, j : j + columns] * kernel[i, j].T).sum(axis=-1)
+            (x[:, i : i + rows, j : j + columns] * kernel[i, j].mT).sum(axis=-1)
             for i in range(3)
             for j in range(3)
         ]
-        return sum(products) + self.bias[...].astype(self.dtype)
+        return sum(products) + self.bias[...].astype(self.dtype)[None, None, None]
 
 
 class Upsample(nnx.Module):
@@ -124,7 +125,7 @@ class Upsample(nnx.Module):
     def __call__(self, x: Float[Array, "batch rows columns in_features"]):
         kernel = self.kernel[...].astype(self.dtype)
         x = jnp.einsum("bhwi,ipqo->bhpwqo", x.astype(self.dtype), kernel)
-        x = x + self.bias[...].astype(self.dtype)
+        x = x + jnp.expand_dims(self.bias[...].astype(self.dtype), (0, 1, 2, 3, 4))
         return rearrange(x, "b h p w q o -> b (h p) (w q) o")
 
 

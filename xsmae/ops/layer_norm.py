@@ -26,7 +26,12 @@ def layer_norm(
     The gradient computes a row's two statistics again from `x`.
     """
     normed, _ = _normed(x, epsilon)
+    scale, bias = _for_rows(scale, x), _for_rows(bias, x)
     return (normed * scale + bias).astype(out_dtype)
+
+
+def _for_rows(vector, x):
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 def _normed(x, epsilon, barrier=lambda statistics: statistics):
@@ -48,7 +53,7 @@ def _backward(epsilon, out_dtype, saved, out_bar):
     normed, deviation = _normed(x, epsilon, jax.lax.optimization_barrier)
     out_bar = out_bar.astype(jnp.float32)
     rows = tuple(range(x.ndim - 1))
-    normed_bar = out_bar * scale
+    normed_bar = out_bar * _for_rows(scale, x)
     x_bar = deviation * (
         normed_bar
         - normed_bar.mean(axis=-1, keepdims=True)

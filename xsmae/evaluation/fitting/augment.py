@@ -105,7 +105,7 @@ def cutmix_rectangle(
 
 def _rectangle(height, width, top, bottom, left, right) -> Bool[Array, "n h w"]:
     """Masks of n rectangles, their edges whole numbers; what lies outside is cut."""
-    rows, columns = jnp.arange(height), jnp.arange(width)
+    rows, columns = jnp.arange(height)[None], jnp.arange(width)[None]
     inside_y = (rows >= top[:, None]) & (rows < bottom[:, None])
     inside_x = (columns >= left[:, None]) & (columns < right[:, None])
     return inside_y[:, :, None] & inside_x[:, None, :]

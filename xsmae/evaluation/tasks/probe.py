@@ -92,7 +92,7 @@ def _lbfgs_step(params, state, x, y, penalty):
 
 def _objective(params, *, x, y, penalty):
     kernel, bias = params
-    losses = optax.softmax_cross_entropy_with_integer_labels(x @ kernel + bias, y)
+    losses = optax.softmax_cross_entropy_with_integer_labels(x @ kernel + bias[None], y)
     return losses.mean() + penalty / 2 * jnp.square(kernel).sum()
 
 
