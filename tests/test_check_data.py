@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from xsmae.cli import check_data, evaluation
@@ -153,9 +154,12 @@ def test_it_stops_when_asked(image_folder, tmp_path, monkeypatch, capsys):
 
 
 def test_a_field_set_for_one_part_is_not_set_for_the_other():
-    flags = ["--data=configs/folder.py", "--train.root=one", "--test.root=other"]
-    config, rest = evaluation.data_of(["check-data", *flags])
-    assert (config.data.root, config.train.root, config.test.root) == (
-        None, "one", "other",
-    )  # fmt: skip
-    assert rest == ["check-data"]
+    given = ["--data=configs/folder.py", "--train.root=one", "--test.root=other"]
+    fields, rest = evaluation.split_parts(["check-data", *given])
+    assert rest == ["check-data", "--data=configs/folder.py"]
+    values = flags.FlagValues()
+    evaluation.define_data(values)
+    values(rest)
+    config = evaluation.parts_of(values, fields, doc="xsmae check-data")
+    found = (config.data.root, config.train.root, config.test.root)
+    assert found == (None, "one", "other")

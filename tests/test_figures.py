@@ -220,6 +220,7 @@ def test_gsds_of_a_run_are_drawn_once_there_are_enough(tmp_path, rng):
         ),
         sampler=types.SimpleNamespace(size=SIZE),
         num_steps=3,
+        gsd_seen=lambda gsd: gsd,
     )
     batch = {
         "gsd": rng.uniform(1, 2, (GSD_SAMPLES // 2, 2, 2)),

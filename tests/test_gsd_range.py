@@ -68,12 +68,12 @@ def test_the_processes_of_a_run_are_put_together(tmp_path, monkeypatch):
     assert seen_by_run(tmp_path, 1) == (0.5, 2.0)
 
 
-def test_a_full_disk_is_made_up_for(tmp_path, capsys):
+def test_a_full_disk_is_made_up_for(tmp_path, caplog):
     seen = GsdRange(tmp_path, start=0)
     (tmp_path / NAME).mkdir()  # nothing can be appended to a folder
     for step in (1, 2):
         seen.add(step, np.float32([1.0, 2.0]))
-    assert capsys.readouterr().out.count("cannot be written") == 1
+    assert caplog.text.count("cannot be written") == 1
     (tmp_path / NAME).rmdir()
     seen.add(3, np.float32([1.5]))
     assert seen_until(tmp_path, 3) == (1.0, 2.0)

@@ -182,7 +182,9 @@ def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
     writer.close()
     assert calls == [{"seed": 3}, (2, {"loss": 0.5}), "finish"]
     # Started again it is the same run.
-    MetricsWriter(tmp_path, resume_step=2, tensorboard=False, wandb_config={"seed": 3})
+    MetricsWriter(
+        tmp_path, resume_step=2, tensorboard=False, wandb_config={"seed": 3}
+    ).close()
     assert len(names) == 1
 
 

@@ -174,7 +174,9 @@ def test_what_the_refusal_of_splits_says_to_give_works(tmp_path):
     root = given[0].removeprefix("--config.data.root=")
     assert FolderSource(root, gsd=GSD).class_names == ("a", "b")
     argv = ["--encoder=statistics", "--data=configs/folder.py", f"--data.gsd={GSD}"]
-    _, config = evaluation.parse(["xsmae knn", *argv, *given[1:]], lambda values: None)
+    _, config = evaluation.parse(
+        ["xsmae knn", *argv, *given[1:]], lambda values: None, doc="xsmae knn"
+    )
     parts = open_parts("mine", config.train.to_dict(), config.test.to_dict())
     assert (len(parts.train), len(parts.test)) == (6, 6)
     assert {parts.train.id(i)[:5] for i in range(6)} == {"a/tra", "b/tra"}

@@ -228,7 +228,7 @@ def test_damaged_directories(compression, edits, cut):
         assert pixels.shape[2] == 3
 
 
-def test_a_folder_of_both_spellings(tmp_path, capsys):
+def test_a_folder_of_both_spellings(tmp_path, tmp_path_factory, capsys):
     """As UC Merced is distributed."""
     for name in ("a/1.tif", "a/2.TIFF", "b/1.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -237,7 +237,8 @@ def test_a_folder_of_both_spellings(tmp_path, capsys):
     assert [source.id(i) for i in range(3)] == ["a/1.tif", "a/2.TIFF", "b/1.tif"]
     np.testing.assert_array_equal(source[1].image, RGB)
     (tmp_path / "b/1.tif").write_bytes(encode(RGB)[:99])
-    flags = [f"--data.root={tmp_path}", "--data.gsd=0.3", f"--out={tmp_path / 'out'}"]
+    out = tmp_path_factory.mktemp("out")
+    flags = [f"--data.root={tmp_path}", "--data.gsd=0.3", f"--out={out}"]
     flags.append("--data.test_fraction=0.5")
     command = ["check-data", "--data=configs/folder.py", *flags]
     assert check_data.main(command) == 0

@@ -89,7 +89,7 @@ def check_ranges(
     """
     flat = flatten(config.to_dict())
     check_numbers(flat, {**RANGES, **of_method})
-    profile = tuple(config.profile)
+    profile = tuple(config.get("profile", ()))  # configs of older runs lack it
     whole = all(isinstance(step, int) for step in profile)
     if len(profile) not in (0, 2) or not whole or list(profile) != sorted(profile):
         raise UserError(

@@ -28,6 +28,10 @@ class DamagedError(UserError):
     """A checkpoint that is not as it was saved. The message names the file or leaf."""
 
 
+class OutsideTrainingWarning(UserWarning):
+    """An encoder is given images of a GSD that its training did not show it."""
+
+
 class SaveError(UserError):
     """A checkpoint that could not be written; those before it are as they were."""
 

@@ -7,18 +7,20 @@ does. A command's own, such as 1 for a damaged checkpoint, are what it returns.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 from absl import flags, logging
 
-from xsmae.errors import UserError, memory_shortage
+from xsmae.errors import OutsideTrainingWarning, UserError, memory_shortage
 from xsmae.process.log import shown
 from xsmae.process.signals import StopRequest
 
@@ -76,7 +78,7 @@ def run(
 def _called(call: Call, argv: list[str], less_memory: str) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
     try:
-        with shown(), memory_shortage(less_memory):
+        with shown(), _plain_warnings(), memory_shortage(less_memory):
             return call(argv)
     except UserError as error:
         print(f"xsmae: {error}", file=sys.stderr)
@@ -84,6 +86,21 @@ def _called(call: Call, argv: list[str], less_memory: str) -> int:
     except KeyboardInterrupt:
         print("xsmae: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show our own warnings as one line, without the place in the code."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if issubclass(category, OutsideTrainingWarning):
+            print(f"xsmae: {message}", file=sys.stderr)
+        else:
+            python(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        python, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _has_no_reader(stream: TextIO) -> bool:

@@ -232,6 +232,9 @@ def _info_of_size(
         )
     names = [name for name in (*ARCHITECTURE, *GROUPS) if name in config.model]
     shape = {name: config.model[name] for name in names}
+    # Where pretraining chooses by the images: what most configs have.
+    usual = common.get_common("corrected", "base")
+    shape["patch_size"] = shape["patch_size"] or usual.model.patch_size
     (shape["embed_dim"], shape["depth"], shape["num_heads"]), _ = common.SIZES[size]
     for field in fields:
         name, _, value = field.partition("=")
@@ -251,10 +254,10 @@ def _info_of_size(
         )
     info = {
         "architecture": shape,
-        "image_size": config.views.size,
+        "image_size": config.views.size or usual.views.size,
         "bands": list(config.bands),
-        "mean": list(config.mean),
-        "std": list(config.std),
+        "mean": list(config.mean or usual.mean),
+        "std": list(config.std or usual.std),
     }
     try:
         check_network(info)

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from xsmae.evaluation.naming import data_names, encoder_names, headings
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
@@ -162,7 +163,8 @@ def rivals(table: Table) -> list[str]:
 
 
 def markdown(
-    tables: Sequence[Table], figures: Mapping[str, Sequence[tuple[str, str]]]
+    tables: Sequence[Table],
+    figures: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType({}),
 ) -> str:
     """Every table with its protocol and figures under it; digests in an appendix.
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save
 
 from xsmae.bands import Bands
 from xsmae.config import DTYPES
-from xsmae.errors import UserError
+from xsmae.errors import OutsideTrainingWarning, UserError
 from xsmae.models.pooling import POOLINGS, pool
 from xsmae.models.vit import Encoder as Network
 from xsmae.ops.attention.api import IMPLEMENTATIONS
@@ -226,6 +226,7 @@ class Encoder:
             warnings.warn(
                 f"the encoder was trained at {low:g} to {high:g} metres per pixel and "
                 f"is given images of {given}: its features may be poor there",
+                OutsideTrainingWarning,
                 stacklevel=4,
             )
 

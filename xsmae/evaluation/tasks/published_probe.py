@@ -164,8 +164,8 @@ def create_learner(
 
 def feature_width(job: Measurement, feature: str) -> int:
     """The width of a feature: that of one blank image where there is no network."""
-    if job.encoder.info is not None:
-        return job.encoder.info["architecture"]["embed_dim"]
+    if job.encoder.network is not None:
+        return job.encoder.network.embed_dim
     side = job.scales[0].size
     blank = np.zeros((1, side, side, 3), np.uint8)
     return job.encoder.encode(blank, np.ones((1, 2), np.float32))[feature].shape[1]
