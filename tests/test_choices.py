@@ -12,7 +12,8 @@ from PIL import Image
 from xsmae.configs import common, csv, eurosat, folder, quickstart, uc_merced
 
 from xsmae.cli import pretrain
-from xsmae.config import check_ranges, flatten, parse
+from xsmae.cli.arguments import parse
+from xsmae.config import check_ranges, flatten
 from xsmae.data.catalogue import build_source
 from xsmae.data.survey import survey
 from xsmae.errors import UserError

@@ -301,7 +301,7 @@ def test_over_the_limit_the_run_stops_and_names_the_files(tmp_path):
         assert f"{index:02}.png ({index} is no image)" in message
     assert " more. " not in message  # all are named
     assert "--config.input.max_rejected_fraction=0.2" in message
-    assert "python -m xsmae.check_data" in message
+    assert "xsmae check-data" in message
     assert path.name in message
 
 

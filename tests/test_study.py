@@ -160,7 +160,8 @@ def test_a_run_from_the_zips_to_the_tables(archives, tmp_path, capsys, monkeypat
     cell = f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
     assert cell in text.partition("### uc_merced")[2]
     report.draw(study, tmp_path / "scales.png")
-    assert Image.open(tmp_path / "scales.png").size > (500, 300)
+    with Image.open(tmp_path / "scales.png") as picture:
+        assert picture.size > (500, 300)
 
 
 @pytest.mark.parametrize(

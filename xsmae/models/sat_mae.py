@@ -152,7 +152,7 @@ class SatMAE(MAE):
         if not self.spatial_mask:
             mask = rearrange(masking.mask, "b (g l) -> b g l", g=groups)
             return Masking(masking.ids_keep, masking.ids_restore, mask)
-        group = jnp.arange(groups)[:, None]
+        group = jnp.arange(groups)[None, :, None]
         kept, patches = masking.ids_keep.shape[1], noise.shape[1]
         ids_keep = masking.ids_keep[:, None] + group * patches
         # Where a patch lies in (visible, hidden) of its group, to where in all groups'.

@@ -87,6 +87,6 @@ class RejectedImages:
             f"{number} of {len(self.source)} images cannot be used, more than the "
             f"{allowed} allowed (--config.input.max_rejected_fraction="
             f"{self.max_fraction:g}): {', '.join(named)}. Mend or remove the files "
-            f"listed in {self.path.name}, python -m xsmae.check_data finds all others "
+            f"listed in {self.path.name}, xsmae check-data finds all others "
             "too; or raise --config.input.max_rejected_fraction"
         )
