@@ -118,8 +118,6 @@ def archives(tmp_path):
     return data
 
 
-# At 25 % of EuroSAT's side a pixel is 40 m, which two steps of training do not show.
-@pytest.mark.filterwarnings("ignore:the encoder was trained at")
 def test_a_run_from_the_zips_to_the_tables(archives, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(head_to_head.TASKS, "knn", {"scales": (25.0, 100.0)})
     soon = {"scales": (100.0,), "penalties": (1.0, 10.0)}

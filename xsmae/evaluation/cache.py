@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from xsmae.data.records import Source
-from xsmae.errors import UserError
+from xsmae.errors import OutsideTrainingWarning, UserError
 from xsmae.evaluation.features import encode_batches
 from xsmae.evaluation.scales import Scale
 from xsmae.evaluation.subjects import FrozenEncoder
@@ -59,6 +61,19 @@ class Features:
         return joined
 
 
+def _other_scales(extract: Callable[..., Features]) -> Callable[..., Features]:
+    """Evaluations show an encoder other GSDs than its training did, on purpose."""
+
+    @functools.wraps(extract)
+    def without_warning(*args, **options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OutsideTrainingWarning)
+            return extract(*args, **options)
+
+    return without_warning
+
+
+@_other_scales
 def cached_features(
     encoder: FrozenEncoder,
     source: Source,
