@@ -1,4 +1,4 @@
-"""A protocol and a result row, of which a test changes what it is about."""
+"""A protocol and a result row, which tests change in the part that they are about."""
 
 from xsmae.evaluation.measure import INTERVAL
 from xsmae.evaluation.rows import Protocol, Result

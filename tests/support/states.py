@@ -10,7 +10,7 @@ from xsmae.train_state import TrainState
 
 
 def some_state(step, **changes):
-    """A state with leaves of every kind, all of which depend on `step`."""
+    """A state with leaves of every kind; each depends on `step`."""
     rng = np.random.default_rng(step)
     params = {
         "kernel": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32),

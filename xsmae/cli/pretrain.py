@@ -72,7 +72,7 @@ def default_workdir(argv: list[str]) -> Path:
 def pretrain(argv: list[str]) -> int:
     """Train as the flags say; returns the exit status."""
     values = parse(argv, define_flags, example=example(__doc__))
-    # After the flags, so that a wrong one is told at once.
+    # After the flags, so that a wrong flag fails at once.
     from xsmae import train
     from xsmae.run import choices, hosts, report
     from xsmae.weights import warm_start as init
@@ -88,7 +88,7 @@ def pretrain(argv: list[str]) -> int:
     if values.dry_run:
         LOG.info(report.dry_run(values.config))
         return 0
-    # Too little memory is told here, so that it ends all of several processes.
+    # Caught here, so that too little memory ends all processes of a run.
     with hosts.ends_with_the_others(), memory_shortage(LESS_MEMORY):
         return train.train_and_evaluate(values.config, workdir)
 

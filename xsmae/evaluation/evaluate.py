@@ -117,7 +117,7 @@ def evaluate(
       task: `knn`, `linear_probe`, `linear_probe_published` or `finetune`.
       scales: percent of `base_size`. base_size: pixels at 100 %; 0: 256, or the images'
         own side where that is less.
-      gsd: `true`, the encoder is told the GSD of each scale; `fixed`, that of 100 %.
+      gsd: `true`, the encoder gets the GSD of each scale; `fixed`, that of 100 %.
       feature: `cls`, `mean`, or both; by default those of the task.
       controls: whether what the encoder has to beat is measured too: its architecture
         with random weights and, except in fine-tuning, image statistics and thumbnails.

@@ -84,6 +84,7 @@ GPUS = {
     ),
     "h100": _gpu(80e9, 989e12, 3.35e12, 450e9, 50e9, name="H100", **_hopper),
     "h200": _gpu(141e9, 989e12, 4.8e12, 450e9, 50e9, name="H200", **_hopper),
+    # The figures of the next four have not been checked against the sheets named here.
     # "NVIDIA A10 Tensor Core GPU" data sheet: 24 GB, 600 GB/s, BFLOAT16 Tensor Core
     # 125 TFLOPS dense (250 with sparsity), PCIe Gen4. Clock: its product brief.
     "a10": _gpu(
