@@ -20,6 +20,8 @@ from xsmae.data.folder import FolderSource
 from xsmae.data.tables import CsvSource
 from xsmae.errors import BadImageError, UserError
 
+pytestmark = pytest.mark.fuzz
+
 # The fixtures are folders that every case may write to.
 fuzzed = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
