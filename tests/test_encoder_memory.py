@@ -124,7 +124,8 @@ def test_a_gsd_that_training_has_not_seen_is_said_once():
     images = some_images(2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for gsd in (0.5, 2.0, [0.7, 1.9]):
+        # A whole image is a little coarser than the largest crop of it.
+        for gsd in (0.5, 2.0, [0.7, 1.9], 2.19, 0.46):
             encoder(images, gsd=gsd)
         build_without = Encoder(build(), described())  # of before there was a range
         build_without(images, gsd=100.0)
@@ -133,6 +134,19 @@ def test_a_gsd_that_training_has_not_seen_is_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder(images, gsd=100.0)
+
+
+@pytest.mark.parametrize("gsd", [0.45, 2.21])
+def test_a_gsd_is_outside_from_a_tenth_on(gsd):
+    encoder = Encoder(build(), described(gsd_range=(0.5, 2.0)))
+    with pytest.warns(UserWarning, match=f"0.5 to 2 metres per pixel.* {gsd}:"):
+        encoder(some_images(2), gsd=gsd)
+
+
+def test_its_repr_says_what_it_reads():
+    assert repr(loaded()) == (
+        "Encoder(16 wide, 2 deep, patch 4, bands red, green, blue)"
+    )
 
 
 def test_a_random_control_has_seen_no_gsd():

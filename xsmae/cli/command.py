@@ -100,6 +100,8 @@ def _plain_warnings() -> Iterator[None]:
 
     with warnings.catch_warnings():
         python, warnings.showwarning = warnings.showwarning, show
+        # Pillow's warning of large images; `max_pixels` decides about them.
+        warnings.filterwarnings("ignore", "Image size .* decompression bomb")
         yield
 
 

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 # What of a description changes no feature: who made the weights, on what.
 NOT_IN_DIGEST = ("run", "licence", "gsd_range")
+# Every crop is a little finer than its whole image, so whole training images must not
+# count as outside.
+GSD_MARGIN = 1.1
 
 
 class Encoder:
@@ -99,6 +102,13 @@ class Encoder:
             run={"method": "none: random weights", "seed": seed},
         )
         return cls(new_network(info, seed=seed), described)
+
+    def __repr__(self) -> str:
+        shape = self.info["architecture"]
+        return (
+            f"Encoder({shape['embed_dim']} wide, {shape['depth']} deep, patch "
+            f"{shape['patch_size']}, bands {', '.join(self.bands.names)})"
+        )
 
     def __call__(
         self, images: np.ndarray, *, gsd: Gsd = None, pooling: str | None = None
@@ -220,7 +230,7 @@ class Encoder:
         if self._warned or "gsd_range" not in self.info:
             return
         (low, high), ends = self.info["gsd_range"], (gsd.min(), gsd.max())
-        if ends[0] < np.float32(low) or ends[1] > np.float32(high):
+        if ends[0] < low / GSD_MARGIN or ends[1] > high * GSD_MARGIN:
             self._warned = True
             given = " to ".join(f"{end:g}" for end in sorted(set(ends)))
             warnings.warn(
