@@ -84,7 +84,6 @@ GPUS = {
     ),
     "h100": _gpu(80e9, 989e12, 3.35e12, 450e9, 50e9, name="H100", **_hopper),
     "h200": _gpu(141e9, 989e12, 4.8e12, 450e9, 50e9, name="H200", **_hopper),
-    # The figures of the next four have not been checked against the sheets named here.
     # "NVIDIA A10 Tensor Core GPU" data sheet: 24 GB, 600 GB/s, BFLOAT16 Tensor Core
     # 125 TFLOPS dense (250 with sparsity), PCIe Gen4. Clock: its product brief.
     "a10": _gpu(
@@ -103,11 +102,12 @@ GPUS = {
         24e9, 165.2e12, 1008e9, 32e9, name="GeForce RTX 4090", cores=128,
         l2=72 * 2**20, ghz=2.52, **_ada,
     ),
-    # "NVIDIA T4" data sheet: 16 GB, 300 GB/s, PCIe Gen3, and 8.1 TFLOPS in float32: it
-    # has no bfloat16, and XLA computes such products in float32 there. (The 65 TFLOPS
-    # of its tensor cores are of float16, which no config here computes in.)
+    # "NVIDIA T4" data sheet: 16 GB, PCIe Gen3, and 8.1 TFLOPS in float32: it has no
+    # bfloat16, and XLA computes such products in float32 there. (The 65 TFLOPS of its
+    # tensor cores are of float16, which no config here computes in.) The bandwidth is
+    # its product brief's; the data sheet rounds it to 300.
     "t4": _gpu(
-        16e9, 8.1e12, 300e9, 16e9, name="T4", capability="7.5", cores=40, fpus=64,
+        16e9, 8.1e12, 320e9, 16e9, name="T4", capability="7.5", cores=40, fpus=64,
         threads=1024, shared=65536, reserved=0, l2=4 * 2**20, ghz=1.59,
         products="float32",
     ),
