@@ -14,7 +14,7 @@ MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
 .PHONY: quickstart notebooks study compiler bench-attention test test-core test-faults
-.PHONY: test-peers lint format clean
+.PHONY: test-peers docs lint format clean
 
 quickstart: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) \
@@ -61,6 +61,12 @@ test-faults: $(VENV)/installed-test
 test-peers: $(PEERS)/installed
 	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest --durations=5 tests/peers
 
+# The site, offline; a warning is an error.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky \
+		--builder html docs build/docs
+	@echo $(CURDIR)/build/docs/index.html
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,6 +86,11 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
 # timm asks for torchvision besides, whose wheels fit torch's builds for CUDA alone;
