@@ -23,8 +23,10 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["generated/*.md"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 default_role = "code"
+highlight_language = "text"
+smartquotes = False  # docstrings and commands have quotes that must stay
 
-myst_enable_extensions = ["colon_fence", "smartquotes"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
@@ -54,13 +56,30 @@ def generate(app) -> None:
         shutil.copy(path, notebooks)
 
 
-def show_examples(app, what, name, obj, options, lines: list[str]) -> None:
-    """Show what a docstring indents by four as Python code."""
+# How a docstring begins what it says of one or several arguments, and of errors.
+ARGUMENT = r"(?:^|(?<=[.;] ))(?=[a-z_]+(?:, [a-z_]+)*: )"
+ERRORS = r"(?=Raises [A-Z]\w+ )"
+
+
+def lay_out(app, what, name, obj, options, lines: list[str]) -> None:
+    """Lay out a docstring: examples as code, arguments as a list.
+
+    An example is a paragraph that is indented by four. A paragraph of arguments has a
+    sentence for each that begins with its name and a colon.
+    """
     shown: list[str] = []
-    for before, line in zip(["", *lines], lines, strict=False):
-        if re.match(r" {4}\S", line) and not before.strip() and len(shown) > 1:
-            shown += [".. code-block:: python", ""]
-        shown.append(line)
+    for number, paragraph in enumerate("\n".join(lines).split("\n\n")):
+        first = paragraph.strip().partition(" ")[0]
+        if re.match(r" {4}\S", paragraph) and number:
+            shown += [".. code-block:: python", "", *paragraph.split("\n")]
+        elif re.fullmatch(r"[a-z_]+[:,]", first) and "\n " not in paragraph:
+            for part in re.split(f"{ARGUMENT}|{ERRORS}", " ".join(paragraph.split())):
+                argument, colon, about = part.partition(": ")
+                listed = colon and re.fullmatch(r"[a-z_, ]+", argument)
+                shown += ["", f"* **{argument}**: {about}" if listed else part]
+        else:
+            shown += paragraph.split("\n")
+        shown.append("")
     lines[:] = shown
 
 
@@ -68,4 +87,4 @@ def setup(app) -> None:
     """Called by Sphinx."""
     app.connect("builder-inited", generate)
     # Before napoleon, which indents the sections that it rewrites.
-    app.connect("autodoc-process-docstring", show_examples, priority=400)
+    app.connect("autodoc-process-docstring", lay_out, priority=400)

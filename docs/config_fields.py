@@ -1,4 +1,4 @@
-"""The tables of all config fields, from the configs, the methods and their comments.
+"""The lists of all config fields, from the configs, the methods and their comments.
 
     python docs/config_fields.py
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,30 +126,32 @@ def common_page() -> str:
     """The fields that every config has."""
     config = common.get_common(preset="published", size=SIZE, method=SHARED)
     own = flatten_fields(methods.METHODS[SHARED], "published")
-    meanings = common_meanings()
     config.method = common.parse_argument(None)["method"]
-    rows = [
-        (f"`{name}`", shown(name, config), allowed(name, RANGES), meanings[name])
+    meanings = common_meanings()
+    return "\n".join(
+        entry(name, meanings[name], shown(name, config), allowed(name, RANGES))
         for name in flatten(config.to_dict())
         if name not in own
-    ]
-    return table(("field", "default", "allowed", "meaning"), rows)
+    )
 
 
 def method_page(name: str) -> str:
-    """The fields that a method adds, or sets anew, with a column for each preset."""
+    """The fields that a method adds, or sets anew, with the value of each preset."""
     method, meanings = methods.METHODS[name], method_meanings(name)
-    presets = [flatten_fields(method, preset) for preset in method.presets]
-    rows = [
-        (
-            f"`{field}`",
-            *(code(values[field]) for values in presets),
-            allowed(field, {**RANGES, **method.ranges}),
-            meanings.get(field) or common_meanings().get(field, ""),
-        )
-        for field in presets[0]
-    ]
-    return table(("field", *method.presets, "allowed", "meaning"), rows)
+    presets = {
+        f"`{preset}`": flatten_fields(method, preset) for preset in method.presets
+    }
+    entries = []
+    for field in next(iter(presets.values())):
+        values = {preset: code(found[field]) for preset, found in presets.items()}
+        same = len(set(values.values())) == 1
+        told = next(iter(values.values()))
+        if not same:
+            told = ", ".join(f"{value} in {preset}" for preset, value in values.items())
+        ranges = allowed(field, {**RANGES, **method.ranges})
+        meaning = meanings.get(field) or common_meanings().get(field, "")
+        entries.append(entry(field, meaning, told, ranges))
+    return "\n".join(entries)
 
 
 def flatten_fields(method: methods.Method, preset: str) -> dict[str, Any]:
@@ -164,16 +167,14 @@ def config_page(path: Path) -> str:
     start = common.get_common(preset="corrected", size=size_of(config))
     base = flatten(start.to_dict())
     found = flatten(config.to_dict())
-    meanings, rows = data_meanings(path), []
+    meanings, entries = data_meanings(path), []
     for name, value in found.items():
         group, _, field = name.partition(".")
-        if group == "data":
-            row = (f"`{name}`", shown(name, config), meanings.get(field, ""))
-            rows.append(row)
-        elif name not in base or base[name] != value:
-            rows.append((f"`{name}`", shown(name, config), ""))
+        if group == "data" or name not in base or base[name] != value:
+            meaning = meanings.get(field, "") if group == "data" else ""
+            entries.append(entry(name, meaning, shown(name, config)))
     about = ast.get_docstring(Comments(path).tree)
-    return f"{about}\n\n{table(('field', 'value', 'meaning'), rows)}"
+    return "\n".join([about, "", *entries])
 
 
 def size_of(config: ml_collections.ConfigDict) -> str:
@@ -189,13 +190,13 @@ def config_files() -> list[Path]:
 
 
 def shown(name: str, config: ml_collections.ConfigDict) -> str:
-    """The value of a field; of an unset one, that it is unset."""
+    """The value of a field, or who sets it."""
     *groups, last = name.split(".")
     for group in groups:
         config = config[group]
     if config[last] is not None:
         return code(config[last])
-    return "chosen at the start" if name in choices.FIELDS else "not set"
+    return "chosen at the start" if name in choices.FIELDS else "none"
 
 
 def code(value: Any) -> str:
@@ -215,13 +216,14 @@ def allowed(name: str, ranges: Mapping[str, tuple[float, float]]) -> str:
     return expected_number(*ranges[name]) if name in ranges else ""
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines
-    )
+def entry(name: str, meaning: str, value: str, ranges: str = "") -> str:
+    """A field and what is told of it, in a Markdown definition list."""
+    if re.match(r"[a-z]{2}", meaning):
+        meaning = meaning[0].upper() + meaning[1:]
+    if meaning:
+        meaning = f"{meaning.removesuffix('.')}. "
+    ranges = f" ({ranges})" if ranges else ""
+    return f"`{name}`\n: {meaning}Default: {value or 'an empty text'}{ranges}.\n"
 
 
 def pages() -> dict[str, str]:
