@@ -1,1 +1,1 @@
-"""Measuring a frozen encoder."""
+"""Evaluations of trained encoders."""

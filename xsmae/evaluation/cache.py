@@ -1,4 +1,4 @@
-"""Features on disk: computed once, batch by batch, and checked when they are read."""
+"""Features on disk: computed once per batch, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.process.files import atomic_write
 from xsmae.process.log import LOG
 
-VERSION = 1  # raise it whenever the same encoder and images give other features
-EVERY = 10.0  # seconds between two lines of progress
+VERSION = 1  # raise it when the same encoder and images give different features
+EVERY = 10.0  # seconds between progress lines
 
 
 class Features:
-    """The features of a part at a scale, of the images that can be used, in order.
+    """The features of one part at one scale: usable images only, in source order.
 
-    positions: [n], where they lie in the source. gsd: [n, 2] metres per pixel, as the
-    encoder was told. pixels: [n, 16] digests of the images before resizing.
-    computed, seconds: how many were computed now rather than read, and in what time.
+    positions: [n], positions in the source. gsd: [n, 2] metres per pixel that the
+    encoder got. pixels: [n, 16] digests of the images before resizing. computed: how
+    many images were encoded now rather than read from the cache, in `seconds`.
     """
 
     def __init__(self, folder: Path, *, computed: int, seconds: float):
         self._files = sorted(folder.glob("[0-9]*.safetensors"))
-        # What was computed again for a damaged file may lie behind later images, and
-        # two processes that began together have both written some.
+        # Sort and remove duplicates. A replacement for a damaged file may follow later
+        # images, and two processes that started together may have written the same.
         _, self._order = np.unique(self._joined("positions"), return_index=True)
         self.positions, self.gsd, self.pixels = (
             self.feature(name) for name in ("positions", "gsd", "pixels")
@@ -44,7 +44,7 @@ class Features:
         self.computed, self.seconds = computed, seconds
 
     def feature(self, name: str) -> np.ndarray:
-        """[n, width] float32, read from the disk: one at a time, to save memory."""
+        """[n, width] float32, read from disk. Only one is in memory at a time."""
         joined = self._joined(name)
         in_order = np.array_equal(self._order, np.arange(len(joined)))
         return joined if in_order else joined[self._order]
@@ -62,7 +62,7 @@ class Features:
 
 
 def _other_scales(extract: Callable[..., Features]) -> Callable[..., Features]:
-    """Evaluations show an encoder other GSDs than its training did, on purpose."""
+    """Silence OutsideTrainingWarning: evaluations use other GSDs on purpose."""
 
     @functools.wraps(extract)
     def without_warning(*args, **options):
@@ -85,14 +85,14 @@ def cached_features(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = LOG.info,
 ) -> Features:
-    """The features of every image of `source` at `scale`, computed where not yet kept.
+    """The features of every image of `source` at `scale`, from the cache if there.
 
-    They lie in `cache` by the encoder's digest, the source's fingerprint, size and GSD,
-    a file a batch, each written whole or not at all: an extraction that was
-    stopped or killed goes on behind its last batch. A file that is not as it was
-    written is computed again, and said to be. `say` takes the lines of progress, which
-    begin with `title`. Raises KeyboardInterrupt between two batches once
-    `should_stop()`, UserError where no image can be used or a feature is not finite.
+    The cache has one file per batch, in a folder named after the encoder's digest, the
+    source's fingerprint, the size and the GSD. Files are written atomically, so an
+    extraction that was stopped or killed resumes after its last batch. A damaged file
+    is reported and computed again. `say` gets the progress lines, which begin with
+    `title`. Raises KeyboardInterrupt between batches once `should_stop()` is true, and
+    UserError if no image can be used or a feature is not finite.
     """
     gsd = f"gsd{scale.gsd_factor:.6g}" if encoder.reads_gsd else "nogsd"
     key = f"v{VERSION}-{source.fingerprint}-{scale.size}px-area-{gsd}"
@@ -115,8 +115,8 @@ def cached_features(
         gsd_factor=scale.gsd_factor,
         should_stop=should_stop,
     )
-    # Batches of unusable images alone do not come: they are no file, and looked at
-    # again the next time.
+    # A batch without a usable image does not appear here. It has no file, so its images
+    # are read again next time.
     for batch, encoded in batches:
         place = np.searchsorted(missing, batch.index[0]) // batch_size
         covered = missing[place * batch_size : (place + 1) * batch_size]
@@ -155,7 +155,7 @@ def cached_features(
 
 
 def _missing(folder: Path, total: int, say: Callable[[str], None]) -> np.ndarray:
-    """The positions without features, ascending; damaged files are removed."""
+    """The positions without features, ascending. Removes damaged files."""
     done = np.zeros(total, bool)
     for file in sorted(folder.glob("[0-9]*.safetensors")):
         try:
@@ -166,7 +166,7 @@ def _missing(folder: Path, total: int, say: Callable[[str], None]) -> np.ndarray
         except (SafetensorError, OSError, ValueError):
             written, tensors = None, {}
         if written is None or written != _digest(tensors):
-            say(f"{file} is damaged: its features are computed again")
+            say(f"{file} is damaged: computing its features again")
             file.unlink()
             continue
         done[tensors["covered"]] = True
@@ -183,7 +183,7 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Whole or not at all, with a digest of the content."""
+    """Write a file atomically, with a digest of its content."""
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     try:
         with atomic_write(path) as temporary:

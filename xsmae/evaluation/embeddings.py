@@ -1,4 +1,4 @@
-"""The features of every image of a source, in one Parquet file."""
+"""Writes the features of every image of a source to one Parquet file."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     import pyarrow
 
 SCHEMA = 1
-ROWS = 8192  # in a row group: what is held in memory
-EVERY = 5.0  # seconds between two lines of progress
+ROWS = 8192  # per row group, which is held in memory
+EVERY = 5.0  # seconds between progress lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """How many images are in the file, and why others are not: id -> reason."""
+    """How many images the file has, and why others are missing: id -> reason."""
 
     images: int
     unusable: dict[str, str]
@@ -46,21 +46,21 @@ def write_embeddings(
     say: Callable[[str], None] = lambda line: print(line, flush=True),
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Embedded:
-    """Embed the images of a source; `out` is written whole or not at all.
+    """Embed the images of a source; `out` is written atomically.
 
-    A row an image, in the order of the source: id; label, the class's name or null;
-    gsd, metres per pixel as the encoder was told; embedding, float32 of fixed length.
-    The schema's metadata has, under `xsmae`, a JSON object: the encoder's name and
-    digest, pooling, bands, image size, versions and the source. The file's metadata has
-    under `xsmae.unusable` another: the images that are left out, and why.
+    One row per image, in source order: id; label, the class name or null; gsd, the
+    metres per pixel that the encoder got; embedding, float32 of fixed length. The
+    schema's metadata has a JSON object under `xsmae`: the encoder's name and digest,
+    pooling, bands, image size, versions and the source. The file's metadata has another
+    one under `xsmae.unusable`: the ids of the images left out, and why.
 
-    size: pixels; of each image the largest central square is resized to it, by default
-    to the size of training. pooling: `cls` or `mean`, by default the encoder's own.
+    size: pixels. The largest central square of each image is resized to it; by default
+    the size of training. pooling: `cls` or `mean`; by default the encoder's own.
 
     Raises:
-      UserError: no weights, a wrong size or pooling, no image that can be used,
-        features that are not finite, or a file that cannot be written.
-      KeyboardInterrupt: between two batches once `should_stop()`.
+      UserError: the encoder has no weights, the size or pooling is wrong, no image can
+        be used, a feature is not finite, or the file cannot be written.
+      KeyboardInterrupt: between batches once `should_stop()` is true.
     """
     size, pooling = _check(encoder, size, pooling, batch_size)
     out = Path(out)
@@ -115,10 +115,10 @@ def write_embeddings(
 def _check(
     encoder: FrozenEncoder, size: int | None, pooling: str | None, batch_size: int
 ) -> tuple[int, str]:
-    """The size and the pooling; raises UserError where something does not fit."""
+    """The size and the pooling to use; raises UserError if something does not fit."""
     if encoder.info is None:
         raise UserError(
-            f"encoder={encoder.kind} is no network: give an exported encoder, a "
+            f"encoder={encoder.kind} is not a network: give an exported encoder, a "
             "workdir, RUN/checkpoints/STEP or random:SIZE"
         )
     size = encoder.info["image_size"] if size is None else size
@@ -137,10 +137,10 @@ def _check(
 
 
 class _Writer:
-    """Rows to a Parquet file, a row group at a time.
+    """Writes rows to a Parquet file, one row group at a time.
 
-    told: what goes into the schema's metadata. unusable: what is left out and why, for
-    the file's metadata, which is written last.
+    told: the schema's metadata. unusable: the images left out and why, for the file's
+    metadata, which is written last.
     """
 
     def __init__(self, path: Path, source: Source, told: dict[str, Any]):
@@ -160,7 +160,7 @@ class _Writer:
             self._file.close()
 
     def add(self, batch: EvalBatch, features: np.ndarray) -> None:
-        """The rows of a batch."""
+        """Add the rows of a batch."""
         self._rows.append((batch.index, batch.labels, batch.gsd[:, 0], features))
         self._waiting += len(features)
         if self._waiting >= ROWS:
@@ -205,7 +205,7 @@ def _progress(
     total: int,
     say: Callable[[str], None],
 ) -> Iterator[tuple[EvalBatch, dict[str, np.ndarray]]]:
-    """The batches; a line now and then says how far it is."""
+    """The batches, unchanged; prints a progress line every few seconds."""
     begin = last = time.monotonic()
     done = 0
     for batch, encoded in batches:
@@ -221,10 +221,10 @@ def _progress(
 
 
 def _reasons(source: Source, positions: np.ndarray) -> dict[str, str]:
-    """Why images cannot be used: id -> reason, by reading them once more."""
+    """Reads images that cannot be used once more to learn why: id -> reason."""
     found = {}
     for index in map(int, positions):
-        reason = "it could not be read, and now can"
+        reason = "the first read failed, a second one did not"
         try:
             source[index]
         except BadImageError as error:

@@ -1,4 +1,4 @@
-"""From an encoder and labelled images to result rows: `xsmae.evaluate`."""
+"""`xsmae.evaluate`: measures an encoder on labelled images, returns result rows."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from xsmae.evaluation.subjects import (
 from xsmae.evaluation.tasks.catalogue import Task, create_task
 from xsmae.weights.encoder import Encoder
 
-# What is measured: an encoder in memory, or what `open_encoder` takes.
+# The encoder to measure: in memory, or anything that `open_encoder` takes.
 Subject = Encoder | FrozenEncoder | str | os.PathLike
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is measured, on which images, at which sizes.
+    """The encoder to measure, the images, and their sizes.
 
-    base_size: pixels at 100 %. gsd_policy: of `scales.GSD_POLICIES`.
+    base_size: pixels at 100 %. gsd_policy: one of `scales.GSD_POLICIES`.
     """
 
     encoder: FrozenEncoder
@@ -63,9 +63,9 @@ def open_setup(
     seed: int = 0,
     check_encoder: Callable[[FrozenEncoder], None] = lambda encoder: None,
 ) -> Setup:
-    """The encoder and the two parts, opened and checked against each other.
+    """Open the encoder and the two parts, and check them against each other.
 
-    The arguments are those of `evaluate`. Raises UserError where they do not fit.
+    The arguments are those of `evaluate`. Raises UserError if they do not fit.
     """
     for what, value in (("seed", seed), ("base_size", base_size)):
         if value < 0:
@@ -105,43 +105,46 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> list[Result]:
-    """Measure an encoder and its controls on labelled images; returns the rows.
+    """Measure an encoder and its controls on labelled images; returns result rows.
 
         rows = xsmae.evaluate("runs/mine", train, test, task="knn", scales=(50, 100))
 
     Args:
-      encoder: an encoder in memory, the folder of one, a run's workdir,
-        `RUN/checkpoints/STEP`, `random:SIZE[,FIELD=VALUE...]`, `statistics`,
+      encoder: an encoder in memory, its folder, a run's workdir,
+        `RUN/checkpoints/STEP`, `random:SIZE[,FIELD=VALUE...]`, `statistics` or
         `thumbnail`.
-      train, test: sources with labels, see `xsmae.open_source`, or the fields of one.
+      train, test: sources with labels (see `xsmae.open_source`), or their fields.
       task: `knn`, `linear_probe`, `linear_probe_published` or `finetune`.
-      scales: percent of `base_size`. base_size: pixels at 100 %; 0: 256, or the images'
-        own side where that is less.
-      gsd: `true`, the encoder gets the GSD of each scale; `fixed`, that of 100 %.
-      feature: `cls`, `mean`, or both; by default those of the task.
-      controls: whether what the encoder has to beat is measured too: its architecture
-        with random weights and, except in fine-tuning, image statistics and thumbnails.
-      results: the file that the rows are added to. Rows that it has are not measured
+      scales: percent of `base_size`. base_size: pixels at 100 %; 0 means 256, or the
+        images' side if that is smaller.
+      gsd: `true` gives the encoder the GSD of each scale; `fixed` that of 100 %.
+      feature: `cls`, `mean`, or both; the task has a default.
+      controls: also measure the controls: the architecture with random weights and,
+        except in fine-tuning, image statistics and thumbnails.
+      results: the rows are added to this file. Rows already in it are not measured
         again.
-      cache: the folder where features, and trainings that are stopped, are kept.
-      seed: of random encoders, trainings and intervals.
-      batch_size: images that the encoder gets at a time.
-      name, data_name: what tables call the encoder and the data.
-      missing_bands: `mean` gives an encoder of more bands than the images have the
-        others at their mean; `refuse`.
-      config: what describes the encoder of `random:SIZE` besides its size.
-      progress: whether lines are printed.
-      should_stop: asked between batches; KeyboardInterrupt once it is true.
+      cache: the folder that keeps features and the states of stopped trainings.
+      seed: for random encoders, trainings and intervals.
+      batch_size: images per call of the encoder.
+      name, data_name: the names of the encoder and the data in tables.
+      missing_bands: what to do if the encoder reads bands that the images lack: `mean`
+        fills them with their mean, `refuse` raises.
+      config: describes the encoder of `random:SIZE`, except its size.
+      progress: print progress lines.
+      should_stop: called between batches; once true, KeyboardInterrupt is raised.
       options: of the task. knn: k, temperature. linear_probe: penalties, validation.
         The others: recipe (the fields that differ from the default), num_workers.
 
     Raises:
-      UserError: what does not fit, in one line; nothing has been measured then.
+      UserError: arguments that do not fit, in one line, before anything is measured.
     """
     if isinstance(task, str):
         task = create_task(task, **options)
     elif options:
-        raise UserError(f"{', '.join(options)}: this task has its options already")
+        raise UserError(
+            f"options {', '.join(options)} were given with a Task: give them to "
+            "create_task, or give the task by name"
+        )
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}, expected 1 or more")
     setup = open_setup(
@@ -196,7 +199,7 @@ def subject_of(
     name: str | None = None,
     missing_bands: str = "refuse",
 ) -> FrozenEncoder:
-    """What `evaluate` is given as `encoder`, as its measurements take it."""
+    """`evaluate`'s argument `encoder` as a FrozenEncoder."""
     if isinstance(encoder, FrozenEncoder):
         return dataclasses.replace(encoder, name=name or encoder.name)
     config = common.get_common("corrected", "base") if config is None else config
@@ -204,14 +207,14 @@ def subject_of(
     if isinstance(encoder, str | os.PathLike):
         return open_encoder(os.fspath(encoder), name=name, **how)
     if not isinstance(encoder, Encoder):
-        raise UserError(f"encoder={encoder!r}, expected an encoder, or its folder")
+        raise UserError(f"encoder={encoder!r}, expected an encoder or its folder")
     return frozen_encoder(encoder, name or "encoder", {}, missing_bands=missing_bands)
 
 
 def _controls(
     encoder: FrozenEncoder, task: Task, seed: int, missing_bands: str
 ) -> list[FrozenEncoder]:
-    """The encoder's architecture with random weights, and what needs no network."""
+    """The same architecture with random weights, and the pixel controls."""
     found = []
     if encoder.kind == "encoder":
         found.append(
@@ -238,7 +241,7 @@ def _protocol(setup: Setup, task: Task) -> Protocol:
 
 @contextlib.contextmanager
 def _cache(folder: str | os.PathLike | None) -> Iterator[Path]:
-    """The folder, or one that is there for as long as it is needed."""
+    """The given folder, or a temporary one that is removed afterwards."""
     if folder is not None:
         yield Path(folder)
         return

@@ -1,4 +1,4 @@
-"""Features of whole images: from a frozen encoder, and from image statistics alone."""
+"""Features of whole images, from a frozen encoder or from pixel statistics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from xsmae.data.square import square
 from xsmae.errors import BadImageError, UserError
 from xsmae.models.pooling import POOLINGS
 
-FEATURES = POOLINGS  # of an encoder; the controls have one of their own
-THUMBNAIL_SIZE = 8  # pixels; the smallest scale in use, 12.5 % of 64, is not enlarged
+FEATURES = POOLINGS  # of an encoder; each pixel control has one feature of its own
+THUMBNAIL_SIZE = 8  # pixels: the smallest scale in use, 12.5 % of 64
 
 # From images [n, size, size, 3] uint8 and their GSDs [n, 2] to features [n, width].
 Encode = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
@@ -23,11 +23,11 @@ Encode = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatch:
-    """Whole images at the size of evaluation.
+    """Whole images, resized for an evaluation.
 
     images: [n, size, size, 3] uint8. gsd: [n, 2] metres per pixel after resizing.
-    labels: [n]. index: [n], where they lie in the source. pixels: [n, 16] uint8, a
-    digest of the pixels before resizing.
+    labels: [n]. index: [n], positions in the source. pixels: [n, 16] uint8, digests of
+    the pixels before resizing.
     """
 
     images: np.ndarray
@@ -38,7 +38,7 @@ class EvalBatch:
 
 
 def spread(total: int, most: int) -> np.ndarray:
-    """At most `most` indices (0: all), evenly spaced over a source of `total`."""
+    """At most `most` indices (0: all), evenly spaced over `total` images."""
     if not most or most >= total:
         return np.arange(total)
     return np.arange(most) * total // most
@@ -52,7 +52,7 @@ def read_images(
     batch_size: int,
     threads: int = 4,
 ) -> Iterator[EvalBatch]:
-    """The images at `indices`, in order; those that cannot be used are left out."""
+    """The images at `indices`, in order, without those that cannot be used."""
 
     def load(index):
         try:
@@ -70,7 +70,7 @@ def read_images(
         ahead = pool.map(load, parts[0]) if parts else ()
         for number in range(len(parts)):
             rows = [row for row in ahead if row is not None]
-            # Read while the caller computes.
+            # Read the next batch while the caller computes.
             following = parts[number + 1 : number + 2]
             ahead = pool.map(load, following[0]) if following else ()
             if rows:
@@ -94,11 +94,11 @@ def encode_batches(
     gsd_factor: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[EvalBatch, dict[str, np.ndarray]]]:
-    """Each batch of images of a source, and `encode(images, gsd)` of it, by feature.
+    """Batches of images and their features, feature name -> `encode(images, gsd)`.
 
-    What `encode` is told, and the batch's `gsd` says, is the GSD after resizing times
-    `gsd_factor`. Batches are padded, so that `encode` sees one shape. Raises
-    KeyboardInterrupt between two batches once `should_stop()`.
+    `encode` gets the GSD after resizing times `gsd_factor`; so does the batch's `gsd`.
+    Batches are padded to one shape. Raises KeyboardInterrupt between batches once
+    `should_stop()` is true.
     """
     for batch in read_images(source, indices, size=size, batch_size=batch_size):
         if should_stop():
@@ -107,7 +107,7 @@ def encode_batches(
         count = len(batch.images)
         padding = [(0, batch_size - count)]
         images = np.pad(batch.images, padding + [(0, 0)] * 3)
-        # Repeated, since the encoder warns of a GSD that it does not know.
+        # Repeat the last GSD: the encoder warns about a GSD outside its training.
         gsd = np.pad(batch.gsd, [*padding, (0, 0)], "edge")
         encoded = encode(images, gsd)
         yield batch, {k: np.asarray(v)[:count] for k, v in encoded.items()}
@@ -119,16 +119,16 @@ def extract(
     indices: np.ndarray,
     **options: Any,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """`encode(images, gsd)` of the images of a source, by feature, and their labels.
+    """The features of the images at `indices`, by name, and their labels.
 
-    `options` are those of `encode_batches`. Raises KeyboardInterrupt as it does,
-    UserError where no image can be used.
+    `options` are those of `encode_batches`. Raises UserError if no image can be used,
+    and KeyboardInterrupt like `encode_batches`.
     """
     batches = encode_batches(encode, source, indices, **options)
     found = [(batch.labels, encoded) for batch, encoded in batches]
     if not found:
         raise UserError(
-            f"none of the {len(indices)} images asked for of {source!r} can be used"
+            f"none of the {len(indices)} images wanted from {source!r} can be used"
         )
     labels, features = zip(*found, strict=True)
     joined = {n: np.concatenate([f[n] for f in features]) for n in features[0]}
@@ -136,7 +136,7 @@ def extract(
 
 
 def image_statistics(images: np.ndarray, gsd: np.ndarray) -> dict[str, np.ndarray]:
-    """Per band: mean, standard deviation, minimum, maximum. The control of every table.
+    """Each band's mean, standard deviation, minimum and maximum: a control.
 
     images: [n, height, width, channels]; returns {"statistics": [n, 4 * channels]}.
     """
@@ -146,13 +146,13 @@ def image_statistics(images: np.ndarray, gsd: np.ndarray) -> dict[str, np.ndarra
 
 
 def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both to zero mean and unit variance a feature, by the training part's numbers."""
+    """Shift and scale both so that each training feature has mean 0 and variance 1."""
     mean, std = train.mean(axis=0), train.std(axis=0) + 1e-6
     return (train - mean) / std, (test - mean) / std
 
 
 def thumbnail(images: np.ndarray, gsd: np.ndarray) -> dict[str, np.ndarray]:
-    """The pixels of the image at 8 x 8, in 0-1: what a layout of colours tells.
+    """The pixels of the image at 8 x 8, in 0-1: a control that sees coarse colours.
 
     images: [n, size, size, channels]; returns {"thumbnail": [n, 64 * channels]}.
     """

@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals over the test images."""
+"""Bootstrap confidence intervals over the test images."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean of one score per test image.
 
-    Efron and Tibshirani 1993, chapter 13. For an accuracy the scores are 0 or 1, for an
-    average over scales the mean over an image's scales. The order of the images does
-    not matter. Where all scores are equal the interval has no width.
+    Efron and Tibshirani 1993, chapter 13. For an accuracy, a score is 0 or 1. For an
+    average over scales, it is the image's mean over the scales. The order of the images
+    does not matter. If all scores are equal, the interval has zero width.
     """
     values, counts = np.unique(np.asarray(scores, np.float64), return_counts=True)
     rng = np.random.default_rng(seed)
-    # How often each distinct score is drawn in n draws with replacement: the same
-    # distribution as drawing images, without n numbers a resample.
+    # Draw how often each distinct score occurs among n draws with replacement. The
+    # distribution is the same as when images are drawn, with far fewer numbers.
     drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=resamples)
     means = drawn @ values / counts.sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

@@ -1,4 +1,4 @@
-"""From predictions to result rows: what every evaluation of an encoder shares."""
+"""Turns predictions into result rows, for every task."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INTERVAL = {
 
 
 class Predict(Protocol):
-    """A classifier of frozen features; it never sees a test label."""
+    """A classifier of frozen features. It never sees test labels."""
 
     def __call__(
         self,
@@ -52,9 +52,9 @@ class Predict(Protocol):
 
 
 class Used(Protocol):
-    """The images of a part that were used: `Features`, or the account of a training.
+    """The images of a part that were used: `Features`, or `fit.Seen`.
 
-    positions: [n], where they lie in the source. pixels: [n, 16] digests.
+    positions: [n], positions in the source. pixels: [n, 16] digests.
     """
 
     positions: np.ndarray
@@ -63,10 +63,10 @@ class Used(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a classifier said of the test images of a scale, from one feature.
+    """A classifier's predictions for the test images, from one feature at one scale.
 
-    predicted: [m], the class of each of `test`. gsd_told, seconds, images_per_second,
-    feature_scaling: as `Result` has them.
+    predicted: [m], a class for each image of `test`. gsd_told, seconds,
+    images_per_second, feature_scaling: see `Result`.
     """
 
     feature: str
@@ -83,10 +83,9 @@ class Outcome:
 class Measurement:
     """One evaluation of one encoder; `measure` runs it.
 
-    features: which of the encoder's. results: the file the rows go to, None where they
-    are only returned. outcomes(job, scale): one `Outcome` for each of the features, in
-    their order; that of `predict` on frozen features is `of_frozen_features`.
-    `should_stop` and `say` as `cached_features` takes them.
+    features: the encoder's features to measure. results: the file for the rows; None
+    only returns them. outcomes(job, scale): one `Outcome` per feature, in order, such
+    as `of_frozen_features`. should_stop, say: see `cached_features`.
     """
 
     encoder: FrozenEncoder
@@ -104,10 +103,10 @@ class Measurement:
 
 
 def measure(job: Measurement) -> list[Result]:
-    """The rows of an encoder, a feature and a scale, added to `job.results`.
+    """One row per feature and scale, added to `job.results`.
 
-    Then their average over the scales, where there are several. Rows that are in the
-    file already are not computed again. Raises what `job.outcomes` raises.
+    With several scales, one row per feature averages over them. If the file already has
+    all rows, nothing is computed. Raises what `job.outcomes` raises.
     """
     encoder = _describe(job.encoder)
     percents, sizes = zip(*((s.percent, s.size) for s in job.scales), strict=True)
@@ -122,8 +121,8 @@ def measure(job: Measurement) -> list[Result]:
     known = {row.identity: row for row in read(job.results)} if job.results else {}
     if all(one in known for one in wanted):
         job.say(
-            f"{job.encoder.name}: its rows of this protocol are in {job.results}; "
-            "to measure again, remove them or give another --results"
+            f"{job.encoder.name}: {job.results} already has its rows for this "
+            "protocol; to measure again, remove them or give another --results"
         )
         return [known[one] for one in wanted]
     rows, correct = [], {feature: [] for feature in job.features}
@@ -144,7 +143,7 @@ def measure(job: Measurement) -> list[Result]:
 def of_frozen_features(
     job: Measurement, scale: Scale, *, predict: Predict
 ) -> Iterator[Outcome]:
-    """The outcomes of `predict` on features that are extracted once."""
+    """The outcomes of `predict` on frozen features, which are extracted once."""
     train, test = (_features(job, part, scale) for part in ("train", "test"))
     gsd = np.concatenate([train.gsd, test.gsd])
     computed, seconds = train.computed + test.computed, train.seconds + test.seconds
@@ -167,7 +166,7 @@ def of_frozen_features(
 def predictions(
     job: Measurement, feature: str, train: Features, test: Features, *, predict: Predict
 ) -> np.ndarray:
-    """The class of every test image, from features and the training labels alone."""
+    """The predicted class of every test image. Uses no test label."""
     bank, queries = train.feature(feature), test.feature(feature)
     if job.encoder.standardize:
         bank, queries = standardize(bank, queries)
@@ -195,7 +194,7 @@ def _features(job: Measurement, part: str, scale: Scale) -> Features:
 def _row(
     job: Measurement, encoder: Mapping[str, Any], scale: Scale, outcome: Outcome
 ) -> tuple[Result, np.ndarray]:
-    """A row, and for each test image whether it is right."""
+    """A row, and 1 or 0 for each test image: right or wrong."""
     parts, train, test = job.parts, outcome.train, outcome.test
     labels, names = labels_of(parts.test, test.positions), parts.class_names
     confusion = np.zeros((len(names), len(names)), np.int64)
@@ -215,7 +214,7 @@ def _row(
         low=low,
         high=high,
         class_names=list(names),
-        # A class without test images has no accuracy.
+        # A class without test images has no accuracy, so it is left out.
         per_class={
             name: float(row[index] / row.sum())
             for index, (name, row) in enumerate(zip(names, confusion, strict=True))
@@ -237,7 +236,7 @@ def _row(
 
 
 def _average(job: Measurement, rows: list[Result], right: np.ndarray) -> Result:
-    """The mean of the scales; an image is drawn or not with all its scales."""
+    """The mean over the scales. The bootstrap draws an image with all its scales."""
     low, high = bootstrap_interval(right, seed=job.seed)
     told = [row.gsd_told for row in rows]
     return dataclasses.replace(
@@ -260,7 +259,7 @@ def _average(job: Measurement, rows: list[Result], right: np.ndarray) -> Result:
 
 
 def leaks(parts: Parts, train: Used, test: Used) -> dict[str, Any]:
-    """Test images whose pixels are those of a training image: how many, and one."""
+    """How many test images have the pixels of a training image, and an example."""
     same = identical_images(train.pixels, test.pixels)
     found: dict[str, Any] = {"pixel_identical_test_images": len(same)}
     if same:
@@ -273,7 +272,7 @@ def leaks(parts: Parts, train: Used, test: Used) -> dict[str, Any]:
 
 
 def check_features(encoder: FrozenEncoder, wanted: Sequence[str]) -> list[str]:
-    """Those of `wanted` that the encoder has; all of a control from pixels."""
+    """The features to measure: `wanted` of an encoder, all of a pixel control."""
     if encoder.info is None:
         return list(encoder.features)
     unknown = [name for name in wanted if name not in encoder.features]

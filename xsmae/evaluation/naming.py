@@ -1,4 +1,4 @@
-"""Distinct names for the encoders, data sets and protocols of one report."""
+"""Unique names for the encoders, data sets and protocols of a report."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from xsmae.evaluation.rows import Protocol
 
 
 def distinct_names(choices: Mapping[Hashable, Sequence[str]]) -> dict[Hashable, str]:
-    """A name for each key: its first choice if no other key shares that one.
+    """A unique name per key: its first choice if no other key has the same one.
 
-    Keys that share it get the first of their further choices in which they all differ,
-    else the last.
+    Keys with the same first choice get the first later choice that tells them all
+    apart, or the last choice if there is none.
     """
     sharing = collections.defaultdict(list)
     for key, names in choices.items():
@@ -30,7 +30,7 @@ def distinct_names(choices: Mapping[Hashable, Sequence[str]]) -> dict[Hashable, 
 
 
 def encoder_names(encoders: Mapping[str, Mapping]) -> dict[str, str]:
-    """By digest: the encoder's name, where shared with its folder, seed or digest."""
+    """digest -> the encoder's name, plus its folder, seed or digest if not unique."""
     choices = {}
     for digest, encoder in encoders.items():
         name, origin = encoder["name"], encoder.get("origin", {})
@@ -41,11 +41,11 @@ def encoder_names(encoders: Mapping[str, Mapping]) -> dict[str, str]:
 
 
 def data_names(protocols: Mapping[str, Protocol]) -> dict[str, str]:
-    """By protocol: the data's name, where shared with its images, or a digest."""
+    """protocol -> the data's name, plus the image counts or a digest if not unique."""
     keys, choices = {}, {}
     for protocol_key, protocol in protocols.items():
         data = protocol.data
-        # One data set may have two names, and two data sets one.
+        # Two names may mean one data set, and two data sets may share a name.
         key = json.dumps({k: v for k, v in data.items() if k != "name"}, sort_keys=True)
         name, keys[protocol_key] = data["name"], key
         counts = " + ".join(f"{data[part]['images']:,}" for part in ("train", "test"))
@@ -58,7 +58,7 @@ def data_names(protocols: Mapping[str, Protocol]) -> dict[str, str]:
 
 
 def headings(protocols: Mapping[str, Protocol]) -> dict[str, str]:
-    """By protocol: task and data, where shared with what the protocols differ in."""
+    """protocol -> task and data, plus the fields that differ if not unique."""
     data = data_names(protocols)
     plain = {key: f"{p.task}, {data[key]}" for key, p in protocols.items()}
     choices = {}

@@ -1,4 +1,4 @@
-"""The labelled images of an evaluation: a training part and a test part that differ."""
+"""The labelled images of an evaluation: disjoint training and test parts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from xsmae.errors import UserError
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
-# A part: its source, or the `config.data` that names one.
+# One part: a source, or the `config.data` that describes one.
 Data = Source | Mapping[str, Any] | ml_collections.ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The two parts, and what a result row says of them.
+    """The training and test parts, and their description for result rows.
 
-    name: of the data. class_names: of both.
+    name: the data's name. class_names: the classes of both parts.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Parts:
         return self.train.class_names
 
     def describe(self) -> dict[str, Any]:
-        """Names, numbers and digests, for `Protocol.data`.
+        """Names, counts and digests, for `Protocol.data`.
 
-        The fingerprints are the sources' own (ids, sizes in bytes, labels, GSDs); the
-        splits' digests are over the ids in their order.
+        `fingerprint` is the source's own (ids, sizes in bytes, labels, GSDs). `split`
+        is a digest of the ids in their order.
         """
         found = {"name": self.name, "classes": len(self.class_names)}
         for part in ("train", "test"):
@@ -55,24 +55,24 @@ class Parts:
 
 
 def open_parts(name: str, train: Data, test: Data) -> Parts:
-    """The sources of two parts, checked against each other.
+    """Open both parts and check them against each other.
 
-    Raises UserError where they have no labels, other classes than each other, an image
-    in common, or test images of a class that no training image shows.
+    Raises UserError if they have no labels, different classes, an image in common, or
+    test images of a class without training images.
     """
     parts = Parts(name, _build("train", train), _build("test", test))
     if len(parts.train.class_names) < 2 or len(parts.test.class_names) < 2:
         raise UserError(
-            f"{name} has {len(parts.train.class_names)} class(es) in its training and "
-            f"{len(parts.test.class_names)} in its test part, expected labels of 2 or "
-            "more: put the images into a folder per class, or add a label column"
+            f"{name} has {len(parts.train.class_names)} class(es) in its training part "
+            f"and {len(parts.test.class_names)} in its test part, expected 2 or more: "
+            "put the images into a folder per class, or add a label column"
         )
     if parts.train.class_names != parts.test.class_names:
         odd = sorted(set(parts.train.class_names) ^ set(parts.test.class_names))
-        what = f"{', '.join(odd)} only in one of them" if odd else "in another order"
+        what = f"only one has {', '.join(odd)}" if odd else "the order differs"
         raise UserError(
-            f"the training and the test part of {name} have different classes ({what})"
-            ": give two splits of one data set with --train.split and --test.split"
+            f"the training and test parts of {name} have different classes ({what}): "
+            "give two splits of one data set with --train.split and --test.split"
         )
     shown = set(map(int, parts.train.labels))
     never = sorted(set(map(int, parts.test.labels)) - shown)
@@ -81,30 +81,31 @@ def open_parts(name: str, train: Data, test: Data) -> Parts:
         names += ", ..." if len(never) > 5 else ""
         count = int(np.isin(parts.test.labels, never).sum())
         raise UserError(
-            f"{count} of the {len(parts.test)} test images of {name} are of classes "
-            f"without a training image ({names}), so that no answer could be right: "
-            "give a --train.split with all classes, or leave them out of --test.split"
+            f"{count} of the {len(parts.test)} test images of {name} have classes "
+            f"without a training image ({names}): give a --train.split with all "
+            "classes, or a --test.split without these"
         )
     if len(shown) < 2:
         raise UserError(
-            f"all training images of {name} are of one class "
+            f"all training images of {name} have one class "
             f"({parts.class_names[shown.pop()]}), expected 2 or more: give another "
             "--train.split"
         )
     common = _places(parts.train) & _places(parts.test)
     if common:
         raise UserError(
-            f"{len(common)} images are in the training and the test part of {name}, "
-            f"e.g. {min(common)!r}: give splits that have none in common with "
+            f"{len(common)} images are in both the training and the test part of "
+            f"{name}, e.g. {min(common)!r}: give splits without common images with "
             "--train.split and --test.split"
         )
     return parts
 
 
 def name_of(*data: Data) -> str:
-    """What the data is called: TFDS's name, or that of its folder or table.
+    """The data's name: its TFDS name, or the name of its folder or table.
 
-    data: the first of which that can be told decides, otherwise the first one's kind.
+    The first of `data` with such a name decides. If none has one, the result is the
+    kind of the first.
     """
     for one in data:
         fields = _fields(one)
@@ -138,7 +139,7 @@ def _build(part: str, data: Data) -> Source:
 
 
 def _places(source: Source) -> set[str]:
-    """Which images: their real files where there are files, else their ids."""
+    """What identifies each image: its real path, or its id if it is not a file."""
     paths = (source.path(i) for i in range(len(source)))
     return {
         source.id(i) if path is None else os.path.realpath(path)
@@ -149,9 +150,9 @@ def _places(source: Source) -> set[str]:
 def identical_images(
     train: UInt8[np.ndarray, "n 16"], test: UInt8[np.ndarray, "m 16"]
 ) -> list[tuple[int, int]]:
-    """Pairs (test row, training row) of images with the same pixels, by their digests.
+    """Pairs (test row, training row) of images with equal pixel digests.
 
-    A test image is named once, with the first training image that equals it.
+    Each test image appears once, with the first training image that equals it.
     """
     first: dict[bytes, int] = {}
     for row, digest in enumerate(train):

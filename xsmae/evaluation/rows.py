@@ -1,4 +1,4 @@
-"""The result row: a number with its interval, and all that it depends on."""
+"""The result row: a number, its interval, and everything that it depends on."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from typing import Any
 from xsmae.errors import UserError
 
 SCHEMA = 1
-AVERAGE = "average"  # the scale of a row that averages over scales
+AVERAGE = "average"  # the value of `scale` in a row that averages over scales
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """All that decides a number but what is evaluated, at which scale and which seed.
+    """Everything that decides a number, except the encoder, the scale and the seed.
 
-    Only rows of equal protocols share a table. task: `knn`, `linear_probe`, ...;
+    Only rows with equal protocols share a table. task: `knn`, `linear_probe`, ...
     metric: `accuracy`. data: `Parts.describe()`. base_size: pixels at 100 %. resize,
-    crop: how an image comes to its size. gsd_policy: `true` or `fixed`. options: the
-    task's own numbers, such as k and temperature. interval: how it was found.
+    crop: how images are brought to their size. gsd_policy: `true` or `fixed`. options:
+    the task's own numbers, such as k and temperature. interval: how the interval is
+    computed.
     """
 
     task: str
@@ -43,9 +44,9 @@ class Protocol:
 
     @property
     def key(self) -> str:
-        """8 hexadecimal digits; equal protocols have equal ones."""
+        """8 hexadecimal digits that are equal for equal protocols."""
         content = dataclasses.asdict(self)
-        # What the data is called: its fingerprints say what it is.
+        # The fingerprints identify the data; its name does not matter.
         content["data"] = {k: v for k, v in self.data.items() if k != "name"}
         return _digest(content)[:8]
 
@@ -55,15 +56,15 @@ class Result:
     """One line of `results.jsonl`.
 
     encoder: name, kind, digest, origin, normalization, architecture, pooling. feature:
-    which of its features, and feature_scaling what was done to it. scale: percent of
-    the base size, or `average`, then over `scales`. size: pixels, a list for the
-    average. gsd_told: median metres per pixel that the encoder was told, None where it
-    reads none. value, low, high: the metric in 0-1 and its interval. class_names: in
-    the order of the labels. per_class: class -> metric, of those with test images.
-    confusion: counts, [true class][predicted class], None for the average. num_train,
-    num_test: images used, `unusable` of each part left out. leaks: test images that
-    equal a training image pixel for pixel. seconds, images_per_second: of the
-    extraction where it ran now, else None. run: versions, device, time.
+    which of its features. feature_scaling: how the feature was scaled. scale: percent
+    of the base size, or `average` (over `scales`). size: pixels, a list for the
+    average. gsd_told: the median metres per pixel that the encoder got, None if it
+    reads no GSD. value, low, high: the metric in 0-1 and its interval. class_names: in
+    label order. per_class: class -> metric, for classes with test images. confusion:
+    counts [true class][predicted class], None for the average. num_train, num_test:
+    images used. unusable: images left out, per part. leaks: test images with the same
+    pixels as a training image. seconds, images_per_second: of the extraction, None if
+    the features were cached. run: versions, devices, time.
     """
 
     protocol: Protocol
@@ -91,18 +92,18 @@ class Result:
 
     @property
     def identity(self) -> str:
-        """Equal for two rows that measure the same thing in the same way."""
+        """A digest that is equal for rows that measure the same thing the same way."""
         return identity(
             self.protocol, self.encoder, self.feature, self.column, self.seed
         )
 
     @property
     def column(self) -> tuple:
-        """Which column of its protocol's table the row belongs in."""
+        """The row's column in the table of its protocol."""
         return column(self.scale, self.size, self.scales)
 
     def to_json(self) -> str:
-        """The line, without its end."""
+        """The line, without a newline."""
         row = {"schema": SCHEMA, "protocol_key": self.protocol.key}
         return json.dumps(row | dataclasses.asdict(self))
 
@@ -110,7 +111,7 @@ class Result:
 def column(
     scale: float | str, size: int | list[int], scales: list[float] | None = None
 ) -> tuple:
-    """(scale, size), or for the average over scales (`average`, scales, sizes)."""
+    """(scale, size), or (`average`, scales, sizes) for an average over scales."""
     if scale == AVERAGE:
         return (scale, tuple(map(float, scales)), tuple(size))
     return (float(scale), size)
@@ -123,21 +124,21 @@ def identity(
     column: tuple,
     seed: int,
 ) -> str:
-    """What a row would have as its `identity`, before it is computed."""
+    """The `Result.identity` of a row that is not computed yet."""
     return _digest([protocol.key, encoder["digest"], feature, column, seed])
 
 
 def append(path: Path, result: Result) -> bool:
-    """Add one row as `append_all` does; True if it was added."""
+    """Add one row like `append_all`; True if it was added."""
     return bool(append_all(path, [result]))
 
 
 def append_all(path: Path, results: Iterable[Result]) -> list[Result]:
-    """Add the rows whose identity is not in the file yet; returns those added.
+    """Add the rows whose identity is not in the file yet; returns the added rows.
 
-    The file is locked and read once, and all new lines reach the disk in one write, or
-    none of them. Half a line, which a killed machine may have left at the end, is cut
-    off. Raises UserError where the file cannot be written or holds other lines.
+    The file is locked and read once. One write adds all new lines or none. An
+    incomplete last line, which a crash may leave, is removed. Raises UserError if the
+    file cannot be written or has lines that are not result rows.
     """
     file = _open(path)
     try:
@@ -157,17 +158,17 @@ def append_all(path: Path, results: Iterable[Result]) -> list[Result]:
         return list(new.values())
     except OSError as error:
         raise UserError(
-            f"cannot write to {path}: {error.strerror}; its rows are as they were, and "
-            "the same command goes on from what it has computed"
+            f"cannot write to {path}: {error.strerror}; the file is unchanged: free "
+            "space or fix its permissions, then run the same command again to resume"
         ) from None
     finally:
         os.close(file)
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError where rows could not be added to `path`, before any is made.
+    """Raise UserError if rows could not be added to `path`, before any is computed.
 
-    A file that is not there yet is not made.
+    Does not create the file.
     """
     with _as_user_error(path):
         if path.exists():
@@ -194,7 +195,7 @@ def _as_user_error(path: Path) -> Iterator[None]:
 
 
 def _write_whole(file: int, lines: bytes, *, after: int) -> None:
-    """Append lines to the `after` bytes of a file, or nothing of them."""
+    """Append all `lines` to a file of `after` bytes, or leave it as it was."""
     try:
         if os.write(file, lines) < len(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -205,17 +206,20 @@ def _write_whole(file: int, lines: bytes, *, after: int) -> None:
 
 
 def read_results(path: str | os.PathLike) -> list[Result]:
-    """The rows of a `results.jsonl`, as `read`; raises UserError without file."""
+    """The rows of a `results.jsonl`, like `read`; UserError if there is no file."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist: give the file of an evaluation's rows")
+        raise UserError(
+            f"{path} does not exist: give the results.jsonl of an evaluation"
+        )
     return read(path)
 
 
 def read(path: Path) -> list[Result]:
-    """The rows of a `results.jsonl`, without half a line at its end; [] without file.
+    """The rows of a `results.jsonl`; [] if there is no file.
 
-    Raises UserError, with the line, for what is no result row of this schema.
+    Ignores an incomplete last line. Raises UserError, with the line number, for a line
+    that is not a result row of this schema.
     """
     if not path.exists():
         return []
@@ -224,7 +228,7 @@ def read(path: Path) -> list[Result]:
 
 
 def _parse(content: bytes, path: Path) -> list[Result]:
-    """The rows of the whole lines of `path`."""
+    """The rows in `content`, complete lines of `path`."""
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -233,7 +237,7 @@ def _parse(content: bytes, path: Path) -> list[Result]:
             if schema != SCHEMA:
                 raise UserError(
                     f"line {number} of {path} has schema {schema!r}, expected {SCHEMA}"
-                    ": it was written by another version of xsmae; give another file"
+                    ": another version of xsmae wrote it; give another file"
                 )
             row.pop("protocol_key")
             row["protocol"] = Protocol(**row["protocol"])
@@ -242,14 +246,14 @@ def _parse(content: bytes, path: Path) -> list[Result]:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"line {number} of {path} is no result row "
-                f"({type(error).__name__}: {error}); remove the line"
+                f"line {number} of {path} is not a result row "
+                f"({type(error).__name__}: {error}): remove the line"
             ) from None
     return rows
 
 
 def now() -> str:
-    """The time, UTC, to the second."""
+    """The time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

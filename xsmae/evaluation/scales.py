@@ -1,4 +1,4 @@
-"""The sizes at which images are evaluated, and the GSD that an encoder is told."""
+"""The image sizes of an evaluation, and the GSD that the encoder gets for each."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from xsmae.errors import BadImageError, UserError
 from xsmae.evaluation.features import spread
 
 SCALES = (12.5, 25.0, 50.0, 100.0)  # percent; Scale-MAE, Reed et al. 2023
-BASE_SIZE = 256  # pixels, as there
+BASE_SIZE = 256  # pixels; also Scale-MAE
 GSD_POLICIES = ("true", "fixed")
-PROBES = 32  # images looked at for their size
+PROBES = 32  # images that are read to find the usual size
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """One size of evaluation.
+    """One image size of an evaluation.
 
-    percent: of the base size. size: pixels. gsd_factor: by what the GSD after resizing
-    is multiplied before the encoder is told it, 1 but for the policy `fixed`.
+    percent: of the base size. size: pixels. gsd_factor: the GSD after resizing is
+    multiplied by this before the encoder gets it; 1 except for the policy `fixed`.
     """
 
     percent: float
@@ -31,7 +31,7 @@ class Scale:
 
 
 def base_size(source: Source) -> int:
-    """256 px, or the images' own side where that is less: the median of a few."""
+    """256 px, or the images' side if that is smaller (the median of a few images)."""
     sides = []
     for index in spread(len(source), PROBES):
         try:
@@ -40,8 +40,8 @@ def base_size(source: Source) -> int:
             continue
     if not sides:
         raise UserError(
-            f"none of the {PROBES} images looked at of {source!r} can be used: give "
-            "other images"
+            f"none of {PROBES} images of {source!r} can be used, expected at least 1: "
+            "give other images"
         )
     return min(BASE_SIZE, int(np.median(sides)))
 
@@ -49,11 +49,11 @@ def base_size(source: Source) -> int:
 def create_scales(
     percents: Sequence[float], *, base: int, patch_size: int, gsd_policy: str = "true"
 ) -> list[Scale]:
-    """The sizes of `percents` of `base` pixels, to the nearest multiple of the patch.
+    """`percents` of `base` pixels, rounded to multiples of the patch size.
 
-    gsd_policy: `true`, each scale's own GSD; `fixed`, at every scale that of 100 %.
-    Raises UserError where a scale is less than one patch, repeats another one's size,
-    or makes no sense.
+    gsd_policy: `true` gives the encoder the GSD of each scale; `fixed` gives it the GSD
+    of 100 % at every scale. Raises UserError if a scale is out of range, is smaller
+    than one patch or has the same size as another.
     """
     if gsd_policy not in GSD_POLICIES:
         raise UserError(f"gsd={gsd_policy}, expected one of {', '.join(GSD_POLICIES)}")
@@ -67,18 +67,18 @@ def create_scales(
     small = [p for p in percents if sizes[p] < patch_size]
     if small:
         raise UserError(
-            f"a scale of {small[0]:g} % of {base} px is {sizes[small[0]]:g} px, less "
-            f"than one patch of {patch_size} px: leave it out of scales, give a larger "
-            "base_size, or an encoder with a smaller patch"
+            f"a scale of {small[0]:g} % of {base} px is {sizes[small[0]]:g} px, "
+            f"expected at least one patch of {patch_size} px: remove it from scales, "
+            "give a larger base_size, or an encoder with a smaller patch"
         )
     sizes = {p: _multiple(size, patch_size) for p, size in sizes.items()}
     if len(set(sizes.values())) < len(percents):
         text = ", ".join(f"{p:g} % is {s} px" for p, s in sizes.items())
         raise UserError(
-            f"two scales have one size ({text}, in patches of {patch_size} px): leave "
-            "one of them out of scales"
+            f"two scales have the same size ({text}, in patches of {patch_size} px): "
+            "remove one of them from scales"
         )
-    # That of 100 %, whether it is evaluated or not.
+    # The size of 100 %, even if 100 % is not evaluated.
     whole = _multiple(base, patch_size)
     return [
         Scale(p, s, s / whole if gsd_policy == "fixed" else 1.0)
@@ -87,5 +87,5 @@ def create_scales(
 
 
 def _multiple(size: float, patch_size: int) -> int:
-    """The nearest multiple, of two the larger, at least one patch."""
+    """The nearest multiple of the patch size, at least one patch; halves round up."""
     return max(1, int(size / patch_size + 0.5)) * patch_size

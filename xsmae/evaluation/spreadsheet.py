@@ -10,7 +10,7 @@ from xsmae.evaluation.rows import Result
 
 
 def csv_text(results: Iterable[Result]) -> str:
-    """A line a row, with the protocol's key and its parts in columns."""
+    """One line per row; the protocol's key and fields are columns."""
     fields = (
         "protocol", "task", "metric", "data", "classes", "train_images", "test_images",
         "train_fingerprint", "test_fingerprint", "train_split", "test_split",

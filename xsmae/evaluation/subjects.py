@@ -1,4 +1,4 @@
-"""What is evaluated: an encoder that a run left, or a control, with one interface."""
+"""Encoders and controls, with one interface for all evaluations."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from xsmae.models.vit import Encoder as Network
 from xsmae.weights.description import ARCHITECTURE, GROUPS, check_network
 from xsmae.weights.encoder import Encoder, load_encoder
 
-# What becomes of the bands of an encoder that images do not have.
+# What to do if the encoder reads bands that the images lack.
 MISSING_BANDS = ("refuse", "mean")
 
-# The controls that need no architecture: how they see images, and what they are.
+# The controls without a network: (function, description).
 PIXEL_CONTROLS = {
     "statistics": (image_statistics, "mean, std, min, max of each band"),
     "thumbnail": (thumbnail, f"pixels at {THUMBNAIL_SIZE}x{THUMBNAIL_SIZE}"),
@@ -37,18 +37,18 @@ PIXEL_CONTROLS = {
 
 @dataclasses.dataclass(frozen=True)
 class FrozenEncoder:
-    """A way from images to features, and all that a result row says of it.
+    """A function from images to features, and its description for result rows.
 
-    name: what a table calls it. kind: `encoder`, `random`, `statistics`, `thumbnail`.
-    digest: 16 hexadecimal digits of weights and description; equal ones give equal
-    features. origin: where it comes from. info: its `encoder.json`, None for controls
-    from pixels. features: the names that `encode` gives. patch_size: what the side of
-    an image must be a multiple of. reads_gsd: whether the features depend on it.
-    standardize: whether the features have to be brought to one scale before they are
-    compared, by the training part's mean and standard deviation.
+    name: its name in tables. kind: `encoder`, `random`, `statistics`, `thumbnail`.
+    digest: 16 hexadecimal digits of weights and description; equal digests give equal
+    features. origin: where it comes from. info: its `encoder.json`, None for pixel
+    controls. features: the names that `encode` returns. patch_size: image sides must be
+    multiples of it. reads_gsd: True if the features depend on the GSD. standardize:
+    True if features must be standardised, by the training part's mean and standard
+    deviation, before they are compared.
     encode(images [n, size, size, 3] uint8, gsd [n, 2]) -> {feature: [n, width]}.
-    network: of normalised images, None where there is none. filled: the bands that the
-    images lack, which the encoder is given at their mean.
+    network: takes normalised images; None for pixel controls. filled: bands that the
+    images lack and that are filled with their mean.
     """
 
     name: str
@@ -66,7 +66,7 @@ class FrozenEncoder:
 
     @property
     def normalization(self) -> str:
-        """How images come in, in words."""
+        """How images are normalised, in words."""
         if self.info is None:
             return "none"
         mean, std = (self.info[name] for name in ("mean", "std"))
@@ -82,14 +82,13 @@ def open_encoder(
     name: str | None = None,
     missing_bands: str = "refuse",
 ) -> FrozenEncoder:
-    """What `--encoder` names.
+    """The encoder or control that `--encoder` names.
 
     text: a folder that `load_encoder` takes (`RUN/encoder`, `RUN`); a checkpoint
-    `RUN/checkpoints/STEP`; `random:SIZE[,FIELD=VALUE...]`, seeded by `seed`, otherwise
-    the encoder that `config` describes; `statistics`; `thumbnail`. name: instead of the
-    one that follows from the text. missing_bands: of `MISSING_BANDS`, what becomes of
-    an encoder's bands that images do not have. Raises UserError where there is no such
-    thing.
+    `RUN/checkpoints/STEP`; `random:SIZE[,FIELD=VALUE...]`, the encoder of `config` in
+    that size with random weights from `seed`; `statistics`; `thumbnail`. name: replaces
+    the name that follows from the text. missing_bands: one of `MISSING_BANDS`. Raises
+    UserError if there is no such encoder.
     """
     if text in PIXEL_CONTROLS:
         return pixel_control(text, name=name)
@@ -114,7 +113,7 @@ def open_encoder(
 
 
 def _name(path: Path, step: str) -> str:
-    """What a table calls the encoder of a folder: its run, and its step if not last."""
+    """The name in tables: the run's folder, plus the step for a checkpoint."""
     run = path.absolute()
     if step.isdigit():
         return f"{run.parent.parent.name}@{step}"
@@ -123,7 +122,7 @@ def _name(path: Path, step: str) -> str:
 
 
 def pixel_control(kind: str, *, name: str | None = None) -> FrozenEncoder:
-    """Image statistics or a thumbnail: what needs no network."""
+    """The control `statistics` or `thumbnail`, which needs no network."""
     encode, description = PIXEL_CONTROLS[kind]
     return FrozenEncoder(
         name=name or f"{kind} ({description})",
@@ -146,7 +145,7 @@ def random_encoder(
     name: str | None = None,
     missing_bands: str = "refuse",
 ) -> FrozenEncoder:
-    """An encoder of the architecture and normalisation of `info`, never trained."""
+    """An untrained encoder with the architecture and normalisation of `info`."""
     shape = info["architecture"]
     name = name or (
         f"random encoder ({shape['embed_dim']} wide, {shape['depth']} deep, patch "
@@ -169,7 +168,7 @@ def frozen_encoder(
     kind: str = "encoder",
     missing_bands: str,
 ) -> FrozenEncoder:
-    """An encoder as evaluations use it."""
+    """Wrap an encoder for evaluations."""
     shape, bands = encoder.info["architecture"], encoder.bands
     filled = _filled(name, bands.names, missing_bands)
 
@@ -196,23 +195,23 @@ def frozen_encoder(
 
 
 def _filled(name: str, bands: Sequence[str], missing_bands: str) -> tuple[str, ...]:
-    """The bands of an encoder that images lack.
+    """The bands that the encoder reads and images lack.
 
-    Raises UserError where the encoder does not have the images' bands, or where some
-    are lacking and `missing_bands` does not say what they are.
+    Raises UserError if the encoder does not read all bands of the images, or if images
+    lack some and `missing_bands` is `refuse`.
     """
     lacking = [band for band in BANDS if band not in bands]
     filled = tuple(band for band in bands if band not in BANDS)
     what = f"{name} reads the bands {', '.join(bands)}, images have {', '.join(BANDS)}"
     if lacking:
         raise UserError(
-            f"{what}: expected an encoder with {', '.join(lacking)}; give it the "
-            "images' names where it has them under others (encoder.json)"
+            f"{what}: expected an encoder with {', '.join(lacking)}; if it has them "
+            "under other names, rename them in its encoder.json"
         )
     if filled and missing_bands == "refuse":
         raise UserError(
-            f"{what}: --missing_bands=mean gives it each of the other "
-            f"{len(filled)} at its mean, otherwise give an encoder of the images' bands"
+            f"{what}: give --missing_bands=mean to fill the other {len(filled)} with "
+            "their mean, or an encoder that reads only the images' bands"
         )
     return filled
 
@@ -220,9 +219,9 @@ def _filled(name: str, bands: Sequence[str], missing_bands: str) -> tuple[str, .
 def _info_of_size(
     argument: str, config: ml_collections.ConfigDict
 ) -> Mapping[str, Any]:
-    """What `encoder.json` would say of the config's encoder in another size.
+    """The `encoder.json` that the config's encoder would have in another size.
 
-    argument: `SIZE[,FIELD=VALUE...]`, the fields those of `config.model`.
+    argument: `SIZE[,FIELD=VALUE...]`, with fields of `config.model`.
     """
     size, *fields = argument.split(",")
     if size not in common.SIZES:
@@ -232,7 +231,7 @@ def _info_of_size(
         )
     names = [name for name in (*ARCHITECTURE, *GROUPS) if name in config.model]
     shape = {name: config.model[name] for name in names}
-    # Where pretraining chooses by the images: what most configs have.
+    # Pretraining chooses an unset patch size by the images. Here, take the usual one.
     usual = common.get_common("corrected", "base")
     shape["patch_size"] = shape["patch_size"] or usual.model.patch_size
     (shape["embed_dim"], shape["depth"], shape["num_heads"]), _ = common.SIZES[size]
@@ -240,8 +239,8 @@ def _info_of_size(
         name, _, value = field.partition("=")
         if name not in names:
             raise UserError(
-                f"encoder=random:{argument}: {name!r} is no field of the encoder, "
-                f"expected {', '.join(names)}"
+                f"encoder=random:{argument}: the encoder has no field {name!r}, "
+                f"expected one of {', '.join(names)}"
             )
         try:
             shape[name] = json.loads(value)
@@ -249,8 +248,9 @@ def _info_of_size(
             shape[name] = value
     if shape["position"] == "gsd" and not shape["reference_gsd"]:
         raise UserError(
-            f"encoder=random:{argument} has positions scaled by the GSD and the config "
-            "no reference_gsd: give random:SIZE,reference_gsd=METRES or position=fixed"
+            f"encoder=random:{argument} scales positions by the GSD, but the config "
+            "has no reference_gsd: give random:SIZE,reference_gsd=METRES or "
+            "random:SIZE,position=fixed"
         )
     info = {
         "architecture": shape,
@@ -264,7 +264,8 @@ def _info_of_size(
     except (ValueError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"encoder=random:{argument} does not fit together: {reason}"
+            f"encoder=random:{argument} is not a valid network ({reason}): give other "
+            "values"
         ) from None
     return info
 

@@ -1,4 +1,4 @@
-"""Result rows side by side: one table a protocol, as Markdown and plain text."""
+"""Tables of result rows, one per protocol, as Markdown and plain text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import MappingProxyType
 from xsmae.evaluation.naming import data_names, encoder_names, headings
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
 
-# In the order of a table: what is measured first, then what it has to beat.
+# The order of lines in a table: encoders first, then the controls.
 KINDS = ("encoder", "random", "thumbnail", "statistics")
 FEATURE_NAMES = {"cls": "class token", "mean": "mean patch"}
 BEATS = "beats controls"
@@ -19,9 +19,9 @@ BEATS = "beats controls"
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of a table: who was measured, and its rows by column.
+    """One line of a table: an encoder and its rows by column.
 
-    name: no other encoder or seed of the same tables has it.
+    name: unique among the encoders and seeds of the report.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Line:
 
     @property
     def feature_name(self) -> str:
-        """`class token`, `mean patch`, or what a control reads."""
+        """`class token`, `mean patch`, or the feature of a pixel control."""
         return FEATURE_NAMES.get(self.feature, self.feature)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All rows of one protocol. columns: as `Result.column`, the averages last.
+    """All rows of one protocol. columns: `Result.column`s, averages last.
 
-    data: what the data is called, heading: the same with the task; no other data and no
-    other table of the same tables is called so.
+    data: the name of the data, unique in the report. heading: task and data, also
+    unique.
     """
 
     protocol: Protocol
@@ -53,9 +53,9 @@ class Table:
 
 
 def create_tables(results: Iterable[Result]) -> list[Table]:
-    """A table a protocol, in the order in which the protocols appear.
+    """One table per protocol, in the order in which protocols appear.
 
-    Of rows with one identity the first is taken.
+    Of rows with the same identity, only the first counts.
     """
     rows = list(results)
     protocols = {row.protocol.key: row.protocol for row in reversed(rows)}
@@ -81,7 +81,7 @@ def create_tables(results: Iterable[Result]) -> list[Table]:
         average = sorted(c for c in columns if c[0] == AVERAGE)
         ordered = sorted(c for c in columns if c[0] != AVERAGE) + average
         lines = [line(*who, cells) for who, cells in of_table.items()]
-        # Stable: within a kind, as they were measured.
+        # The sort is stable: within a kind, lines keep the order of measurement.
         lines.sort(key=lambda line: _rank(line.kind))
         tables.append(Table(protocols[key], data[key], titles[key], ordered, lines))
     return tables
@@ -92,7 +92,7 @@ def _rank(kind: str) -> int:
 
 
 def heading(column: tuple, table: Table) -> str:
-    """`50 % (128 px)`, `average`; of several averages which scales they are of."""
+    """`50 % (128 px)` or `average`, with its scales if a table has several."""
     if column[0] != AVERAGE:
         return f"{column[0]:g} % ({column[1]} px)"
     if sum(other[0] == AVERAGE for other in table.columns) == 1:
@@ -103,7 +103,7 @@ def heading(column: tuple, table: Table) -> str:
 
 
 def cell(row: Result | None) -> str:
-    """Percent and its interval, `80.6 [79.5, 81.6]`."""
+    """The value in percent and its interval: `80.6 [79.5, 81.6]`."""
     if row is None:
         return "-"
     value, low, high = (100 * x for x in (row.value, row.low, row.high))
@@ -113,11 +113,11 @@ def cell(row: Result | None) -> str:
 def rival(line: Line, table: Table) -> tuple[tuple, Line] | None:
     """The column in which a line is compared, and the best control there.
 
-    The column is the average over the scales, else 100 %, else the largest scale; of
-    these the first in which the line and a control have a row. The best control has the
-    highest value in it of all control lines of the table, whatever their feature and
-    seed: a choice by the test images, in the control's favour. None for a control, and
-    where no control has a row in a column of the line.
+    The column is the average over scales, or else 100 %, or else the largest scale: the
+    first of these in which both the line and a control have a row. The best control has
+    the highest value there, over all features and seeds. It is chosen by the test
+    images, which favours the controls. None if the line is a control, or if no control
+    has a row in any column of the line.
     """
     if line.kind == "encoder":
         columns = sorted(table.columns, key=lambda c: (c[0] == AVERAGE, c[0] == 100.0))
@@ -133,12 +133,12 @@ def rival(line: Line, table: Table) -> tuple[tuple, Line] | None:
 
 
 def verdict(line: Line, table: Table) -> str:
-    """Whether an encoder beats the best control outside the intervals; see `rival`.
+    """Whether an encoder clearly beats the best control; see `rival`.
 
-    Each line is compared with its own feature. `yes`: the lower end of its interval is
-    above the upper end of the control's. `no`: its value is not above the control's.
-    `not told`: its value is above the control's, but the intervals meet. `no control`:
-    there is none to compare with. `-`: the line is a control.
+    `yes`: the lower end of its interval is above the upper end of the control's. `no`:
+    its value is not above the control's. `not told`: its value is above the control's,
+    but the intervals overlap. `no control`: there is nothing to compare with. `-`: the
+    line is a control.
     """
     if line.kind != "encoder":
         return "-"
@@ -153,10 +153,10 @@ def verdict(line: Line, table: Table) -> str:
 
 
 def rivals(table: Table) -> list[str]:
-    """Which controls the encoders of a table are compared with, a line a column."""
+    """The controls that a table's encoders are compared with, one line per column."""
     compared = dict(filter(None, (rival(line, table) for line in table.lines)))
     return [
-        f"{BEATS}: at {heading(column, table)}, against the best control, "
+        f"{BEATS}: compared at {heading(column, table)} with the best control, "
         f"{control.name}, {control.feature_name}: {cell(control.cells[column])}"
         for column, control in compared.items()
     ]
@@ -166,10 +166,10 @@ def markdown(
     tables: Sequence[Table],
     figures: Mapping[str, Sequence[tuple[str, str]]] = MappingProxyType({}),
 ) -> str:
-    """Every table with its protocol and figures under it; digests in an appendix.
+    """All tables, each followed by its protocol and figures; digests in an appendix.
 
-    figures: of each protocol's key, the title and file of every figure, the files as
-    links from the document.
+    figures: protocol key -> (title, file) of each figure. The files are links relative
+    to the document.
     """
     parts = ["# Results", ""]
     for table in tables:
@@ -193,12 +193,12 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Names as they are: no formulas between dollars, no emphasis, one line."""
+    """Escape a name for Markdown: no formulas, no emphasis, one line."""
     return re.sub(r"([\\`*<$|])", r"\\\1", " ".join(text.split()))
 
 
 def appendix(tables: Sequence[Table]) -> list[str]:
-    """What identifies protocols, data and encoders, and the classes by number."""
+    """The digests of protocols, data and encoders, and the numbered classes."""
     lines = [f"- {t.heading}: protocol {t.protocol.key}" for t in tables]
     for table in tables:
         parts = [
@@ -216,7 +216,7 @@ def appendix(tables: Sequence[Table]) -> list[str]:
 
 
 def statements(table: Table) -> list[str]:
-    """The protocol, a fact a line, and what the lines differ in besides it."""
+    """The protocol, one fact per line, then the differences between the lines."""
     protocol = table.protocol
     data, interval = protocol.data, protocol.interval
     rows = [row for line in table.lines for row in line.cells.values()]
@@ -225,14 +225,14 @@ def statements(table: Table) -> list[str]:
         f"({interval['method']}, {interval['resamples']} resamples)",
         f"data: {table.data}, {data['classes']} classes, {data['train']['images']} "
         f"training and {data['test']['images']} test images",
-        f"images: {protocol.crop} of the source to the column's size, "
-        f"{protocol.resize}; 100 % is {protocol.base_size} px, to the nearest multiple "
-        "of the patch",
-        "GSD told to the encoder: "
+        f"images: {protocol.crop} of the source, resized to the column's size "
+        f"({protocol.resize}); 100 % is {protocol.base_size} px, rounded to a multiple "
+        "of the patch size",
+        "GSD given to the encoder: "
         + (
-            "the true one of each scale"
+            "the true GSD of each scale"
             if protocol.gsd_policy == "true"
-            else "that of 100 % at every scale (an ablation)"
+            else "the GSD of 100 % at every scale (an ablation)"
         ),
         f"{protocol.task}: "
         + ", ".join(f"{k}={v}" for k, v in protocol.options.items()),
@@ -241,11 +241,11 @@ def statements(table: Table) -> list[str]:
     leaked = max(row.leaks["pixel_identical_test_images"] for row in rows)
     if leaked:
         facts.append(
-            f"{leaked} test image(s) equal a training image pixel for pixel; they count"
+            f"{leaked} test image(s) have the pixels of a training image; they count"
         )
     unusable = max(sum(row.unusable.values()) for row in rows)
     if unusable:
-        facts.append(f"{unusable} image(s) that cannot be used are left out")
+        facts.append(f"{unusable} unusable image(s) are left out")
     for line in table.lines:
         row = next(iter(line.cells.values()))
         told = [
@@ -259,7 +259,7 @@ def statements(table: Table) -> list[str]:
         )
         fact = (
             f"{line.name}: images {images}, features {features}, seed {line.seed}, "
-            + (f"median GSD told {', '.join(told)} m" if told else "reads no GSD")
+            + (f"median GSD given {', '.join(told)} m" if told else "reads no GSD")
         )
         if fact not in facts:
             facts.append(fact)
@@ -267,21 +267,21 @@ def statements(table: Table) -> list[str]:
 
 
 def _compared(table: Table) -> list[str]:
-    """What the column of verdicts means."""
+    """An explanation of the column of verdicts."""
     if not (found := rivals(table)):
         return [f"{BEATS}: no control has a row here to compare with"]
     return [
         *found,
-        f"{BEATS} is yes where the line's whole interval is above the control's, no "
-        "where its value is not above the control's, and not told where its value is "
-        "above but the intervals meet. The control is the best of this table, chosen "
-        "by the test images over all controls, features and seeds; a line is compared "
-        "with its own feature alone",
+        f"{BEATS}: yes if the line's whole interval is above the control's; no if its "
+        "value is not above the control's; not told if its value is above but the "
+        "intervals overlap. The control is the best of this table over all controls, "
+        "features and seeds, chosen by the test images. Each line is compared by its "
+        "own feature",
     ]
 
 
 def terminal_table(results: Sequence[Result]) -> str:
-    """What a binary prints at its end."""
+    """The table that a command prints at its end."""
     lines = []
     for table in create_tables(results):
         rows = [["", "", *(heading(c, table) for c in table.columns), BEATS]]
@@ -306,6 +306,6 @@ def _warnings(table: Table) -> list[str]:
         return []
     example = leaks["example"]
     return [
-        f"{leaks['pixel_identical_test_images']} test image(s) equal a training image "
-        f"pixel for pixel, e.g. {example['test']} and {example['train']}"
+        f"{leaks['pixel_identical_test_images']} test image(s) have the pixels of a "
+        f"training image, e.g. {example['test']} and {example['train']}"
     ]

@@ -1,4 +1,4 @@
-"""What fine-tuning does to a batch on the device: erasing, mixup, cutmix."""
+"""The augmentations of fine-tuning, on the device: erasing, mixup, cutmix."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Key
 
-# Of the erased rectangle (Zhong et al. 2020 and timm's RandomErasing).
-ERASED_AREA = (0.02, 1 / 3)  # of the image's
+# The erased rectangle (Zhong et al. 2020 and timm's RandomErasing).
+ERASED_AREA = (0.02, 1 / 3)  # of the image's area
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
 ERASING_TRIES = 10
 
@@ -23,11 +23,11 @@ def random_erasing(
     *,
     probability: float,
 ) -> Float[Array, "batch height width channels"]:
-    """Each image, with `probability`, with normal noise in a random rectangle.
+    """Fill a random rectangle of each image with normal noise, with `probability`.
 
-    images: normalised. The rectangle's area is uniform and its ratio log-uniform; one
-    that does not fit is drawn again, and after ten nothing is erased. A noise value a
-    pixel and channel: the mode `pixel` of timm, which MAE takes.
+    images: normalised. The rectangle's area is uniform, its ratio log-uniform. If it
+    does not fit it is drawn again; after ten failures nothing is erased. Every pixel
+    and channel gets its own noise value, as in timm's mode `pixel`, which MAE uses.
     """
     if not probability:
         return images
@@ -58,14 +58,14 @@ def mix(
     cutmix: float,
     switch: float,
 ) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch classes"]]:
-    """The batch mixed with itself in reverse order, and its targets likewise.
+    """Mix the batch with itself in reverse order, and mix the targets the same way.
 
-    With a share lambda of its own, one for the whole batch (timm's mode `batch`): mixup
-    (Zhang et al. 2018) adds lambda times the one and 1 - lambda times the other, lambda
-    from Beta(mixup, mixup); cutmix (Yun et al. 2019) puts a rectangle of the other in,
-    lambda from Beta(cutmix, cutmix) and then what the rectangle, cut off at the edge,
-    leaves. Where both are on, it is cutmix with probability `switch`; 0 is off. The GSD
-    that goes with a mixed image stays its own.
+    One lambda per batch (timm's mode `batch`) is the share of the image itself. Mixup
+    (Zhang et al. 2018): lambda * image + (1 - lambda) * other, lambda from Beta(mixup,
+    mixup). Cutmix (Yun et al. 2019): pastes a rectangle of the other image; lambda is
+    drawn from Beta(cutmix, cutmix), then set to the area that the rectangle, clipped at
+    the edge, leaves. 0 turns either off. If both are on, cutmix is chosen with
+    probability `switch`. An image keeps its own GSD.
     """
     if not (mixup or cutmix):
         return images, targets
@@ -74,7 +74,7 @@ def mix(
     cut = jnp.full((), not mixup)
     if mixup and cutmix:
         cut = jax.random.bernoulli(switch_key, switch)
-    # One draw for either: the sampler of the beta distribution is slow to compile.
+    # One draw serves both: the beta sampler is slow to compile.
     alpha = jnp.where(cut, cutmix, mixup)
     share = jax.random.beta(share_key, alpha, alpha)
     blended = share * images + (1 - share) * other
@@ -88,9 +88,9 @@ def mix(
 def cutmix_rectangle(
     key: Key[Array, ""], share: Float[Array, ""], height: int, width: int
 ) -> Bool[Array, "height width"]:
-    """Where the other image shows: a part 1 - `share`, less what lies outside.
+    """The pixels that cutmix replaces: 1 - `share` of the area, clipped at the edge.
 
-    Its centre is any pixel, its ratio the image's.
+    The centre is any pixel; the aspect ratio is the image's.
     """
     y, x = jnp.floor(jax.random.uniform(key, (2,)) * jnp.array([height, width]))
     half_height = jnp.floor(height * jnp.sqrt(1 - share)) // 2
@@ -104,7 +104,7 @@ def cutmix_rectangle(
 
 
 def _rectangle(height, width, top, bottom, left, right) -> Bool[Array, "n h w"]:
-    """Masks of n rectangles, their edges whole numbers; what lies outside is cut."""
+    """Masks of n rectangles with integer edges, clipped to the image."""
     rows, columns = jnp.arange(height)[None], jnp.arange(width)[None]
     inside_y = (rows >= top[:, None]) & (rows < bottom[:, None])
     inside_x = (columns >= left[:, None]) & (columns < right[:, None])

@@ -1,4 +1,4 @@
-"""Classifiers that are trained on crops, step by step, and go on where they stopped."""
+"""Trains classifiers on crops, with checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from xsmae.process.lock import FolderLock
 from xsmae.process.progress import Progress
 from xsmae.train_state import TrainState
 
-VERSION = 1  # raise it whenever the same training gives other numbers
-EVERY = 5.0  # seconds between two lines of progress
+VERSION = 1  # raise it when the same training gives different numbers
+EVERY = 5.0  # seconds between progress lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """A classifier that can be trained. feature_scaling: as a result row has it.
+    """A classifier that can be trained.
 
-    state: what it starts from. step(state, images, gsd, labels) -> (state, loss).
+    state: the initial state. step(state, images, gsd, labels) -> (state, loss).
     predict(state, images, gsd) -> scores [n, classes]. images: [n, size, size, 3]
-    uint8; gsd: [n, 2] metres per pixel; labels: [n].
+    uint8; gsd: [n, 2] metres per pixel; labels: [n]. feature_scaling: see `Result`.
     """
 
     state: TrainState
@@ -48,7 +48,7 @@ class Learner:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """The test images as they were classified, for a result row."""
+    """The test images that were classified, and their scores."""
 
     positions: np.ndarray
     pixels: np.ndarray
@@ -56,7 +56,7 @@ class Seen:
     scores: np.ndarray
 
 
-# From what is measured, the feature and the plan of the training.
+# (measurement, feature, plan of the training) -> learner.
 CreateLearner = Callable[[Measurement, str, Plan], Learner]
 
 
@@ -68,12 +68,12 @@ def of_trained(
     recipe: Mapping[str, Any],
     num_workers: int = 0,
 ) -> Iterator[Outcome]:
-    """A classifier a feature, trained by `recipe` on crops of the training images.
+    """Train one classifier per feature, by `recipe`, on crops of the training images.
 
-    Which crops a step sees depends on the seed and the step alone. No choice is made
-    on the way: what counts is the last step's. The state is saved at the end of each
-    epoch, and before KeyboardInterrupt is raised once `job.should_stop()`; it stays
-    until `forget`. Raises UserError where the loss is not finite.
+    The crops of a step depend only on the seed and the step. The last step's state
+    counts; no step is selected. The state is saved after each epoch, and before
+    KeyboardInterrupt is raised once `job.should_stop()` is true. `forget` removes it.
+    Raises UserError if the loss is not finite.
     """
     used = _usable(job, scale)
     for feature in job.features:
@@ -98,14 +98,14 @@ def of_trained(
 
 
 def forget(job: Measurement) -> None:
-    """Remove what was saved of the trainings of `job`, once its rows are written."""
+    """Remove the saved states of `job`'s trainings, once its rows are written."""
     for scale in job.scales:
         for feature in job.features:
             shutil.rmtree(state_folder(job, scale, feature), ignore_errors=True)
 
 
 def state_folder(job: Measurement, scale: Scale, feature: str) -> Path:
-    """Where a training's state is: a place for all that decides it."""
+    """The folder of a training's state; its name has everything that decides it."""
     name = (
         f"training-v{VERSION}-{job.protocol.key}-{scale.percent:g}-{scale.size}px-"
         f"{feature}-seed{job.seed}"
@@ -114,7 +114,7 @@ def state_folder(job: Measurement, scale: Scale, feature: str) -> Path:
 
 
 def _usable(job: Measurement, scale: Scale) -> Features:
-    """Which training images can be read, and their digests: kept, as features are."""
+    """The readable training images and their digests, cached like features."""
     return cached_features(
         pixel_control("statistics"),
         job.parts.train,
@@ -129,7 +129,7 @@ def _usable(job: Measurement, scale: Scale) -> Features:
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """The crops of a training, from any step on."""
+    """The crops of a training, from any step onwards."""
 
     job: Measurement
     scale: Scale
@@ -147,7 +147,7 @@ class _Batches:
         return self.size / len(self.source)
 
     def after(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Images, GSDs as they are told, and labels, of the steps after `start`."""
+        """Images, GSDs and labels of the steps after `start`."""
         if start >= self.plan.num_steps:
             return
         crops = make_batches(
@@ -164,8 +164,8 @@ class _Batches:
             if (batch["index"] < 0).any():
                 lost = self.source.id(batch["requested"][batch["index"] < 0][0])
                 raise UserError(
-                    f"{lost} could be read before the training and now cannot: put it "
-                    "back; the same command goes on from the last epoch"
+                    f"{lost} could be read before the training but not now: restore "
+                    "it, then run the same command to resume from the last epoch"
                 )
             gsd = batch["gsd"][:, 0] * np.float32(self.scale.gsd_factor)
             yield batch["image"][:, 0], gsd, self.source.labels[batch["index"]]
@@ -174,7 +174,7 @@ class _Batches:
 def _train(
     job: Measurement, scale: Scale, feature: str, learner: Learner, batches: _Batches
 ) -> tuple[TrainState, int]:
-    """The state after the last step, and how many steps were made now."""
+    """The state after the last step, and how many steps ran now."""
     title = f"{job.encoder.name}, {scale.percent:g} % ({scale.size} px), {feature}"
     folder = state_folder(job, scale, feature)
     try:
@@ -191,18 +191,18 @@ def _train(
 def _train_in(
     folder: Path, job: Measurement, title: str, learner: Learner, batches: _Batches
 ) -> tuple[TrainState, int]:
-    """As `_train`, in a folder that is this process's alone."""
+    """`_train` in a folder that this process has locked."""
     checkpoints = Checkpoints(folder, keep=1, say=job.say)
     num_steps = batches.plan.num_steps
     state, start = _restore(job, checkpoints, learner)
     if start:
-        job.say(f"{title}: going on from step {start}/{num_steps}")
+        job.say(f"{title}: resuming from step {start}/{num_steps}")
     progress = Progress(start_step=start, num_steps=num_steps, batch_size=batches.size)
     said, previous = -math.inf, None
     try:
         for step, batch in enumerate(batches.after(start), start + 1):
             state, loss = learner.step(state, *batch)
-            # Of the step before, so that the device does not wait for the host.
+            # Check the previous step's loss, so that the device need not wait.
             _check_finite(previous, step - 1)
             previous = loss
             if step == start + 1:
@@ -230,12 +230,12 @@ def _train_in(
 def _restore(
     job: Measurement, checkpoints: Checkpoints, learner: Learner
 ) -> tuple[TrainState, int]:
-    """The saved state and its step, or the first one and 0."""
+    """The saved state and its step, or the initial state and 0."""
     fingerprint, folder = job.parts.train.fingerprint, checkpoints.directory
     try:
         found = checkpoints.restore_newest(learner.state, fingerprint=fingerprint)
-    except UserError as error:  # a training can always begin anew
-        job.say(f"{folder} is damaged ({error}): this training begins anew")
+    except UserError as error:  # a training can always start again
+        job.say(f"{folder} is damaged ({error}): this training starts again")
         for step in checkpoints.steps():
             shutil.rmtree(folder / str(step))
         found = None
@@ -253,7 +253,7 @@ def _check_finite(loss: jax.Array | None, step: int) -> None:
 def _classify(
     job: Measurement, scale: Scale, learner: Learner, state: TrainState
 ) -> Seen:
-    """The scores of the test images: whole ones, resized as for frozen features."""
+    """The scores of the test images: whole images, resized as for frozen features."""
     found = []
     batches = encode_batches(
         lambda images, gsd: {"scores": learner.predict(state, images, gsd)},

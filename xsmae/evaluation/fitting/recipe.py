@@ -1,7 +1,7 @@
-"""How a classifier is trained in an evaluation: recipes, their ranges and schedules.
+"""Recipes for training classifiers: defaults, ranges and schedules.
 
-A recipe is a ConfigDict whose fields are all part of the result row's protocol; any is
-set with `--recipe.FIELD=VALUE`.
+A recipe is a ConfigDict. All its fields are part of the result row's protocol. Set a
+field with `--recipe.FIELD=VALUE`.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ RANGES = {
     "horizontal_flip": SHARE,
     "vertical_flip": SHARE,
 }
-PAIRS = {"crop_area": 1.0, "crop_ratio": math.inf}  # (low, high), and the most
+PAIRS = {"crop_area": 1.0, "crop_ratio": math.inf}  # (low, high) fields: maximum
 CHOICES = {"interpolation": tuple(INTERPOLATIONS), "dtype": DTYPES}
 
 
 def published_probe() -> ml_collections.ConfigDict:
     """The linear probe of Cross-Scale MAE's main_linprobe.py, with MAE's crops.
 
-    Batch, epochs, warm-up and rates are its defaults; LARS's numbers are those of
-    util/lars.py (MoCo v3's). The crops are MAE's main_linprobe.py: torchvision's
+    Batch, epochs, warm-up and rates are its defaults. LARS's numbers come from
+    util/lars.py (MoCo v3's). The crops come from MAE's main_linprobe.py: torchvision's
     RandomResizedCrop with its default area 0.08-1, bicubic, and a horizontal flip.
     Cross-Scale MAE's own util/datasets.py has an area of 0.25-1 and both flips.
     """
@@ -65,13 +65,13 @@ def published_probe() -> ml_collections.ConfigDict:
             "batch_size": 512,
             "epochs": 50.0,
             "warmup_epochs": 10.0,
-            "learning_rate": 0.1,  # of a batch of `learning_rate_batch`
+            "learning_rate": 0.1,  # for a batch of `learning_rate_batch`
             "learning_rate_batch": 256,
             "min_learning_rate": 0.0,
             "momentum": 0.9,
             "trust_coefficient": 0.001,
             "weight_decay": 0.0,
-            "batch_norm_momentum": 0.1,  # the new value's weight, PyTorch's default
+            "batch_norm_momentum": 0.1,  # weight of the new value; PyTorch's default
             "batch_norm_epsilon": 1e-6,
             "head_std": 0.01,
             **_crops(),
@@ -80,19 +80,19 @@ def published_probe() -> ml_collections.ConfigDict:
 
 
 def finetuning() -> ml_collections.ConfigDict:
-    """The fine-tuning of MAE (He et al. 2022, table 9), which Cross-Scale MAE takes.
+    """The fine-tuning of MAE (He et al. 2022, table 9), which Cross-Scale MAE uses.
 
-    The rate is the default of main_finetune.py's --blr, as is the least rate; the
-    paper's own rate for ImageNet is 5e-4 for ViT-B, with batches of 1024. AdamW's betas
-    are PyTorch's. RandAugment, which the paper has besides, is not here: its colour
-    operations are made for photographs.
+    The rate and the minimum rate are the defaults of main_finetune.py (--blr,
+    --min_lr). The paper's own rate for ImageNet is 5e-4 for ViT-B with batches of 1024.
+    AdamW's betas are PyTorch's. The paper also uses RandAugment. It is left out because
+    its colour operations are made for photographs.
     """
     return ml_collections.ConfigDict(
         {
             "batch_size": 256,
             "epochs": 100.0,
             "warmup_epochs": 5.0,
-            "learning_rate": 1e-3,  # of a batch of `learning_rate_batch`
+            "learning_rate": 1e-3,  # for a batch of `learning_rate_batch`
             "learning_rate_batch": 256,
             "min_learning_rate": 1e-6,
             "weight_decay": 0.05,
@@ -100,13 +100,13 @@ def finetuning() -> ml_collections.ConfigDict:
             "b2": 0.999,
             "layer_decay": 0.75,
             "drop_path": 0.1,
-            "mixup": 0.8,  # the beta distribution's parameter
-            "cutmix": 1.0,  # likewise
-            "mixup_switch": 0.5,  # how often it is cutmix, where both are on
+            "mixup": 0.8,  # parameter of the beta distribution
+            "cutmix": 1.0,  # parameter of the beta distribution
+            "mixup_switch": 0.5,  # probability of cutmix if both are on
             "random_erasing": 0.25,
             "label_smoothing": 0.1,
             "head_std": 2e-5,
-            "dtype": "float32",  # of the computation; parameters are float32
+            "dtype": "float32",  # of the computation; parameters are always float32
             **_crops(),
         }
     )
@@ -124,19 +124,18 @@ def _crops() -> dict[str, Any]:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of a training beside its recipe."""
+    """The flags of a training besides its recipe."""
     flags.DEFINE_integer(
         "num_workers",
         0,
-        "Processes that read images beside the device, in a training; the images are "
-        "the same for any number.",
+        "Processes that read images during training. Any number gives the same images.",
         lower_bound=0,
         flag_values=values,
     )
 
 
 def check(recipe: ml_collections.ConfigDict) -> None:
-    """Raise UserError, by name, for the first field that is out of its range."""
+    """Raise UserError, with the name, for the first field out of its range."""
     fields = recipe.to_dict()
     check_numbers(fields, RANGES, "recipe.")
     for name, value in fields.items():
@@ -149,13 +148,13 @@ def check(recipe: ml_collections.ConfigDict) -> None:
             raise UserError(f"recipe.{name}={value}, expected {expected(name)}")
     if recipe.warmup_epochs >= recipe.epochs:
         raise UserError(
-            f"recipe.warmup_epochs={recipe.warmup_epochs:g} of recipe.epochs="
-            f"{recipe.epochs:g}, expected fewer: lower the one or raise the other"
+            f"recipe.warmup_epochs={recipe.warmup_epochs:g}, expected less than "
+            f"recipe.epochs={recipe.epochs:g}: lower the first or raise the second"
         )
 
 
 def expected(name: str) -> str:
-    """The values that a field may have, in words."""
+    """The allowed values of a field, in words."""
     if name in PAIRS:
         return f"(low, high) with 0 < low <= high <= {PAIRS[name]:g}"
     if name in CHOICES:
@@ -164,7 +163,7 @@ def expected(name: str) -> str:
 
 
 def describe(recipe: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Every field as a result row has it: plain JSON values."""
+    """Every field as a plain JSON value, for result rows."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in recipe.items()
@@ -173,22 +172,22 @@ def describe(recipe: ml_collections.ConfigDict) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The length of a training in steps, and its learning rate by update."""
+    """The length of a training in steps, and its learning-rate schedule."""
 
     num_steps: int
     learning_rate: optax.Schedule
 
 
 def create_plan(recipe: Mapping[str, Any], *, num_images: int) -> Plan:
-    """Epochs to steps; a linear warm-up from 0, then a cosine to the least rate.
+    """Convert epochs to steps; linear warm-up from 0, then cosine to the minimum rate.
 
-    Raises UserError where there are fewer images than a batch has.
+    Raises UserError if there are fewer images than one batch.
     """
     batch = recipe["batch_size"]
     if num_images < batch:
         raise UserError(
-            f"recipe.batch_size={batch} is more than the {num_images} training images "
-            f"that can be used: give --recipe.batch_size={num_images} or less"
+            f"recipe.batch_size={batch} is more than the {num_images} usable training "
+            f"images: give --recipe.batch_size={num_images} or less"
         )
     per_epoch = num_images / batch
     num_steps = math.ceil(recipe["epochs"] * per_epoch)
@@ -202,7 +201,7 @@ def create_plan(recipe: Mapping[str, Any], *, num_images: int) -> Plan:
 
 
 def create_crops(recipe: Mapping[str, Any], *, size: int) -> ViewSampler:
-    """The random resized crops of `size` pixels, each with its own GSD."""
+    """Random resized crops of `size` pixels, each with its own GSD."""
     return ViewSampler(
         num_views=1,
         size=size,

@@ -1,4 +1,4 @@
-"""The tasks by which an encoder is measured: name -> a function of their numbers."""
+"""The tasks that measure an encoder: name -> a function that creates the task."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_predict
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One way to measure an encoder, with its numbers.
+    """One way to measure an encoder, with its options.
 
-    name, options: as `rows.Protocol` has them. outcomes: `Measurement.outcomes`.
-    features: those that are measured unless others are asked for. pixel_controls:
-    whether what needs no network can be measured so too. check_encoder, check_parts:
-    raise UserError for what cannot be measured so. finish: called with a measurement
-    once its rows stand.
+    name, options: see `rows.Protocol`. outcomes: see `Measurement.outcomes`. features:
+    measured by default. pixel_controls: True if the task also works for controls
+    without a network. check_encoder, check_parts: raise UserError for an encoder or
+    data that the task cannot measure. finish: called with a measurement once its rows
+    are written.
     """
 
     name: str
@@ -75,7 +75,7 @@ def knn(*, k: int = 20, temperature: float = 0.07) -> Task:
 def linear_probe(
     *, penalties: Sequence[float] = PENALTIES, validation: float = VALIDATION
 ) -> Task:
-    """Logistic regression; its L2 penalty is chosen on part of the training images."""
+    """Logistic regression. Its L2 penalty is chosen on held-out training images."""
     try:
         ordered = sorted({float(penalty) for penalty in penalties})
     except (TypeError, ValueError):
@@ -83,7 +83,7 @@ def linear_probe(
     if not ordered or not ordered[0] >= 0 or not 0 < validation < 1:
         raise UserError(
             f"penalties={','.join(map(str, penalties))}, validation={validation}, "
-            "expected numbers of 0 or more, and a fraction between 0 and 1"
+            "expected penalties of 0 or more and a validation fraction between 0 and 1"
         )
 
     def outcomes(job: Measurement, scale: Scale) -> Iterable[Outcome]:
@@ -109,9 +109,9 @@ Recipe = Mapping[str, Any] | ml_collections.ConfigDict | None
 
 
 def linear_probe_published(*, recipe: Recipe = None, num_workers: int = 0) -> Task:
-    """The papers' probe: batch norm and a linear layer, by LARS on random crops.
+    """The papers' probe: batch norm and a linear layer, trained by LARS on crops.
 
-    recipe: the fields of `recipe.published_probe` that differ from it.
+    recipe: fields that replace those of `recipe.published_probe`.
     """
     return _trained(
         "linear_probe_published",
@@ -126,7 +126,7 @@ def linear_probe_published(*, recipe: Recipe = None, num_workers: int = 0) -> Ta
 def finetune(*, recipe: Recipe = None, num_workers: int = 0) -> Task:
     """The whole encoder and a linear layer, trained by MAE's recipe.
 
-    recipe: the fields of `recipe.finetuning` that differ from it.
+    recipe: fields that replace those of `recipe.finetuning`.
     """
     return _trained(
         "finetune",
@@ -149,9 +149,9 @@ TASKS: Mapping[str, Callable[..., Task]] = {
 
 
 def create_task(name: str, **options: Any) -> Task:
-    """The task of that name; `options` are those of its function here.
+    """The task `name`, with the options of its function in this file.
 
-    Raises UserError for a name or an option that is not known.
+    Raises UserError for an unknown name or option.
     """
     if name not in TASKS:
         raise UserError(f"task={name!r}, expected one of {', '.join(TASKS)}")
@@ -159,7 +159,7 @@ def create_task(name: str, **options: Any) -> Task:
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise UserError(
-            f"task={name} has no option {', '.join(unknown)}, expected of "
+            f"task={name} has no option {', '.join(unknown)}, expected some of "
             f"{', '.join(known)}"
         )
     return TASKS[name](**options)
@@ -173,10 +173,10 @@ def _trained(
     num_workers: int,
     **how: Any,
 ) -> Task:
-    """A classifier that is trained on crops by `recipe`.
+    """A task that trains a classifier on crops by `recipe`.
 
-    classifier: what it is, in words. create_learner: `CreateLearner`, which is given
-    the recipe besides. The states of the trainings are removed once the rows stand.
+    classifier: its description. create_learner: a `CreateLearner` that also takes the
+    recipe. The states of the trainings are removed once the rows are written.
     """
     if num_workers < 0:
         raise UserError(f"num_workers={num_workers}, expected 0 or more")
@@ -194,11 +194,11 @@ def _trained(
 def _changed(
     recipe: ml_collections.ConfigDict, changes: Recipe
 ) -> ml_collections.ConfigDict:
-    """The recipe with other values for some of its fields, checked."""
+    """The recipe with some fields replaced, checked."""
     for name, value in (changes or {}).items():
         if name not in recipe:
             raise UserError(
-                f"recipe.{name}: there is no such field, expected one of "
+                f"recipe.{name} does not exist, expected one of "
                 f"{', '.join(sorted(recipe))}"
             )
         try:
@@ -212,7 +212,7 @@ def _changed(
 
 
 def _check_trainable(encoder: FrozenEncoder) -> None:
-    """Raise UserError for what has no weights, or needs bands that images lack."""
+    """Raise UserError if the encoder has no weights or reads other bands."""
     if encoder.kind in PIXEL_CONTROLS:
         raise UserError(
             f"encoder={encoder.kind} has no weights to fine-tune: give an exported "
@@ -221,6 +221,7 @@ def _check_trainable(encoder: FrozenEncoder) -> None:
     bands = tuple(encoder.info["bands"])
     if bands != BANDS:
         raise UserError(
-            f"{encoder.name} reads the bands {', '.join(bands)}, expected those of the "
-            f"images to fine-tune it: {', '.join(BANDS)} in this order"
+            f"{encoder.name} reads the bands {', '.join(bands)}, expected "
+            f"{', '.join(BANDS)} in this order: give an encoder that reads the images' "
+            "bands to fine-tune it"
         )

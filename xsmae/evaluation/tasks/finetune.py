@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole encoder trained with a classifier on it, MAE's recipe."""
+"""Fine-tuning: trains the whole encoder and a classifier, by MAE's recipe."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from xsmae.train_state import TrainState, create_train_state, updated
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-# Not decayed: biases, norms, and the class token (MAE's models_vit.py).
+# No weight decay for biases, norms and the class token (MAE's models_vit.py).
 NOT_DECAYED = ("bias", "scale", "cls_token")
 
 
 class Classifier(nnx.Module):
-    """An encoder and a linear layer on it.
+    """An encoder with a linear layer on top.
 
-    feature: `mean`, the patch tokens' mean and a LayerNorm of its own, `fc_norm`, for
-    which the encoder's last norm is left out (MAE's global_pool); `cls`, the class
-    token as the encoder gives it.
+    feature: `mean` averages the patch tokens and applies a LayerNorm `fc_norm`, which
+    replaces the encoder's last norm (MAE's global_pool); `cls` takes the encoder's
+    class token.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Classifier(nnx.Module):
         gsd: Float[Array, "batch 2"],
         branch_scales: Float[Array, "depth 2 batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
-        """Scores of normalised images; `branch_scales` in training alone."""
+        """Scores of normalised images; `branch_scales` is for training only."""
         tokens = self.encoder(images, gsd=gsd, branch_scales=branch_scales)
         tokens = tokens.astype(jnp.float32)
         if self.fc_norm is None:
@@ -79,12 +79,12 @@ class Classifier(nnx.Module):
 
 
 def layer_scales(params: PyTree, *, depth: int, decay: float) -> PyTree:
-    """What each parameter's learning rate is multiplied by, in shapes that broadcast.
+    """Factors of the learning rate, one per parameter, in shapes that broadcast.
 
-    decay ** (depth + 1 - layer): the patch embedding and the class token are layer 0,
-    block i is layer i + 1, and what comes behind the blocks is layer depth + 1, at the
-    full rate (BEiT's, in MAE's util/lr_decay.py). Of stacked blocks each slice of the
-    leading axis has its own.
+    The factor is decay ** (depth + 1 - layer). The patch embedding and the class token
+    are layer 0, block i is layer i + 1, and everything after the blocks is layer depth
+    + 1, at the full rate (BEiT's rule, in MAE's util/lr_decay.py). Stacked blocks have
+    one factor per slice of their leading axis.
     """
 
     def scale(path, leaf):
@@ -107,7 +107,7 @@ def create_adamw(
     b1: float,
     b2: float,
 ) -> optax.GradientTransformation:
-    """AdamW whose rate, of updates and decay alike, is smaller in lower layers."""
+    """AdamW with smaller updates and smaller weight decay in lower layers."""
     adamw = optax.adamw(
         learning_rate,
         b1=b1,
@@ -126,7 +126,7 @@ def create_adamw(
 def create_learner(
     job: Measurement, feature: str, plan: Plan, *, recipe: Mapping[str, Any]
 ) -> Learner:
-    """`job.encoder`'s network with its weights, and a new linear layer."""
+    """A copy of `job.encoder`'s network with a new linear layer."""
     info, num_classes = job.encoder.info, len(job.parts.class_names)
     bands = Bands.of(info)
     shape = dict(info["architecture"])
@@ -136,11 +136,11 @@ def create_learner(
     model = {**shape, **execution, "dtype": recipe["dtype"]}
 
     def build(rngs):
-        # Shapes alone, without the time that random weights take.
+        # Only shapes: random weights would take time.
         encoder = nnx.eval_shape(
             lambda: build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(0))
         )
-        # Copied, since the step donates its state.
+        # Copy the weights, because the step donates its state.
         nnx.update(encoder, jax.tree.map(jnp.copy, nnx.state(job.encoder.network)))
         return Classifier(
             encoder,
@@ -205,7 +205,7 @@ def finetune_step(
     depth: int,
     recipe: Mapping[str, Any],
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One update, and the loss before it: the mean cross-entropy with mixed targets."""
+    """One update, and the mean cross-entropy with mixed targets before it."""
     step_key = jax.random.fold_in(state.key, state.step)
     erase_key, mix_key, drop_key = jax.random.split(step_key, 3)
     x = random_erasing(

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features, and its monitor."""
+"""Weighted k-nearest-neighbour classification of frozen features."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 def normalize(features: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
-    """To unit length, float64; a zero vector stays zero."""
+    """Rows scaled to unit length, in float64; zero rows stay zero."""
     features = np.asarray(features, np.float64)
     return features / _lengths(features)[:, None]
 
 
 def _lengths(features: np.ndarray) -> np.ndarray:
-    """Of each row, in float64; 1 for a zero vector, which so stays one."""
-    # Row by row in numpy, so that a row's length does not depend on its neighbours.
+    """Row lengths in float64; 1 for zero rows, so that dividing keeps them zero."""
+    # numpy sums each row alone, so a row's length does not depend on other rows.
     parts = np.array_split(features, max(1, len(features) // 4096))
     parts = [part.astype(np.float64) for part in parts]
     length = np.sqrt(np.concatenate([np.einsum("nd,nd->n", p, p) for p in parts]))
@@ -42,11 +42,12 @@ def _lengths(features: np.ndarray) -> np.ndarray:
 
 
 def _fixed_point(features, lengths):
-    """Unit vectors as multiples of 2**-26, whose dot products float64 holds exactly.
+    """Unit vectors rounded to multiples of 2**-26, so that dot products are exact.
 
-    A product of two is a multiple of 2**-52 and no partial sum exceeds 1 by more than
-    rounding, so no addition rounds: the order of summation, hence the tiling, the
-    devices and the library, changes no bit. The error is below float32's own.
+    A product of two entries is a multiple of 2**-52, and no partial sum exceeds 1 by
+    more than rounding. So float64 additions never round, and the order of summation,
+    which depends on tiling, devices and library, does not change a bit. The rounding of
+    the entries is below float32's own.
     """
     unit = features.astype(jnp.float64) / lengths[:, None]
     return jnp.round(unit * 2.0**26) * 2.0**-26
@@ -54,14 +55,14 @@ def _fixed_point(features, lengths):
 
 @functools.partial(jax.jit, static_argnames="k")
 def _merge_nearest(queries, bank, start, count, found, *, k):
-    """The k nearest of `found` and of the tile `bank`, whose rows begin at `start`.
+    """The k nearest rows among `found` and the tile `bank`, which begins at `start`.
 
-    queries and bank: (features, lengths); rows of the tile from `count` on are padding.
-    found: similarities, best first, and rows. Of equal similarities the lower row goes
-    first: `top_k` keeps the order of equals, and `found` holds lower rows.
+    queries, bank: (features, lengths). Tile rows from `count` onwards are padding.
+    found: similarities, best first, and their rows. The lower row wins a tie, because
+    `top_k` keeps the order of ties and `found` has lower rows than the tile.
     """
     exact = jnp.einsum("qd,nd->qn", _fixed_point(*queries), _fixed_point(*bank))
-    # `top_k` holds -0 for less than 0.
+    # `top_k` ranks -0 below 0.
     similarity = jnp.where(exact == 0, 0, exact).astype(jnp.float32)
     similarity = jnp.where(jnp.arange(exact.shape[1]) < count, similarity, -jnp.inf)
     best, row = jax.lax.top_k(similarity, min(k, similarity.shape[1]))
@@ -80,13 +81,14 @@ def nearest(
     bank_chunk: int = 4096,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
-    """The k rows of `bank` most similar by cosine to each query, and how similar.
+    """The k rows of `bank` with the highest cosine similarity to each query.
 
-    Similarities are exact, rounded to float32 once; best first, of equal ones the lower
-    row. Works through `bank_chunk` rows by `chunk` queries a device, the queries
-    divided over the devices, and keeps no more than that in memory beside its
-    arguments; neither number nor the devices change a bit. A bank smaller than k is
-    given whole. Raises KeyboardInterrupt between two tiles once `should_stop()`.
+    Returns (similarities, rows), best first; the lower row wins a tie. Similarities are
+    exact and rounded to float32 once. The work is cut into tiles of `bank_chunk` rows
+    by `chunk` queries; the queries are divided over the devices. Only one tile is in
+    memory besides the arguments. Tile sizes and devices do not change a bit. If the
+    bank has fewer than k rows, all are returned. Raises KeyboardInterrupt between tiles
+    once `should_stop()` is true.
     """
     bank, queries = np.asarray(bank), np.asarray(queries)
     k = min(k, len(bank))
@@ -123,7 +125,7 @@ def nearest(
 
 
 def _padded(arrays: tuple[np.ndarray, ...], rows: int) -> tuple[np.ndarray, ...]:
-    """Ones below, so that every tile has one shape and none a zero length."""
+    """Pad with rows of ones: every tile has the same shape and no zero length."""
     missing = rows - len(arrays[0])
     return tuple(
         np.pad(a, [(0, missing), *[(0, 0)] * (a.ndim - 1)], constant_values=1)
@@ -138,11 +140,11 @@ def vote(
     num_classes: int,
     temperature: float,
 ) -> Int[np.ndarray, " m"]:
-    """The class with the largest sum of exp(similarity / t); of equal ones the lower.
+    """The class with the largest sum of exp(similarity / t); the lowest wins a tie.
 
-    Neighbours best first. Summed in float64 in their order.
+    Neighbours come best first, and are summed in float64 in that order.
     """
-    # Divided by the nearest one's weight, which changes no vote and cannot overflow.
+    # Divide by the nearest neighbour's weight: the votes stay, and nothing overflows.
     similarity = np.asarray(similarity, np.float64)
     weights = np.exp((similarity - similarity[:, :1]) / temperature)
     votes = np.zeros((len(similarity), num_classes))
@@ -161,10 +163,10 @@ def knn_predict(
     temperature: float = 0.07,
     **tiling: Any,
 ) -> Int[np.ndarray, " m"]:
-    """The class of each query: its k most similar by cosine vote with exp(sim / t).
+    """Classify the queries: the k most similar rows vote with exp(cosine / t).
 
-    k = 20 and t = 0.07: Wu et al. 2018 as Scale-MAE (Reed et al. 2023) uses it. A bank
-    smaller than k votes whole. `tiling` is what `nearest` takes.
+    k = 20 and t = 0.07 are those of Wu et al. 2018, as Scale-MAE (Reed et al. 2023)
+    uses them. If the bank has fewer than k rows, all vote. tiling: see `nearest`.
     """
     similarity, rows = nearest(bank, queries, k=k, **tiling)
     labels = np.asarray(bank_labels)[rows]
@@ -172,11 +174,10 @@ def knn_predict(
 
 
 class KnnMonitor:
-    """kNN accuracy of an encoder on labelled images, with its two controls.
+    """kNN accuracy of an encoder on labelled images, with two controls.
 
-    The bank is of `train`, the queries are of `test`; both whole images at `size`
-    pixels, seen as every evaluation sees them. `max_train` and `max_test` bound them, 0
-    for all.
+    The bank comes from `train`, the queries from `test`: whole images at `size` pixels,
+    as in every evaluation. `max_train` and `max_test` limit their number; 0 means all.
     """
 
     def __init__(
@@ -194,10 +195,9 @@ class KnnMonitor:
     ):
         if train.class_names != test.class_names:
             raise UserError(
-                "the kNN monitor's two parts have different classes: "
-                f"{', '.join(sorted(set(train.class_names) ^ set(test.class_names)))} "
-                "only in one of them; give config.knn.train and config.knn.test of one "
-                "data set"
+                "the kNN monitor's two parts have different classes (only one has "
+                f"{', '.join(sorted(set(train.class_names) ^ set(test.class_names)))})"
+                ": give config.knn.train and config.knn.test of one data set"
             )
         self.train, self.test = train, test
         self.train_indices = spread(len(train), max_train)
@@ -214,7 +214,7 @@ class KnnMonitor:
         )
 
     def accuracy(self, encode) -> dict[str, float]:
-        """Of each feature that `encode(images, gsd)` gives, the fraction right."""
+        """The accuracy of each feature that `encode(images, gsd)` returns."""
         bank, bank_labels = self._extract(encode, self.train, self.train_indices)
         queries, labels = self._extract(encode, self.test, self.test_indices)
         return {
@@ -225,7 +225,7 @@ class KnnMonitor:
         }
 
     def controls(self, encode_random) -> dict[str, float]:
-        """What costs no training: a random encoder, and image statistics."""
+        """The accuracies of two untrained controls: random encoder and statistics."""
         random = self.accuracy(encode_random)
         bank, bank_labels = self._extract(
             image_statistics, self.train, self.train_indices

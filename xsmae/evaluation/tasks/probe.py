@@ -1,4 +1,4 @@
-"""Linear probes of frozen features: the classifier, and how it is chosen."""
+"""Linear probe of frozen features: logistic regression and its penalty search."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from xsmae.errors import UserError
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-# L2 penalties, a factor of about 10 apart, from none to one that decides alone.
+# L2 penalties a factor of 10 apart, from almost none to one that dominates the loss.
 PENALTIES = tuple(float(x) for x in np.logspace(-6, 1, 8))
-VALIDATION = 0.2  # of the training part, of each class
+VALIDATION = 0.2  # of the training images of each class
 MAX_ITERATIONS = 500
-# The largest entry of the gradient at which a fit has converged.
+# A fit has converged when the largest gradient entry is below this.
 TOLERANCE = 1e-5
 
 
@@ -35,7 +35,7 @@ class LinearClassifier:
     bias: Float[Array, " classes"]
 
     def predict(self, features: Float[np.ndarray, "n width"]) -> np.ndarray:
-        """The class of each; of equal scores the lower."""
+        """The class with the highest score; the lowest class wins a tie."""
         scores = (features - self.mean) / self.std @ np.asarray(self.kernel)
         return (scores + np.asarray(self.bias)).argmax(axis=1)
 
@@ -48,12 +48,12 @@ def fit(
     penalties: Sequence[float],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[LinearClassifier]:
-    """Multinomial logistic regression, one classifier for each L2 penalty.
+    """Multinomial logistic regression, one classifier per L2 penalty.
 
-    What is minimised is the mean cross-entropy + penalty / 2 * the squared norm of the
-    kernel, the bias left free: scikit-learn's with C = 1 / (penalty * n). By L-BFGS
-    (optax), from zero, so that the result depends on the data alone. Raises
-    KeyboardInterrupt between two iterations once `should_stop()`.
+    Minimises the mean cross-entropy + penalty / 2 * the squared norm of the kernel. The
+    bias has no penalty. This is scikit-learn's objective with C = 1 / (penalty * n).
+    L-BFGS (optax) starts from zero, so the result depends only on the data. Raises
+    KeyboardInterrupt between iterations once `should_stop()` is true.
     """
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
     x = jnp.asarray((features - mean) / std, jnp.float32)
@@ -72,7 +72,7 @@ def _minimise(x, y, num_classes, penalty, should_stop):
         if should_stop():
             raise KeyboardInterrupt
         params, state, largest = _lbfgs_step(params, state, x, y, penalty)
-        # Read now and then: each reading waits for the device.
+        # Read it only every 10 iterations: a read waits for the device.
         if iteration % 10 == 9 and float(largest) < TOLERANCE:
             break
     return params
@@ -99,9 +99,9 @@ def _objective(params, *, x, y, penalty):
 def hold_out(
     labels: Int[np.ndarray, " n"], *, fraction: float, seed: int
 ) -> np.ndarray:
-    """Which images of the training part are for choosing: of each class a fraction.
+    """A mask of the training images held out: a fraction of each class.
 
-    A class of one image is left to the training.
+    A class with one image keeps it for training.
     """
     rng = np.random.default_rng(seed)
     held = np.zeros(len(labels), bool)
@@ -124,16 +124,16 @@ def sweep_predict(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
 ) -> np.ndarray:
-    """The class of each query by the logistic regression of the best penalty.
+    """Classify the queries by logistic regression with the best penalty.
 
-    The penalty is the one that is right most often on a part of the TRAINING images
-    that is held out; of equal ones the strongest. Then all training images are fitted
-    with it. No test label is seen.
+    The best penalty has the highest accuracy on held-out TRAINING images; the strongest
+    wins a tie. The final fit uses it with all training images. No test label is used.
     """
     held = hold_out(bank_labels, fraction=validation, seed=seed)
     if not held.any():
         raise UserError(
-            "no class has two training images, expected some to choose the penalty by"
+            "no class has 2 training images, expected at least one to choose the "
+            "penalty: give more training images"
         )
     new = functools.partial(fit, num_classes=num_classes, should_stop=should_stop)
     candidates = new(bank[~held], bank_labels[~held], penalties=penalties)

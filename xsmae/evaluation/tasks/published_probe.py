@@ -1,4 +1,4 @@
-"""The linear probe of the papers: batch norm and a linear layer by LARS, on crops."""
+"""The papers' linear probe: batch norm and a linear layer, trained by LARS."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from xsmae.train_state import TrainState, create_train_state, updated
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-# A head that LARS can move by less than this many times its own norm is said to be
-# short of training. On scikit-learn's digits (1,400 images) one that it could move by
-# 0.1 of it ended at 19 % accuracy, by 0.4 at 47 %, by 2.1 at 91 %, by 8.2 at 97 %; the
-# papers' 50 epochs of fMoW-RGB: 36.
+# A warning appears if LARS can move the head by less than this many times its norm. On
+# scikit-learn's digits (1,400 images), a movement of 0.1 ended at 19 % accuracy, 0.4 at
+# 47 %, 2.1 at 91 %, 8.2 at 97 %. The papers' 50 epochs of fMoW-RGB allow 36.
 ENOUGH_MOVEMENT = 5.0
 
 
 class LinearProbe(nnx.Module):
     """Batch norm without scale and bias, then a linear layer (MoCo v3's, MAE's).
 
-    The running variance follows the batch's biased one, PyTorch's the unbiased one: at
-    the published batch of 512 a difference of 0.2 %.
+    The running variance averages biased variances; PyTorch averages unbiased ones. At
+    the published batch of 512 the difference is 0.2 %.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class LinearProbe(nnx.Module):
     def __call__(
         self, features: Float[Array, "batch width"], *, training: bool
     ) -> Float[Array, "batch classes"]:
-        """Scores, by the batch's own statistics in training, else the running ones."""
+        """Scores. Training uses the batch's statistics, prediction the running ones."""
         return self.head(self.norm(features, use_running_average=not training))
 
 
@@ -75,10 +74,10 @@ def create_lars(
     trust_coefficient: float,
     weight_decay: float,
 ) -> optax.GradientTransformation:
-    """LARS (You et al. 2017); biases and norms have neither trust ratio nor decay.
+    """LARS (You et al. 2017), without trust ratio or decay for biases and norms.
 
-    As in the paper the rate is in what the momentum adds up; MoCo v3's util/lars.py
-    multiplies the sum by the present rate.
+    As in the paper, momentum accumulates updates already multiplied by the rate. MoCo
+    v3's util/lars.py multiplies the accumulated sum by the current rate.
     """
 
     def matrices(params):
@@ -97,8 +96,8 @@ def create_lars(
 def most_movement(plan: Plan, recipe: Mapping[str, Any]) -> float:
     """How far LARS can move a matrix in all steps of `plan`, in units of its norm.
 
-    A step adds `trust_coefficient` x rate x norm to what the momentum adds up, which
-    makes 1 / (1 - momentum) of it.
+    A step contributes `trust_coefficient` x rate x norm. Momentum multiplies that by
+    1 / (1 - momentum).
     """
     rates = jax.vmap(plan.learning_rate)(jnp.arange(plan.num_steps))
     return float(rates.sum()) * recipe["trust_coefficient"] / (1 - recipe["momentum"])
@@ -107,7 +106,7 @@ def most_movement(plan: Plan, recipe: Mapping[str, Any]) -> float:
 def create_learner(
     job: Measurement, feature: str, plan: Plan, *, recipe: Mapping[str, Any]
 ) -> Learner:
-    """The probe of one feature of `job.encoder`, which encodes every crop anew."""
+    """A probe of one feature of `job.encoder`, which encodes every crop."""
 
     def encode(images, gsd):
         size = job.batch_size
@@ -131,9 +130,9 @@ def create_learner(
     if movement < ENOUGH_MOVEMENT:
         job.say(
             f"{plan.num_steps} steps of this recipe move the head by at most "
-            f"{movement:.2g} times its norm (the papers': 36), which is short of "
-            "training: raise --recipe.learning_rate or --recipe.epochs, or give "
-            "--protocol=sweep"
+            f"{movement:.2g} times its norm (the papers': 36), expected at least "
+            f"{ENOUGH_MOVEMENT:g}: raise --recipe.learning_rate or --recipe.epochs, or "
+            "give --protocol=sweep"
         )
     width = feature_width(job, feature)
     lars = create_lars(
@@ -163,7 +162,7 @@ def create_learner(
 
 
 def feature_width(job: Measurement, feature: str) -> int:
-    """The width of a feature: that of one blank image where there is no network."""
+    """The width of a feature; without a network, one blank image is encoded."""
     if job.encoder.network is not None:
         return job.encoder.network.embed_dim
     side = job.scales[0].size
@@ -179,10 +178,10 @@ def probe_step(
     graphdef: nnx.GraphDef,
     optimizer: Optimizer,
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One update, and the loss before it: the mean cross-entropy."""
+    """One update, and the mean cross-entropy before it."""
 
     def loss_fn(params, batch_stats):
-        # Variables may only be written to in the trace that made them: make them here.
+        # Variables can only be written in the trace that created them: copy them here.
         batch_stats = jax.tree.map(lambda x: x, batch_stats)
         model = nnx.merge(graphdef, params, batch_stats)
         losses = optax.softmax_cross_entropy_with_integer_labels(
