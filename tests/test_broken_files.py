@@ -1,4 +1,4 @@
-"""Every file of the corpus by its name: read, or refused for a reason that it stays."""
+"""Every file of the corpus is read, or refused for the expected reason."""
 
 import random
 import re
@@ -18,7 +18,7 @@ SUFFIX = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "TIFF": ".tif"}
 
 
 def outcome_of(read):
-    """What comes of reading: the pixels' bytes and shape, or the reason."""
+    """The result of `read`: the pixels' shape and bytes, or the error message."""
     try:
         pixels = read()
     except BadImageError as error:
@@ -39,7 +39,7 @@ def test_the_names_are_no_two_alike():
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_outcome(name, tmp_path):
-    """The same from bytes, from a folder and from a table, and the second time."""
+    """Bytes, a folder and a table give the same result, also the second time."""
     content, expected = CORPUS[name]
     path = write(tmp_path, name, content)
     (tmp_path / "images.csv").write_text(f"path,gsd\n{path.name},0.5\n")
@@ -60,7 +60,7 @@ def test_outcome(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in CORPUS if "declare" in name])
 def test_what_is_declared_is_never_decoded(name, tmp_path, monkeypatch):
-    """No memory for pixels that a few bytes claim: nothing gets as far as them."""
+    """A few bytes may declare a huge image; nothing decodes it or allocates memory."""
 
     def load(self):
         raise AssertionError("decoded")
@@ -74,9 +74,9 @@ def test_what_is_declared_is_never_decoded(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_flipped_bits(file_format):
-    """A JPEG, WebP or TIFF may give other pixels than they were; the same each time.
+    """A damaged JPEG, WebP or TIFF may give wrong pixels, but always the same ones.
 
-    A PNG has checksums: what is read of one that is damaged is what it was.
+    A PNG has checksums, so a damaged PNG is refused or read correctly.
     """
     whole = encoded(scene(), file_format)
     rng, pixels = random.Random(0), decode(whole)

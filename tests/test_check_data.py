@@ -1,4 +1,4 @@
-"""A data set read before training: what is counted, found, refused and drawn."""
+"""`xsmae check-data`: counts, duplicates, refused images, the contact sheet."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_a_large_image_counts_as_one(tmp_path):
 
 
 def test_report(image_folder, tmp_path, capsys):
-    """Classes, sizes, GSDs, doubles, refusals; the test part is not in the mean."""
+    """Classes, sizes, GSDs, duplicates, refusals; the mean leaves out the test part."""
     roof = image_folder / "roof"
     double = roof / "double.png"
     Image.open(roof / "00.jpg").save(double)
@@ -70,15 +70,15 @@ def test_report(image_folder, tmp_path, capsys):
     assert report["statistics_of"] == 25 - held_out
     assert "roof/00.jpg = roof/double.png" in printed.out
     assert "broken.jpg: not a readable JPEG" in printed.out
-    assert "2 of 27 images are refused" in printed.err
-    assert "stops at more than 1:" in printed.err
+    assert "2 of 27 images" in printed.err
+    assert "more than 1:" in printed.err
     with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
         assert sheet.width > 1000
     assert "roof/00.jpg = roof/double.png" in (tmp_path / "out/report.md").read_text()
 
 
 def test_one_bad_image_of_a_few_is_not_too_many(image_folder, tmp_path, capsys):
-    """As in training."""
+    """The same limit as in training."""
     (image_folder / "roof" / "broken.jpg").write_bytes(b"<html>")
     assert run(image_folder, tmp_path) == 0
     assert not report_of(tmp_path)["too_many_rejected"]

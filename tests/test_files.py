@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the JSON lines of a resumed run."""
+"""Atomic writes, and the JSON lines of a resumed run."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_two_writers_of_a_file_do_not_mix(tmp_path):
     with atomic_write(path) as first, atomic_write(path) as second:
         first.write_text("first")
         second.write_text("second")
-    assert path.read_text() == "first"  # it ended last
+    assert path.read_text() == "first"  # the first writer ended last
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,7 +1,7 @@
-"""Readers of what users give, on input that nobody would: one line or a sound result.
+"""Fuzzes the readers of user files: a one-line error or a valid result.
 
-`make test` tries 100 cases of each, `make test-faults` 1,000. The image decoder and the
-reader of checkpoints have theirs in test_images.py and test_torch_file.py.
+`make test` tries 100 cases of each, `make test-faults` 1,000. The fuzz tests of the
+image decoder and the checkpoint reader are in test_images.py and test_torch_file.py.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from xsmae.errors import BadImageError, UserError
 
 pytestmark = pytest.mark.fuzz
 
-# The fixtures are folders that every case may write to.
+# Every case may write to the folders of the fixtures.
 fuzzed = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -44,7 +44,7 @@ HEADS = st.lists(
 
 @pytest.fixture
 def folder(tmp_path):
-    """A root of three images, one outside of it, and links that lead there."""
+    """A root with three images, one image outside, and links that point outside."""
     root = tmp_path / "root"
     (root / "in").mkdir(parents=True)
     for path in (root / "a.png", root / "b.png", root / "in/c.png"):
@@ -58,10 +58,10 @@ def folder(tmp_path):
 
 @st.composite
 def tables(draw):
-    """The bytes of a CSV: rows that fit, then cells, delimiters, bytes that do not."""
+    """The bytes of a CSV: valid rows, or wrong cells, delimiters and bytes."""
     delimiter = draw(st.sampled_from([",", ";", "\t"]))
     rows = [draw(HEADS), *draw(st.lists(st.lists(CELLS, max_size=4), max_size=5))]
-    if draw(st.booleans()):  # a table that is right but for a row or two
+    if draw(st.booleans()):  # a table with at most one wrong row
         rows = [["path", "gsd"], ["a.png", "0.5"], ["in/c.png", "2"], *rows[2:3]]
     quote = draw(st.sampled_from(["", '"']))
     text = "\n".join(delimiter.join(f"{quote}{c}{quote}" for c in row) for row in rows)
@@ -71,7 +71,7 @@ def tables(draw):
 
 @contextlib.contextmanager
 def or_one_line(refusal):
-    """What is inside, or the refusal of it in a line."""
+    """Runs the block; it may raise `refusal`, with a message of one line."""
     try:
         yield
     except refusal as error:
@@ -80,7 +80,7 @@ def or_one_line(refusal):
 
 
 def assert_sound(source, root):
-    """Every record is of the root, has a GSD and pixels, or is refused in one line."""
+    """Every record lies in the root and has GSD and pixels, or is a one-line error."""
     real = os.path.realpath(root)
     for index in range(len(source)):
         path = os.path.realpath(source.path(index))
@@ -96,7 +96,7 @@ def assert_sound(source, root):
 @fuzzed
 @given(content=tables(), gsd=st.sampled_from([None, 0.5]))
 def test_tables(folder, content, gsd):
-    """No row leads out of the root, by `..`, a drive, an absolute path or a link."""
+    """No row reaches outside the root: `..`, a drive, an absolute path or a link."""
     table = folder / "table.csv"
     table.write_bytes(content)
     with or_one_line(UserError):
@@ -163,7 +163,7 @@ def fmow(tmp_path):
 @fuzzed
 @given(metadata=METADATA, cut=st.integers(0, 40), noise=st.binary(max_size=3))
 def test_metadata_of_fmow(fmow, metadata, cut, noise):
-    """JSON with fields missing or of other kinds, or none at all."""
+    """JSON with missing fields or wrong types, or no JSON at all."""
     content = json.dumps(metadata).encode()
     if cut % 4 == 0:
         content = content[:cut] + noise + content[cut:]

@@ -1,4 +1,4 @@
-"""What `decode` converts and refuses, file by file; the crop around a box."""
+"""`decode` converts or refuses each kind of file; the crop around a box."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
 
 
 def png(width, height, *, depth, colour, row):
-    """A PNG of equal rows, as PIL cannot write all of them."""
+    """A PNG of equal rows, in formats that PIL cannot write."""
 
     def chunk(kind, data):
         size, checksum = len(data), zlib.crc32(kind + data)
@@ -60,7 +60,7 @@ def test_jpeg_is_what_pil_decodes():
 
 def test_path_and_bytes_agree(tmp_path):
     data = encode(Image.fromarray(RGB))
-    # The content decides, not the name.
+    # The content decides the format, not the name.
     path = tmp_path / "image.jpg"
     path.write_bytes(data)
     np.testing.assert_array_equal(decode(path), decode(data))
@@ -157,7 +157,7 @@ def test_sixteen_bits_are_refused_even_where_pil_hides_them(colour, channels):
 def test_other_formats_are_refused_whatever_the_name(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(encode(Image.new("RGB", (40, 40)), "BMP"))
-    with pytest.raises(BadImageError, match="not a readable JPEG, PNG, WebP or TIFF"):
+    with pytest.raises(BadImageError, match="JPEG, PNG, WebP or TIFF"):
         decode(path)
 
 
@@ -273,9 +273,9 @@ def test_pixels_are_counted_before_they_are_decoded():
     assert len(bomb) < 100_000
     with pytest.raises(BadImageError, match="pixels"):
         decode(bomb)
-    # Broken after its header: only an undecoded header can say how large it is.
+    # The file is broken after its header, so decode must count from the header.
     large = png(300, 200, depth=8, colour=2, row=b"\0" * 900)[:60]
-    said = "300 x 200 pixels, more than max_pixels"
+    said = "300 x 200 pixels, .*max_pixels=59999"
     with pytest.raises(BadImageError, match=said) as caught:
         decode(large, max_pixels=59_999)
     assert "--config.data.max_pixels" in str(caught.value)
@@ -286,7 +286,7 @@ def test_between_pils_warning_and_its_error_max_pixels_decides():
     data = png(10_000, 9_000, depth=1, colour=0, row=b"\0" * 1250)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with pytest.raises(BadImageError, match="10000 x 9000 pixels, more than"):
+        with pytest.raises(BadImageError, match="max_pixels=89478485"):
             decode(data)
 
 
@@ -331,7 +331,7 @@ def test_crop_is_clipped_and_grows_to_min_side():
     ],
 )
 def test_box_outside_the_image_is_refused(box):
-    with pytest.raises(BadImageError, match="does not lie in the 48 x 40 image"):
+    with pytest.raises(BadImageError, match="in the 48 x 40 image"):
         crop_with_context(RGB, box, context=0.25, min_side=1)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of the loaders: that it runs, and what it compares with."""
+"""The benchmark of the loaders runs, and its reference is correct."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The built-in world: the same everywhere, true to scale, and not too easy."""
+"""The built-in world: reproducible, true to scale, and not too easy."""
 
 import concurrent.futures
 import hashlib
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from xsmae.data.synthetic.source import CLASS_NAMES, Scene, SyntheticSource
 from xsmae.errors import UserError
 
-# Changes only together with GENERATOR_VERSION.
+# Change this only together with GENERATOR_VERSION.
 DIGEST = "c5939b4e5f9a3874"
 
 PRINT_DIGEST = """

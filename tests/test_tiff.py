@@ -1,4 +1,4 @@
-"""TIFFs: which layouts are read, bit for bit; what Pillow would hide is refused."""
+"""TIFFs: supported layouts are read bit for bit; hidden changes are refused."""
 
 import contextlib
 import io
@@ -51,7 +51,7 @@ def tiff(tags, parts, *, order="<", tiled=False, more=0):
 
 
 def tags_of(image, **changes):
-    """Those of an uncompressed RGB image in one strip, or of changes to it."""
+    """The tags of an uncompressed RGB image in one strip, with changes."""
     height, width = image.shape[:2]
     tags = {
         "width": (256, [width]),
@@ -121,19 +121,19 @@ WHOLE = [RGB.tobytes()]
 @pytest.mark.parametrize(
     ("changes", "parts", "reason"),
     [
-        # What Pillow reads as RGB of 8 bits.
+        # Pillow reads these as RGB of 8 bits.
         ({"bits": [16] * 3}, [bytes(2 * RGB.size)], "16 bits a channel"),
         (
             {"bits": [8] * 4, "samples": [4], "extra": [0]},
             [bytes(4 * 40 * 48)],
             "4 bands",
         ),
-        ({"rows": [20]}, [WHOLE[0][:5760]], "of 2 strips or tiles the TIFF has 1"),
+        ({"rows": [20]}, [WHOLE[0][:5760]], "1 of 2 strips"),
         ({"rows": [20]}, [WHOLE[0][:5760], b""], "pixels are missing"),
         ({"height": [41], "rows": [41]}, WHOLE, "too short"),
         ({"subfile": [1]}, WHOLE, "preview"),
         ({"subfile": [4]}, WHOLE, "mask"),
-        # What it does not.
+        # Pillow does not read these.
         ({"format": [2]}, WHOLE, "signed integers of 8 bits"),
         ({"format": [3], "bits": [32] * 3}, [bytes(4 * RGB.size)], "floating-point"),
         ({"bits": [8, 8, 4]}, WHOLE, "bits a channel; expected 8"),
@@ -175,7 +175,7 @@ def test_a_value_beyond_the_file_is_not_read():
 
 @pytest.mark.parametrize("value", ["0", "0.0", " 0 \0"])
 def test_pixels_without_a_value_are_refused(value):
-    """A pixel is without one where all of its bands are."""
+    """A pixel has no value if all of its bands are no-data."""
     pixels = np.maximum(RGB, 8)
     pixels[3, 5, :2] = 0
     np.testing.assert_array_equal(
@@ -185,7 +185,7 @@ def test_pixels_without_a_value_are_refused(value):
     with pytest.raises(BadImageError, match="without a value"):
         decode(encode(pixels, tiffinfo={42113: value}))
     assert decode(encode(pixels)).shape == RGB.shape
-    with pytest.raises(BadImageError, match="no number"):
+    with pytest.raises(BadImageError, match="no-data value 'none'"):
         decode(encode(pixels, tiffinfo={42113: "none"}))
 
 
@@ -216,7 +216,7 @@ def test_what_libtiff_says_is_never_the_only_sign(compression, capfd):
     cut=st.integers(0, 20),
 )
 def test_damaged_directories(compression, edits, cut):
-    """The first directory, which says how the rest is read."""
+    """Damage in the first directory, which describes the rest of the file."""
     content = bytearray(encode(RGB, compression=compression))
     (start,) = struct.unpack("<I", content[4:8])
     for position, value in edits:
@@ -229,7 +229,7 @@ def test_damaged_directories(compression, edits, cut):
 
 
 def test_a_folder_of_both_spellings(tmp_path, tmp_path_factory, capsys):
-    """As UC Merced is distributed."""
+    """UC Merced has such file names."""
     for name in ("a/1.tif", "a/2.TIFF", "b/1.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(RGB).save(tmp_path / name, "TIFF", compression="tiff_lzw")

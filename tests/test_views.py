@@ -1,4 +1,4 @@
-"""Boxes, crops and their GSD: two views that show the ground they say they show."""
+"""Boxes, crops and their GSD: views show the ground that their boxes say."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ UNIT = Box(0.0, 0.0, 1.0, 1.0)
 
 
 def sample(image, gsd=1.0, seed=0, batch_seed=0, **changes):
-    """One sample of a sampler with SETTINGS, some changed."""
+    """One sample of a sampler with SETTINGS and `changes`."""
     return ViewSampler(**{**SETTINGS, **changes})(
         image,
         gsd,
@@ -46,7 +46,7 @@ def ranges(low, high):
 
 
 def inside(inner, outer, slack=1e-3):
-    """Whether a box (4 numbers) lies in another, but for rounding to float32."""
+    """True if a box (4 numbers) lies in another, up to float32 rounding."""
     inner, outer = np.asarray(inner), np.asarray(outer)
     starts = (inner[..., :2] >= outer[..., :2] - slack).all()
     return starts and (inner[..., 2:] <= outer[..., 2:] + slack).all()
@@ -93,7 +93,7 @@ def test_drawn_boxes_lie_in_their_frame_and_ranges(
     assert box.height > 0
     assert ratio[0] * 0.999 <= box.width / box.height <= ratio[1] * 1.001
     fraction = box.height * box.width / (frame.height * frame.width)
-    # The fallback is as large as the frame lets it be.
+    # The fallback is as large as the frame allows.
     fallback = math.isclose(box.height, frame.height) or math.isclose(
         box.width, frame.width
     )
@@ -129,7 +129,7 @@ def test_areas_are_distributed_as_said(distribution):
         "log_uniform": np.log(fractions / low) / np.log(high / low),
     }
     empirical = (np.arange(3000) + 0.5) / 3000
-    # Kolmogorov and Smirnov: 1.63 / sqrt(n) is the 1 % level.
+    # Kolmogorov-Smirnov test: 1.63 / sqrt(n) is the 1% level.
     distance = {k: np.abs(v - empirical).max() for k, v in expected.items()}
     assert distance.pop(distribution) < 1.63 / math.sqrt(3000)
     assert min(distance.values()) > 0.1
@@ -221,13 +221,13 @@ def test_pixels_are_of_the_ground_that_the_box_says(seed, shape, variant, flip):
     np.testing.assert_array_equal(got["flip"], flip)
     for view, box in zip(got["image"], got["box"], strict=True):
         steps = (np.arange(32) + 0.5) / 32
-        # A pixel's value is that of its centre, half a pixel from its edge.
+        # The ramp gives a pixel's value at its centre, half a pixel from its edge.
         y = box[0] + (1 - steps if vertical else steps) * (box[2] - box[0]) - 0.5
         x = box[1] + (1 - steps if horizontal else steps) * (box[3] - box[1]) - 0.5
         np.testing.assert_allclose(view[..., 0].mean(), y.mean(), atol=0.8)
         np.testing.assert_allclose(view[..., 1].mean(), x.mean(), atol=0.8)
-        # Pixel by pixel: half a grey level of rounding; the image's rim, where the
-        # filter is cut off, is off by a part of an output pixel more.
+        # Per pixel, rounding adds half a grey level. At the image's rim, where the
+        # filter is cut off, the error is a part of an output pixel larger.
         rim = max(box[2] - box[0], box[3] - box[1]) / 32
         np.testing.assert_allclose(view[..., 0].mean(1), y, atol=1.1 + rim)
         np.testing.assert_allclose(view[..., 1].mean(0), x, atol=1.1 + rim)
@@ -259,7 +259,7 @@ def test_view_2_from_view_1_is_made_of_its_pixels():
     both = {"view2_from": "view1", "interpolation2": "bicubic"}
     got = sample(image, area2=(1.0, 1.0), ratio=(1.0, 1.0), **both)
     np.testing.assert_array_equal(got["image"][1], got["image"][0])
-    # Nothing finer than view 1's pixels is left, unlike in view 2 from the source.
+    # View 2 from view 1 has no detail finer than view 1's pixels.
     small = {"area2": (0.1, 0.1), "ratio": (1.0, 1.0), "area": (1.0, 1.0)}
     blurred = sample(image, **small, **both)["image"][1]
     fresh = sample(image, **small)["image"][1]

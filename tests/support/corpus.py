@@ -1,6 +1,6 @@
-"""Image files that are broken, or odd: their names, their bytes, what is made of them.
+"""Broken and unusual image files: names, bytes and expected outcomes.
 
-An outcome is READ, or the pattern of the reason for which the file is refused.
+An outcome is READ, or a pattern for the error message.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from PIL import Image
 
 READ = ""
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
-# Where a file breaks off decides which of the decoder's reasons it is.
+# The reason depends on where the file is cut.
 BROKEN = "cannot be decoded|not a readable|empty|shorter side"
 
 
 def scene(height: int = 64, width: int = 72) -> Image.Image:
-    """Something with edges and colours, the same every time."""
+    """A fixed image with edges and colours."""
     rows, columns = np.mgrid[:height, :width]
     bands = [rows * 3 % 256, columns * 3 % 256, (rows // 8 + columns // 8) % 2 * 200]
     return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8))
@@ -33,7 +33,7 @@ def encoded(image: Image.Image, file_format: str, **options) -> bytes:
 
 
 def corpus() -> Iterator[tuple[str, bytes, str]]:
-    """(name, content, outcome) of every file."""
+    """Yields (name, content, outcome) for every file."""
     whole = {name: encoded(scene(), name) for name in FORMATS}
     for name, content in whole.items():
         yield f"{name} whole", content, READ
@@ -115,7 +115,7 @@ def _modes() -> Iterator[tuple[str, bytes, str]]:
         ("F", image.convert("F"), "TIFF", "floating-point numbers of 32 bits"),
         ("YCbCr", image.convert("YCbCr"), "JPEG", READ),
     ):
-        # A lossless WebP keeps its clear pixel.
+        # Only a lossless WebP keeps its clear pixel.
         options = {"lossless": True} if file_format == "WEBP" else {}
         content = encoded(shown, file_format, **options)
         yield f"{file_format} of mode {name}", content, outcome

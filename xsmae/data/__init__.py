@@ -1,1 +1,1 @@
-"""From a person's images to batches of multi-scale views."""
+"""Reads images and makes batches of multi-scale views."""

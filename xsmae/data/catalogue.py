@@ -25,7 +25,7 @@ SOURCES = {
     "tfds": TfdsSource,
 }
 
-# The arguments that must be given: there is no default for where the images are.
+# Arguments without a default: the user must say where the images are.
 REQUIRED = {
     "csv": ("csv_path",),
     "fmow": ("root",),
@@ -42,10 +42,10 @@ def missing_arguments(data: Mapping[str, Any]) -> list[str]:
 
 
 def build_source(data: Mapping[str, Any]) -> Source:
-    """The source of `config.data`: its class by the name `source`, its arguments.
+    """Builds the source that `config.data` names, with its other fields as arguments.
 
-    Arguments that are None are left to the class's default. Raises UserError where the
-    name is not known or where the data lie is not given.
+    A field that is None keeps the class's default. Raises UserError for an unknown name
+    or a missing location of the data.
     """
     arguments = {k: v for k, v in data.items() if v is not None}
     name = arguments.pop("source")
@@ -65,14 +65,14 @@ def build_source(data: Mapping[str, Any]) -> Source:
 def open_source(
     data: str | Mapping[str, Any] | ml_collections.ConfigDict, **fields: Any
 ) -> Source:
-    """The source of a config, of its fields `data`, or by its name in SOURCES.
+    """Opens the source of a config, of its `data` fields, or by its name in SOURCES.
 
         open_source(config)
         open_source(config, split="test")
         open_source("folder", root="images", gsd=0.5)
 
-    fields: set instead of those of `data`. Raises UserError where the source or a field
-    is not known, or the images are not what they should be.
+    fields: replace the fields of `data`. Raises UserError for an unknown source or
+    field, or if the images are not as described.
     """
     if isinstance(data, str):
         found = {"source": data}
@@ -89,8 +89,8 @@ def open_source(
         unknown = sorted(found.keys() - known.keys() - {"source"})
         if unknown:
             raise UserError(
-                f"the source {found['source']} has no {', '.join(unknown)}, expected "
-                f"of {', '.join(known)}"
+                f"the source {found['source']} has no field {', '.join(unknown)}, "
+                f"expected one of {', '.join(known)}"
             )
     try:
         return build_source(found)

@@ -16,10 +16,10 @@ from xsmae.errors import UserError
 
 
 class Listing(NamedTuple):
-    """Every image of a data set, before the split; one entry a record.
+    """Every image of a data set before the split, one entry per record.
 
-    `sizes` are bytes, of the image and of what lies beside it (-1: not there), so that
-    a changed file changes the fingerprint. `gsds` is None where each is read later.
+    `sizes` are the bytes of the image and its sidecar files (-1: missing), so that a
+    changed file changes the fingerprint. `gsds` is None if each GSD is read later.
     """
 
     ids: list[str]
@@ -40,9 +40,10 @@ class Listing(NamedTuple):
 
 
 class FileSource(BaseSource):
-    """Image files under one root; the base of the sources that read files.
+    """Image files under one root; the base class of sources that read files.
 
-    `options` are what else decides the pixels; they go into the fingerprint.
+    `options` are other settings that change the pixels. They are part of the
+    fingerprint.
     """
 
     bands = BANDS
@@ -73,7 +74,7 @@ class FileSource(BaseSource):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over class, ids, sizes in bytes, labels and GSDs."""
+        """16 hexadecimal digits of the class, ids, sizes in bytes, labels and GSDs."""
         return self._fingerprint
 
     @property
@@ -103,7 +104,7 @@ class FileSource(BaseSource):
 
     @contextlib.contextmanager
     def open(self, index: int) -> Iterator[Record]:
-        """The record with its image undecoded, see `records.Source`."""
+        """A context with the record, its image undecoded; see `records.Source`."""
         index = operator.index(index)
         gsd, crop = self._gsd_and_crop(index)
         limits = {"min_side": self._min_side, "max_pixels": self._max_pixels}
@@ -112,18 +113,18 @@ class FileSource(BaseSource):
             yield Record(picture, gsd, label, self.id(index))
 
     def _gsd_and_crop(self, index: int) -> tuple[float, dict[str, Any]]:
-        """Metres per pixel, and the `box` and `context` of `open_picture`, if any."""
+        """The GSD in metres per pixel, and `box` and `context` for `open_picture`."""
         return float(self._listing.gsds[index]), {}
 
     def __repr__(self) -> str:
-        # grain compares repr(source) on resume: no path, no address.
+        # grain compares repr(source) on resume, so it must not contain a path.
         return (
             f"{type(self).__name__}({len(self)} images, fingerprint={self.fingerprint})"
         )
 
 
 def check_folder(root: str | os.PathLike) -> pathlib.Path:
-    """Returns the folder as an absolute path; UserError if it is none."""
+    """Returns the folder as an absolute path; UserError if it is not a folder."""
     path = pathlib.Path(root).expanduser().absolute()
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
@@ -132,7 +133,7 @@ def check_folder(root: str | os.PathLike) -> pathlib.Path:
 
 
 def file_size(path: str | os.PathLike) -> int:
-    """Returns a file's size in bytes, -1 if there is none."""
+    """Returns a file's size in bytes, -1 if it does not exist."""
     try:
         return os.stat(path).st_size
     except OSError:

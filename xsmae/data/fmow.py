@@ -4,9 +4,9 @@
                                              <category>_<n>_<t>_rgb.json
                                              <category>_<n>_<t>_msrgb.jpg, .json
 
-The JSON has `gsd` (metres per pixel) and `bounding_boxes`: one dict or a list of them,
+The JSON has `gsd` (metres per pixel) and `bounding_boxes`: one dict or a list of dicts,
 each with `box` [x, y, width, height] in pixels and a `category`. `rgb` (pan-sharpened)
-and `msrgb` show the same scene at different GSDs; a source reads one of them.
+and `msrgb` show the same scene at different GSDs. A source reads one of the two.
 """
 
 import json
@@ -27,12 +27,12 @@ from xsmae.errors import BadImageError, UserError
 
 KINDS = ("rgb", "msrgb")
 
-# So many JSONs are looked at before the data set is said to have no GSD.
+# JSONs to try before reporting that the data set has no GSD.
 _GSD_PROBES = 8
 
 
 class Metadata(NamedTuple):
-    """What the sources use of one JSON; `box` x, y, width, height, None: no box."""
+    """The fields used from one JSON; `box` is x, y, width, height, or None."""
 
     gsd: float
     box: tuple[float, float, float, float] | None
@@ -43,8 +43,8 @@ def read_metadata(path: pathlib.Path, category: str) -> Metadata:
 
     Args:
       path: the JSON.
-      category: the image's folder; the first box of this category is taken, else the
-        first that is not a `false_detection`.
+      category: the image's folder. The first box of this category is used, or else
+        the first box that is not a `false_detection`.
 
     Returns:
       the GSD in metres per pixel, and the box.
@@ -60,7 +60,7 @@ def read_metadata(path: pathlib.Path, category: str) -> Metadata:
         reason = getattr(error, "strerror", None) or error
         raise BadImageError(f"its {path.name} cannot be read: {reason}") from error
     if not isinstance(content, dict):
-        raise BadImageError(f"its {path.name} is no JSON object")
+        raise BadImageError(f"its {path.name} is not a JSON object")
     gsd = content.get("gsd")
     if not _is_number(gsd) or gsd <= 0:
         raise BadImageError(
@@ -81,7 +81,7 @@ def _choose_box(
         boxes = [boxes]
     if not isinstance(boxes, list) or not all(isinstance(b, dict) for b in boxes):
         raise BadImageError(
-            f"its {name} has bounding_boxes that are no list of objects"
+            f"its {name} has bounding_boxes that are not a list of objects"
         )
     chosen = next((b for b in boxes if b.get("category") == category), None) or next(
         (b for b in boxes if b.get("category") != "false_detection"), None
@@ -98,7 +98,7 @@ def _choose_box(
 
 
 class _FmowFiles(FileSource):
-    """fMoW images with their JSONs; the GSDs of the listing go before the JSONs'."""
+    """fMoW images with their JSONs; GSDs in the listing override those of the JSONs."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _FmowFiles(FileSource):
             self._check_some_gsd()
 
     def metadata(self, index: int) -> Metadata:
-        """Reads a record's JSON; BadImageError where it cannot be used."""
+        """Reads a record's JSON; BadImageError if it cannot be used."""
         name = pathlib.PurePosixPath(self.id(index))
         # <category>/<category>_<n>/<file>
         category = name.parts[-3] if len(name.parts) >= 3 else ""
@@ -150,24 +150,26 @@ class _FmowFiles(FileSource):
                 reasons.append(f"{self.id(index)}: {error}")
         raise UserError(
             f"no GSD for the first {len(reasons)} images, {reasons[0]}; put fMoW's "
-            "JSONs beside the images, or give --config.data.gsd=... metres per pixel"
+            "JSONs beside the images, or give metres per pixel with "
+            "--config.data.gsd=..."
         )
 
 
 class FmowSource(_FmowFiles):
     """One split of fMoW, sorted by path; the id is the path below the split's folder.
 
-    Labels are numbered over the category folders of all splits under `root`, hence the
-    same in each. A broken or missing JSON is a BadImageError of its record.
+    Labels are numbered over the category folders of all splits under `root`, so they
+    are the same in every split. A broken or missing JSON raises a BadImageError for its
+    record.
 
     Args:
-      root: the folder that holds `train`, `val`, ...
+      root: the folder that contains `train`, `val`, ...
       split: the name of a folder in it.
       kind: "rgb" or "msrgb".
       crop: cut out the bounding box with its context; False: the whole image.
-      context: fraction of the box's side that is added on each side, clipped to the
-        image; a window below `min_side` grows to it.
-      gsd: metres per pixel of every image, instead of the JSONs'.
+      context: fraction of the box's side to add on each side, clipped to the image. A
+        window below `min_side` grows to it.
+      gsd: metres per pixel of every image, overriding the JSONs.
       min_side, max_pixels: see `images.decode`.
 
     Raises:
@@ -191,10 +193,10 @@ class FmowSource(_FmowFiles):
         folders = _folders(root)
         if split not in folders:
             raise UserError(
-                f"{root} has no folder {split!r}, but {', '.join(folders) or 'none'}; "
-                "give fMoW's root and one of its splits"
+                f"{root} has no folder {split!r}, found {', '.join(folders) or 'none'};"
+                " give fMoW's root and one of its splits"
             )
-        # A category holds folders; what holds files (the unlabelled test set) is none.
+        # A category contains folders. The unlabelled test set contains files instead.
         names = sorted(
             {
                 category
@@ -211,7 +213,7 @@ class FmowSource(_FmowFiles):
         if not sizes:
             raise UserError(
                 f"no <category>/<category>_<n>/*_{kind}.jpg in {folder}; give fMoW's "
-                f"root, or the other of kind={' and '.join(KINDS)}"
+                f"root, or another kind ({' or '.join(KINDS)})"
             )
         ids = sorted(sizes)
         listing = Listing(
@@ -234,17 +236,17 @@ class FmowSource(_FmowFiles):
 class FmowCsvSource(_FmowFiles):
     """The fMoW images that a CSV lists, as SatMAE distributes such tables.
 
-    The table is read as `tables.CsvSource` reads it (columns, labels, confinement,
-    splits); the GSD comes from its `gsd` column, else from `gsd`, else from the JSON
-    beside each image.
+    The table follows the rules of `tables.CsvSource` (columns, labels, paths inside the
+    root, splits). The GSD comes from its `gsd` column, or else from `gsd`, or else from
+    the JSON beside each image.
 
     Args:
       csv_path, root, split, test_fraction: see `tables.CsvSource`.
-      kind, crop, context, gsd, min_side, max_pixels: see `FmowSource`; a path that is
-        not of `kind` is a UserError.
+      kind, crop, context, gsd, min_side, max_pixels: see `FmowSource`. A path of the
+        other kind is a UserError.
 
     Raises:
-      UserError: anything wrong with the table, no GSD, the other kind.
+      UserError: anything wrong with the table, no GSD, a path of the other kind.
     """
 
     def __init__(
@@ -266,9 +268,9 @@ class FmowCsvSource(_FmowFiles):
         other = [name for name in listing.ids if not name.endswith(f"_{kind}.jpg")]
         if other:
             raise UserError(
-                f"{len(other)} of {len(listing.ids)} paths of {csv_path} do not end in "
-                f"_{kind}.jpg, the first {other[0]!r}; list one kind, and give it as "
-                "kind"
+                f"{len(other)} of {len(listing.ids)} paths in {csv_path} do not end in "
+                f"_{kind}.jpg, the first is {other[0]!r}; list one kind of image, and "
+                "set kind to it"
             )
         sidecars = [
             file_size((folder / name).with_suffix(".json")) for name in listing.ids
@@ -305,7 +307,7 @@ def _folders(folder: pathlib.Path) -> list[str]:
 
 
 def _images(folder: pathlib.Path, place: str, kind: str) -> dict[str, tuple[int, int]]:
-    """Path below `folder` -> bytes of the image and of its JSON, -1 without one."""
+    """Path below `folder` -> bytes of the image and of its JSON (-1: missing)."""
     with os.scandir(folder / place) as entries:
         images = [
             pathlib.Path(entry.path)

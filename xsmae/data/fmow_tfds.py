@@ -2,11 +2,11 @@
 
     python -m xsmae.data.fmow_tfds --root=FMOW --data_dir=TFDS [--kind=rgb]
 
-copies the encoded images of `FMOW/train` and `FMOW/val`, undecoded, beside their GSD,
-bounding box and label into a few large files, which network file systems read far
-faster than 700,000 small ones. `tfds.TfdsSource("fmow/rgb", data_dir=TFDS,
-split="train")` then gives the records that `fmow.FmowSource` gives (in another order;
-the GSD as float32), and `tfds.data_source("fmow/rgb", ...)` reads the files too.
+copies the encoded images of `FMOW/train` and `FMOW/val`, with their GSD, bounding box
+and label, into a few large files. Network file systems read these far faster than
+700,000 small files. `tfds.TfdsSource("fmow/rgb", data_dir=TFDS, split="train")` then
+gives the same records as `fmow.FmowSource` (in another order, with the GSD as float32).
+`tfds.data_source("fmow/rgb", ...)` reads the files too.
 """
 
 import argparse
@@ -30,10 +30,10 @@ class Fmow(tfds.core.GeneratorBasedBuilder):
 
     Features: `image` (JPEG, as distributed), `label`, `filename` (the path below the
     split's folder), `gsd` (metres per pixel), `box` (x, y, width, height in pixels; all
-    zero: none). Records whose JSON cannot be used are left out, with a warning.
+    zero: no box). A record with an unusable JSON is skipped with a warning.
 
     Args:
-      root: the folder that holds `train` and `val`.
+      root: the folder that contains `train` and `val`.
       **kwargs: `config` ("rgb" or "msrgb") and `data_dir`, for TFDS.
     """
 
@@ -41,7 +41,7 @@ class Fmow(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=kind) for kind in KINDS]
 
     def __init__(self, *, root: str | os.PathLike, config: str = "rgb", **kwargs: Any):
-        # Before TFDS asks for the label names; bad JSONs are met one by one below.
+        # TFDS asks for the label names in __init__, so the sources come first.
         self._sources = {
             split: FmowSource(root, split=split, kind=config) for split in SPLITS
         }
@@ -83,7 +83,7 @@ class Fmow(tfds.core.GeneratorBasedBuilder):
             except BadImageError as error:
                 logging.warning("left out: %s: %s", name, error)
                 continue
-            # A path is copied byte for byte; an array would need TensorFlow.
+            # TFDS copies a path byte for byte; encoding an array needs TensorFlow.
             yield (
                 name,
                 {
@@ -97,9 +97,9 @@ class Fmow(tfds.core.GeneratorBasedBuilder):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepares the data set; returns 2, after one line, where the input is wrong."""
+    """Prepares the data set; prints one line and returns 2 if the input is wrong."""
     parser = argparse.ArgumentParser(prog="python -m xsmae.data.fmow_tfds")
-    parser.add_argument("--root", required=True, help="fMoW's folder: train/, val/")
+    parser.add_argument("--root", required=True, help="fMoW's root: train/ and val/")
     parser.add_argument("--data_dir", required=True, help="the folder to prepare into")
     parser.add_argument("--kind", default="rgb", choices=KINDS)
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""The source of a folder of images.
+"""The source that reads a folder of images.
 
-`tables.py` has the source of a CSV that lists images, `fmow.py` fMoW as it is
+Other sources: `tables.py` reads a CSV that lists images, `fmow.py` fMoW as it is
 distributed, `tfds.py` prepared TFDS data sets.
 """
 
@@ -18,7 +18,7 @@ from xsmae.data.splits import split_indices
 from xsmae.data.tables import gsds_from_csv
 from xsmae.errors import UserError
 
-# First-level folders of these names alone are splits rather than classes.
+# If all first-level folders have these names, they are splits, not classes.
 _TRAIN_PARTS = ("train", "training")
 _TEST_PARTS = ("val", "valid", "validation", "test", "testing")
 
@@ -27,23 +27,23 @@ class FolderSource(FileSource):
     """Every JPEG, PNG, WebP and TIFF under a folder, sorted by path.
 
     The id is the path relative to `root`. If the images lie in sub-folders, the
-    first-level sub-folder is the class; if all lie directly in `root` there are no
-    labels; a mixture is a UserError, and so are folders of splits that hold folders of
-    classes (`train/A`, `val/A`). Suffixes count in any case; hidden files and
-    folders (a leading dot) do not count. Linked files and folders are followed, also
-    out of the root, since the user placed the links; each real folder is read once, so
-    that a loop ends.
+    first-level sub-folder is the class. If all lie directly in `root`, there are no
+    labels. A mixture is a UserError. Folders of splits that contain folders of classes
+    (`train/A`, `val/A`) are a UserError too. Suffixes match in upper and lower case.
+    Hidden files and folders (a leading dot) are ignored. Links to files and folders are
+    followed, even out of the root, since the user made them. Each real folder is read
+    once, so that a loop of links ends.
 
     Args:
       root: the folder.
-      gsd: metres per pixel of every image; or else
-      gsd_csv: a CSV with the columns `path` (relative to `root`) and `gsd`, which has
-        every image of the folder; other rows are ignored.
+      gsd: metres per pixel of every image. Give either this or `gsd_csv`.
+      gsd_csv: a CSV with the columns `path` (relative to `root`) and `gsd` that lists
+        every image of the folder. Other rows are ignored.
       split, test_fraction: see `splits`.
       min_side, max_pixels: see `images.decode`.
 
     Attributes:
-      left_out: suffix -> number of files that are no image by their suffix.
+      left_out: suffix -> number of files without an image suffix.
 
     Raises:
       UserError: no such folder, no images, no valid GSD, a mixture, a bad split.
@@ -72,7 +72,7 @@ class FolderSource(FileSource):
             others = f" ({_counted(self.left_out)} there)" if self.left_out else ""
             raise UserError(
                 f"no image ({', '.join(SUFFIXES)}) in {root} or its sub-folders"
-                f"{others}; give the folder that holds them"
+                f"{others}; give the folder that contains the images"
             )
         ids = sorted(found)
         if gsd is not None:
@@ -88,21 +88,21 @@ class FolderSource(FileSource):
         )
 
     def notes(self) -> list[str]:
-        """How many files were left out for their suffixes."""
+        """The number of files left out because of their suffixes."""
         if not self.left_out:
             return []
-        return [f"left out: {_counted(self.left_out)}, which are no images by suffix"]
+        return [f"left out: {_counted(self.left_out)} without an image suffix"]
 
 
 def _images_below(
     root: pathlib.Path,
 ) -> tuple[dict[str, int], collections.Counter[str]]:
-    """Relative path -> size in bytes; and suffix -> number of the other files."""
+    """Returns relative path -> size in bytes, and suffix -> number of other files."""
     found, others = {}, collections.Counter()
     seen = set()
     folders, links = [""], []
     while folders or links:
-        # Links last: a folder is then found under its own name rather than a link's.
+        # Links come last, so that a folder is found under its own name first.
         folder = folders.pop() if folders else links.pop()
         real = os.path.realpath(root / folder)
         if real in seen:
@@ -124,13 +124,13 @@ def _images_below(
                 found[path] = file_size(entry.path)
             else:
                 others[os.path.splitext(entry.name)[1].lower()] += 1
-        # The order of discovery decides which of two links to one folder counts.
+        # Of two links to one folder, the first in sorted order counts.
         links.sort(reverse=True)
     return found, others
 
 
 def _counted(others: collections.Counter[str]) -> str:
-    """`12 files (9 .json, 3 without a suffix)`; the most frequent suffixes first."""
+    """E.g. `12 files (9 .json, 3 without a suffix)`, most frequent suffixes first."""
     shown = sorted(others.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{n} {suffix or 'without a suffix'}" for suffix, n in shown[:5]]
     parts += ["..."] if len(shown) > 5 else []
@@ -155,7 +155,7 @@ def _folder_labels(
 
 
 def _refuse_splits(root: pathlib.Path, ids: Sequence[str]) -> None:
-    """UserError if the first-level folders are splits, with classes below them."""
+    """UserError if the first-level folders are splits that contain class folders."""
     parts = sorted({name.split("/")[0] for name in ids})
     nested = any(name.count("/") > 1 for name in ids)
     if not nested or any(p.lower() not in _TRAIN_PARTS + _TEST_PARTS for p in parts):
@@ -163,8 +163,8 @@ def _refuse_splits(root: pathlib.Path, ids: Sequence[str]) -> None:
     train = next((p for p in parts if p.lower() in _TRAIN_PARTS), parts[0])
     test = next((p for p in parts if p != train), None)
     message = (
-        f"{root} has splits ({', '.join(parts)}) with folders in them, expected a "
-        f"folder per class: give one split, --config.data.root={root / train}"
+        f"{root} has splits ({', '.join(parts)}) with folders in them, expected one "
+        f"folder per class: give one split with --config.data.root={root / train}"
     )
     if test is not None:
         message += (

@@ -1,39 +1,39 @@
-"""Image files to pixels, strictly: what is converted, what is refused, and why.
+"""Strict decoding of image files: what is converted, what is refused, and why.
 
 Converted, since nothing is lost:
 
-| what is found                                            | what is made of it     |
+| found                                                    | result                 |
 |----------------------------------------------------------|------------------------|
 | RGB                                                      | kept                   |
 | L (grey, 1 to 8 bits), 1 (black and white)               | grey repeated 3 times  |
 | P (palette), opaque                                      | its colours            |
-| LA, RGBA, or a transparent colour, alpha 255 everywhere; | alpha left out         |
+| LA, RGBA, or a transparent colour, alpha 255 everywhere; | alpha dropped          |
 | not in a TIFF                                            |                        |
 | EXIF orientation                                         | applied                |
 | several pictures in one JPEG (MPO; drones, phones)       | the first, the primary |
 
 Refused with `BadImageError`, since something would be lost or guessed:
 
-| what is found                                            | why                    |
+| found                                                    | why                    |
 |----------------------------------------------------------|------------------------|
-| any alpha below 255; a no-data value that occurs         | pixels without a value |
+| any alpha below 255; pixels with the no-data value       | pixels without a value |
 | CMYK and every other mode                                | needs a colour profile |
 | 16 bits a channel (PIL would drop the low byte), floats  | needs a scaling        |
 | a TIFF with alpha, infrared or other bands               | which are the colours? |
 | animated PNG or WebP; a TIFF of several pages, with      | which frame?           |
 | overviews or with a mask                                 |                        |
 | not a JPEG, PNG, WebP or TIFF, whatever its name; empty  | not an image           |
-| truncated, broken, unreadable, missing, a PNG whose      | no or invented pixels  |
-| checksums do not hold, a TIFF without some of its pixels |                        |
+| truncated, broken, unreadable, missing, a PNG with wrong | no or invented pixels  |
+| checksums, a TIFF without some of its pixels             |                        |
 | more pixels declared than `max_pixels`                   | a decompression bomb   |
 | shorter side below `min_side`                            | too small to crop from |
 
-A TIFF is read where it holds what a PNG could hold: uncompressed, LZW, Deflate or
-PackBits. What it can hold beyond that (more bands, more bits, floats, masks) needs a
-reader of rasters, which is not part of this package. `tiff.py` has the checks.
+A TIFF is read if a PNG could hold the same pixels and it is uncompressed, LZW, Deflate
+or PackBits. Other TIFFs (more bands, more bits, floats, masks) are refused here.
+`tiff.py` has the checks.
 
-Embedded colour profiles are neither applied nor an error. PIL's own bomb limit (twice
-`PIL.Image.MAX_IMAGE_PIXELS`) stays the upper bound of `max_pixels`.
+Embedded colour profiles are ignored. PIL's own bomb limit (twice
+`PIL.Image.MAX_IMAGE_PIXELS`) is the upper bound of `max_pixels`.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ from PIL import ExifTags, Image, ImageOps
 from xsmae.data.tiff import MAGIC, check_tiff, has_nodata
 from xsmae.errors import BadImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # and TIFF, once it is checked
+FORMATS = ("JPEG", "PNG", "WEBP")  # and TIFF, after check_tiff
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 MIN_SIDE = 32
 MAX_PIXELS = 89_478_485  # PIL.Image.MAX_IMAGE_PIXELS: 256 MiB of RGB
@@ -63,18 +63,18 @@ def decode(
     min_side: int = MIN_SIDE,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Decodes one JPEG, PNG, WebP or TIFF file to RGB; the module says what is refused.
+    """Decodes one JPEG, PNG, WebP or TIFF file to RGB, with the checks of this module.
 
     Args:
       source: the encoded bytes, or the path of the file.
-      min_side: pixels; a shorter side below this is refused.
-      max_pixels: the header's width x height above this is refused, undecoded.
+      min_side: in pixels; an image with a shorter side is refused.
+      max_pixels: an image with more pixels in its header is refused before decoding.
 
     Returns:
       uint8 [height, width, 3], writable.
 
     Raises:
-      BadImageError: the reason, in one line that names no path.
+      BadImageError: the reason, in one line without a path.
     """
     with open_image(source, min_side=min_side, max_pixels=max_pixels) as image:
         return np.array(to_rgb(image))
@@ -87,15 +87,15 @@ def open_image(
     min_side: int = MIN_SIDE,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Image.Image]:
-    """Opens a file for `to_rgb`: its header is read and checked, nothing is decoded.
+    """Opens a file for `to_rgb`: reads and checks the header, decodes nothing.
 
-    Arguments and errors are those of `decode`.
+    It takes the arguments of `decode` and raises the same errors.
     """
     with contextlib.ExitStack() as stack:
         with _bad_images():
             if isinstance(source, bytes):
                 file = io.BytesIO(source)
-            # Opening a named pipe would wait for ever.
+            # Opening a named pipe would wait forever.
             elif not source.is_file():
                 found = "is not a regular file" if source.exists() else "does not exist"
                 raise BadImageError(f"the file {found}")
@@ -108,8 +108,8 @@ def open_image(
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an opened image, 1 (upright) to 8; raises BadImageError.
 
-    A PNG is decoded for it, since the tag may come after the pixels. Pillow turns a
-    TIFF by itself: it is upright from the start.
+    A PNG must be decoded first, since the tag may come after the pixels. Pillow itself
+    turns a TIFF upright.
     """
     if image.format == "TIFF":
         return 1
@@ -121,11 +121,11 @@ def orientation(image: Image.Image) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decodes an opened image, upright and in RGB; raises BadImageError.
 
-    The image that is returned may be the one given.
+    It may return the given image itself.
     """
     with _bad_images():
-        # In place, and converted only where needed: a copy of a large image costs as
-        # much as a third of its decoding.
+        # Work in place and convert only if needed: copying a large image costs up to a
+        # third of the time to decode it.
         ImageOps.exif_transpose(image, in_place=True)
         return _opaque_rgb(image)
 
@@ -138,14 +138,14 @@ def _bad_images() -> Iterator[None]:
         raise
     except Image.UnidentifiedImageError as error:
         raise BadImageError("not a readable JPEG, PNG, WebP or TIFF file") from error
-    # PIL's parsers let OSError, SyntaxError, ValueError, struct.error, EOFError,
-    # IndexError, ZeroDivisionError and more escape from a broken file.
+    # For a broken file, PIL's parsers raise OSError, SyntaxError, ValueError,
+    # struct.error, EOFError, IndexError, ZeroDivisionError and more.
     except Exception as error:
         raise BadImageError(f"cannot be decoded: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    # strerror leaves out the path that str(OSError) ends with.
+    # Unlike str(OSError), strerror does not contain the path.
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
 
@@ -154,7 +154,7 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
     header = file.read(26)
     if not header:
         raise BadImageError("the file is empty (0 bytes)")
-    # PIL opens 16-bit colour PNGs as 8-bit RGB; byte 24 of the header is the depth.
+    # PIL opens 16-bit colour PNGs as 8-bit RGB. Byte 24 of the header is the bit depth.
     if header.startswith(b"\x89PNG\r\n\x1a\n") and header[24:25] == b"\x10":
         raise BadImageError("16 bits a channel; convert it to 8 bits with your scaling")
     formats = FORMATS
@@ -165,8 +165,8 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(file, formats=formats)
         if image.format == "PNG" and image.width * image.height <= max_pixels:
-            # PIL decodes without looking at the pixels' checksums, and stops before the
-            # last when all rows are there. Looking takes a file's reading, no decoding.
+            # PIL decodes without checking the pixels' checksums. verify() checks them.
+            # It reads the file but decodes nothing.
             image.verify()
             file.seek(0)
             image = Image.open(file, formats=formats)
@@ -185,7 +185,7 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
         raise BadImageError(
             f"{width} x {height} pixels: the shorter side is below min_side={min_side}"
         )
-    # MPO: the first picture is the photograph, the others are previews of it.
+    # In an MPO, the first picture is the photograph and the others are previews.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise BadImageError(f"animated ({image.n_frames} frames); save one frame")
     if image.mode not in MODES:
@@ -197,7 +197,7 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
 
 def _opaque_rgb(image: Image.Image) -> Image.Image:
     if has_nodata(image):
-        raise BadImageError("pixels without a value (they are the TIFF's no-data)")
+        raise BadImageError("pixels without a value (the TIFF's no-data value)")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         lowest = image.getchannel("A").getextrema()[0]
@@ -213,20 +213,20 @@ def crop_with_context(
     context: float,
     min_side: int,
 ) -> np.ndarray:
-    """Cuts a box and its surroundings out of an image; the scale stays the same.
+    """Cuts a box and its surroundings out of an image without resizing.
 
     Args:
       image: [height, width, channels].
       box: x, y, width, height in pixels.
-      context: the fraction of the box's side that is added on EACH side, clipped to
-        the image.
-      min_side: pixels; a smaller window grows around its centre, within the image.
+      context: the fraction of the box's side to add on EACH side, clipped to the
+        image.
+      min_side: in pixels; a smaller window grows around its centre, within the image.
 
     Returns:
       [h, w, channels], a copy, both sides at least min(min_side, the image's).
 
     Raises:
-      BadImageError: the box has no area, or none of it lies in the image.
+      BadImageError: the box has no area, or lies outside the image.
     """
     left, top, right, bottom = context_window(
         image.shape, box, context=context, min_side=min_side
@@ -241,7 +241,7 @@ def context_window(
     context: float,
     min_side: int,
 ) -> tuple[int, int, int, int]:
-    """What `crop_with_context` cuts out of an image [height, width, ...].
+    """The window that `crop_with_context` cuts out of an image [height, width, ...].
 
     Returns left, top, right, bottom in whole pixels.
     """

@@ -1,18 +1,18 @@
-"""An opened image: its size at once, its pixels when it is known how fine they must be.
+"""An opened image: its size is known at once, its pixels are decoded at need.
 
-A view of 128 px of a 2048-px image needs no 2048 px. A JPEG can be decoded at a half, a
-quarter or an eighth of its sides, which leaves out most of the arithmetic but not the
-reading of its bits; and what is still much too fine can be averaged in whole blocks
-before it is resampled. Both are done as far as `MARGIN` pixels are left for every pixel
-of the finest view, hence neither where a view's pixel spans fewer than 2 * MARGIN
-pixels: there the view is bit for bit that of the whole image.
+A view of 128 px does not need all of a 2048-px image. A JPEG can be decoded at a half,
+a quarter or an eighth of its sides. This skips most of the arithmetic but still reads
+all bits. If the pixels are still much too fine, whole blocks can be averaged before
+resampling. Both steps keep at least `MARGIN` pixels for every pixel of the finest view.
+If a pixel of a view spans fewer than 2 * MARGIN pixels, neither step happens, and the
+view is bit for bit the view of the whole image.
 
-How far a view is from that of the whole image, in 8-bit levels (mean absolute error
-over many views, and the worst view's; JPEGs of quality 90, the tests hold it to that):
-0.3 and 0.5 for smooth images (PSNR above 50 dB); 1.2 and 3 for scenes with the detail
-of aerial images (46 dB on average, 37 at worst); 1.5 and 4 for white noise. A pixel's
-value is off, not its place: boxes are exact, in fractions of a reduced pixel. PNG, WebP
-and TIFF, which are decoded whole, give exactly the views of the whole image.
+Errors against views of the whole image, in 8-bit levels (mean absolute error over many
+views, then of the worst view; JPEGs of quality 90; the tests check these limits): 0.3
+and 0.5 for smooth images (PSNR above 50 dB); 1.2 and 3 for scenes with the detail of
+aerial images (46 dB on average, 37 at worst); 1.5 and 4 for white noise. Only values
+are inexact, not positions: boxes are exact, in fractions of a reduced pixel. PNG, WebP
+and TIFF are decoded whole and give exactly the views of the whole image.
 """
 
 import contextlib
@@ -25,19 +25,20 @@ from PIL import Image
 
 from xsmae.data.images import context_window, open_image, orientation, to_rgb
 
-# Pixels left for every pixel of a view. At 1 fine detail aliases (scenes are 2 to 4
-# levels off); at 2 (0.5) most views of 128 px would need all of an image of 1024 px.
+# Pixels kept for every pixel of a view. With 1, fine detail aliases (errors of 2 to 4
+# levels in scenes). With 2 (0.5 levels), most views of 128 px need all pixels of a
+# 1024-px image.
 MARGIN = 1.5
-_STEPS = (8, 4, 2)  # libjpeg's reductions that Pillow offers
-_LOSSY = ("JPEG", "MPO")  # an MPO is several JPEGs
+_STEPS = (8, 4, 2)  # the reductions of libjpeg that Pillow offers
+_LOSSY = ("JPEG", "MPO")  # an MPO contains several JPEGs
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """RGB pixels, each `step` image pixels wide, that begin at (top, left) of an image.
+    """RGB pixels, each `step` image pixels wide, that start at (top, left) of an image.
 
-    margin: what is left for each pixel of a view by averaging whole blocks first; None:
-    no block is averaged.
+    margin: pixels to keep per pixel of a view when whole blocks are averaged first;
+    None: average no blocks.
     """
 
     rgb: Image.Image
@@ -52,7 +53,7 @@ class Pixels:
         size: int,
         resample: Image.Resampling,
     ) -> Image.Image:
-        """The ground of `box` in size x size pixels, resampled with antialiasing.
+        """The area of `box` as size x size pixels, resampled with antialiasing.
 
         box: top, left, bottom, right in image pixels.
         """
@@ -60,7 +61,7 @@ class Pixels:
         return self.rgb.resize(
             (size, size),
             resample,
-            # Rounding may put an edge a hair outside, which Pillow refuses.
+            # Rounding may put an edge slightly outside, and Pillow refuses that.
             box=(
                 max((left - self.left) / self.step, 0.0),
                 max((top - self.top) / self.step, 0.0),
@@ -72,9 +73,9 @@ class Pixels:
 
 
 class Picture:
-    """An image file that was opened and checked, upright, maybe a window of it.
+    """An opened and checked image file, upright, or a window of it.
 
-    window: left, top, right, bottom in whole pixels, the part that counts as the image.
+    window: left, top, right, bottom in whole pixels; this part is used as the image.
     """
 
     def __init__(
@@ -83,13 +84,13 @@ class Picture:
         self._image = image
         turn = orientation(image)
         self._upright = turn == 1
-        # 5 to 8 are a quarter turn, with or without mirroring.
+        # Orientations 5 to 8 are quarter turns, with or without mirroring.
         width, height = image.size[::-1] if turn > 4 else image.size
         self._window = window or (0, 0, width, height)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the pixels at full size: height, width, 3."""
+        """Height, width, 3 at full size."""
         left, top, right, bottom = self._window
         return bottom - top, right - left, 3
 
@@ -102,12 +103,12 @@ class Picture:
     def pixels(self, finest: float) -> Pixels:
         """Pixels for views whose pixels span `finest` image pixels or more.
 
-        Decodes, hence once alone. Raises BadImageError.
+        This decodes the image, so call it only once. Raises BadImageError.
         """
         step = self._reduce(finest)
         rgb = to_rgb(self._image)
         left, top, right, bottom = self._window
-        # Outwards to whole reduced pixels.
+        # Round outwards to whole reduced pixels.
         left, top = left // step, top // step
         outer = (left, top, -(-right // step), -(-bottom // step))
         if outer != (0, 0, *rgb.size):
@@ -117,11 +118,11 @@ class Picture:
         return Pixels(rgb, step, top, left, margin)
 
     def _reduce(self, finest: float) -> int:
-        """Has a JPEG decoded at 1/step of its sides; returns the step."""
+        """Sets a JPEG to decode at 1/step of its sides; returns the step."""
         width, height = self._image.size
         for step in _STEPS if self._image.format in _LOSSY else ():
-            # The last reduced pixel may reach over the edge. A turn would put it first,
-            # and all others out of place.
+            # The last reduced pixel may extend beyond the edge. Turning the image would
+            # put it first and shift all others.
             fits = self._upright or width % step == height % step == 0
             if finest >= MARGIN * step and fits:
                 self._image.draft(None, (width // step, height // step))
@@ -138,10 +139,10 @@ def open_picture(
     box: tuple[float, float, float, float] | None = None,
     context: float = 0.0,
 ) -> Iterator[Picture]:
-    """Opens an image file, or what `images.crop_with_context` cuts out of it.
+    """Opens an image file, or the part that `images.crop_with_context` cuts out of it.
 
     source, min_side, max_pixels: see `images.decode`. box, context: see
-    `images.crop_with_context`; None: the whole image. Raises BadImageError.
+    `images.crop_with_context`; box None: the whole image. Raises BadImageError.
     """
     with open_image(source, min_side=min_side, max_pixels=max_pixels) as image:
         picture = Picture(image)

@@ -1,4 +1,4 @@
-"""From a source to batches: the grain graph, and the account of the bad images."""
+"""Turns a source into batches: the grain graph and the limit on bad images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from xsmae.data.records import Source
 from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError, UserError
 
-SHOWN = 20  # bad images that the message of a stopped run names
+SHOWN = 20  # most bad images to name when a run stops
 
 
 def allowed_rejections(num_images: int, max_fraction: float) -> int:
-    """How many bad images of a source a run bears, at most all except one.
+    """How many bad images a run tolerates, at most all images except one.
 
-    A fraction above 0 allows at least one, so that a small data set does not stop for
-    a single file; 0 allows none.
+    A fraction above 0 allows at least one bad image, so that a single file does not
+    stop a run on a small data set. 0 allows none.
     """
     allowed = math.floor(max_fraction * num_images + 1e-6)  # 0.29 * 100 < 29
     if max_fraction > 0:
@@ -34,7 +34,7 @@ def allowed_rejections(num_images: int, max_fraction: float) -> int:
 def draws_of(
     seed: int, position: int, *, batch_size: int
 ) -> dict[str, np.random.Generator]:
-    """The two generators that `ViewSampler` draws a position of a run with."""
+    """The two random generators of `ViewSampler` for one position of a run."""
     # The stream numbers 0 and 1 keep the two kinds of draws apart.
     return {
         "rng": np.random.default_rng((seed, 0, position)),
@@ -46,9 +46,9 @@ def draws_of(
 class LoadViews:
     """Reads the image of a position in the run and draws its views.
 
-    The draws depend on (seed, position) alone. An image that cannot be used is replaced
-    by the next good one of the source; after `max_tries` bad ones in a row the sample
-    is blank and its `index` is -1, which `RejectedImages.check` turns into an error.
+    The draws depend only on (seed, position). The next good image of the source
+    replaces a bad one. After `max_tries` bad images in a row, the sample is blank and
+    its `index` is -1. `RejectedImages.check` turns that into an error.
     """
 
     source: Source
@@ -97,20 +97,19 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of the steps `start_step` to `num_steps` of a run.
+    """Yields the batches of steps `start_step` to `num_steps` of a run.
 
-    The images come in an order shuffled anew in every epoch; a batch may reach over the
-    end of one. Which images, and which crops of them, a step sees depends on `seed` and
-    the step alone: not on the workers, the threads, the number of processes or where
-    the run was resumed. Every process gets its own equal part of each global batch, and
-    the parts put together are the batch of one process. Raises UserError where the
-    source holds fewer images than a batch.
+    Every epoch shuffles the images again. A batch may span two epochs. The images and
+    crops of a step depend only on `seed` and the step, not on the workers, the threads,
+    the number of processes or where the run was resumed. Every process gets an equal
+    part of each global batch; together the parts are the batch of a single process.
+    Raises UserError if the source has fewer images than a batch.
     """
     check_batch_size(source, batch_size)
     if batch_size % process_count:
         raise UserError(
-            f"batch_size={batch_size} does not divide over {process_count} processes: "
-            "use a multiple"
+            f"batch_size={batch_size}, expected a multiple of the {process_count} "
+            "processes: change --config.batch_size"
         )
     load = LoadViews(
         source,
@@ -127,8 +126,8 @@ def make_batches(
         .shuffle()
         .repeat(max(epochs, 1))
         .map_with_index(load)
-        # Local batch number step * process_count + process is that part of the global
-        # batch, so that a slice of the local batches is this process's share.
+        # Local batch number step * process_count + process is one process's part of the
+        # global batch, so a slice of the local batches is this process's share.
         .batch(local, drop_remainder=True)[process_index::process_count]
     )
     dataset = dataset[start_step:num_steps]
@@ -140,7 +139,7 @@ def make_batches(
     )
     if num_workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain hands them to its workers
+            flags.FLAGS.mark_as_parsed()  # grain passes the flags to its workers
         iterator = iterator.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=prefetch
@@ -152,13 +151,13 @@ def make_batches(
 
 
 def _owned(iterator: grain.DatasetIterator) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of worker processes; no segment of shared memory outlives the run.
+    """Yields the batches of worker processes and frees their shared memory.
 
-    Grain removes a batch's segments when its arrays are deleted. At the end of a run
-    that may be never, since a device buffer or a reference cycle holds the last ones,
-    and Python reports them as leaked at exit. So the names of what is yielded are
-    removed at once, which leaves the memory to its users. What was only prefetched is
-    in a cycle (the traceback of a StopIteration), which is collected.
+    Grain removes the shared memory of a batch when its arrays are deleted. At the end
+    of a run, a device buffer or a reference cycle may still hold the last arrays, and
+    Python reports a leak at exit. So this function unlinks the names of yielded
+    segments at once; the memory stays valid for its users. Prefetched batches are in a
+    reference cycle (the traceback of a StopIteration), so it is collected at the end.
     """
     try:
         for batch in iterator:
@@ -166,7 +165,7 @@ def _owned(iterator: grain.DatasetIterator) -> Iterator[dict[str, np.ndarray]]:
                 segment = getattr(array, "shm", None)
                 if segment is not None:
                     segment.unlink()
-                    array._unlink_on_del = False  # grain has no call for it
+                    array._unlink_on_del = False  # grain has no public way to set it
             yield batch
     finally:
         iterator.close()
@@ -174,26 +173,26 @@ def _owned(iterator: grain.DatasetIterator) -> Iterator[dict[str, np.ndarray]]:
 
 
 def check_batch_size(source: Source, batch_size: int) -> None:
-    """Raise UserError where the source holds fewer images than a batch."""
+    """Raises UserError if the source has fewer images than a batch."""
     if len(source) < batch_size:
         raise UserError(
-            f"{source!r} holds {len(source)} images, fewer than one batch of "
+            f"{source!r} has {len(source)} images, expected at least one batch of "
             f"{batch_size}: add images or lower --config.batch_size"
         )
 
 
 def check_bands(source: Source, bands: Sequence[str]) -> None:
-    """Raise UserError unless `bands` are the source's, by name and in its order."""
+    """Raises UserError unless `bands` are the source's bands, in its order."""
     if tuple(bands) != source.bands:
         unknown = [band for band in bands if band not in source.bands]
         raise UserError(
             f"bands={', '.join(bands)}, but {source!r} has {', '.join(source.bands)}"
             + (f" and no {', '.join(unknown)}" if unknown else "")
-            + ": name all of its bands in its order with "
+            + ": name all bands of the source in its order with "
             f'--config.bands="{source.bands}", and give mean and std in that order'
         )
 
 
 def _leave_interrupts_to_the_parent(worker_index: int, worker_count: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the parent decides what ends."""
+    """Ignores Ctrl-C, which reaches every process of a terminal; the parent decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

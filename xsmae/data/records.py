@@ -1,9 +1,9 @@
-"""What a source is: records, the protocol, and what its implementations share.
+"""The protocol of a source, its records, and the code that sources share.
 
-A source is a sequence of `Record`s of known length. Whatever can be known without
-decoding (ids, labels, GSD, the split) is known, and checked, when it is made: a
-mistake is a `UserError` there. A record that cannot be used is a `BadImageError` in
-`source[i]`, and nothing else is.
+A source is a sequence of `Record`s with a known length. Its constructor reads and
+checks everything that needs no decoding (ids, labels, GSD, the split) and raises a
+`UserError` for a mistake. `source[i]` raises a `BadImageError` if that record cannot be
+used, and no other error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GSD_HELP = "give it in metres per pixel with --config.data.gsd=..."
 class Record:
     """One image: uint8 [height, width, 3], metres per pixel, label or None, id.
 
-    Of a record that `Source.open` gives, the image may be undecoded, a `Picture`.
+    A record from `Source.open` may hold an undecoded image, a `Picture`.
     """
 
     image: np.ndarray | Picture
@@ -41,14 +41,14 @@ class Record:
 
 
 class Source(Protocol):
-    """What the pipeline and the evaluations ask of a source; it must be picklable.
+    """What the pipeline and the evaluations need from a source; it must be picklable.
 
     To add a data set, write one class that extends `BaseSource` with `bands`,
-    `class_names`, `labels`, `fingerprint`, `__len__`, `__getitem__` and `id`, and give
-    it a name in `catalogue.SOURCES`; its keyword arguments are the fields of
-    `config.data`, those without a default are listed in `catalogue.REQUIRED`. `repr`
-    must name no path or address, since a resumed run compares it. A source of image
-    files extends `files.FileSource`, which needs a `Listing` and has all the rest.
+    `class_names`, `labels`, `fingerprint`, `__len__`, `__getitem__` and `id`. Name it
+    in `catalogue.SOURCES`. Its keyword arguments are the fields of `config.data`; list
+    those without a default in `catalogue.REQUIRED`. `repr` must not contain a path or
+    an address, because a resumed run compares it. A source of image files extends
+    `files.FileSource`, which only needs a `Listing`.
     """
 
     @property
@@ -57,7 +57,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the content list, wherever it is stored."""
+        """16 hexadecimal digits of the list of contents; storage paths do not count."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -70,58 +70,58 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Raises BadImageError where the record cannot be used."""
+        """The decoded record; raises BadImageError if it cannot be used."""
 
     def id(self, index: int) -> str:
         """The record's id, without decoding; for messages."""
 
     def open(self, index: int) -> contextlib.AbstractContextManager[Record]:
-        """A context with the record, its image undecoded if it is read from a file.
+        """A context with the record; an image read from a file is not yet decoded.
 
-        Raises BadImageError as `self[index]`, or when the picture is decoded, which is
-        possible within the context alone.
+        Raises BadImageError like `self[index]`, here or when the picture is decoded.
+        Decode the picture inside the context.
         """
 
     def path(self, index: int) -> pathlib.Path | None:
-        """The record's own file on this machine; None if it has none."""
+        """The record's own file on this machine; None if there is none."""
 
     def notes(self) -> list[str]:
-        """What a user should know before the source is used, a line each."""
+        """Notes for the user before the source is used, one line each."""
 
 
 class BaseSource:
-    """The part of `Source` that has defaults: no files, no notes."""
+    """The defaults of `Source`: no files, no notes."""
 
     def open(self, index: int) -> contextlib.AbstractContextManager[Record]:
         """A context with the decoded record."""
         return contextlib.nullcontext(self[index])
 
     def path(self, index: int) -> pathlib.Path | None:
-        """None: the record has no file of its own."""
+        """None, since the record has no file of its own."""
         del index
         return None
 
     def notes(self) -> list[str]:
-        """Nothing to say."""
+        """No notes."""
         return []
 
 
 def decoded(record: Record) -> Record:
-    """The record of an undecoded one; raises BadImageError."""
+    """Returns the record with its image decoded; raises BadImageError."""
     return dataclasses.replace(record, image=record.image.decode())
 
 
 def pixel_digest(image: np.ndarray) -> bytes:
-    """16 bytes that images have in common when their pixels are the same."""
+    """A 16-byte digest of the pixels and the shape."""
     content = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
     content.update(np.ascontiguousarray(image))
     return content.digest()
 
 
 def check_gsd(value: Any, where: str) -> float:
-    """Returns a GSD as a float, metres per pixel; UserError unless finite and > 0.
+    """Returns a GSD as a float in metres per pixel; UserError unless finite and > 0.
 
-    `where` begins the message, e.g. "line 7 of tiles.csv".
+    `where` starts the message, e.g. "line 7 of tiles.csv".
     """
     try:
         gsd = math.nan if isinstance(value, bool) else float(value)
@@ -136,26 +136,26 @@ def check_gsd(value: Any, where: str) -> float:
 
 
 def sha256_of_text(text: str) -> str:
-    # File names that are not UTF-8 reach Python as surrogates.
+    # Python represents file names that are not UTF-8 with surrogates.
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def fingerprint(*parts: Iterable[object]) -> str:
-    """Returns 16 hexadecimal digits of the parts' text, in order."""
+    """Returns 16 hexadecimal digits of the text of all parts, in order."""
     lines = ("\t".join(map(str, part)) for part in parts)
     return sha256_of_text("\n".join(lines))[:16]
 
 
 def number(values: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Numbers labels in sorted order: int64 [len(values)], and the class names."""
+    """Numbers labels in sorted order; returns int64 [len(values)] and class names."""
     numbers = {value: i for i, value in enumerate(sorted(set(values)))}
     return np.array([numbers[value] for value in values]), tuple(map(str, numbers))
 
 
 class Subset(BaseSource):
-    """The images of a source at `positions`, in that order; a source itself.
+    """The images of a source at `positions`, in that order, as a source.
 
-    `open` gives decoded records: classifiers train on views of whole images.
+    `open` gives decoded records, because classifiers train on views of whole images.
     """
 
     def __init__(self, source: Source, positions: Int[np.ndarray, " n"]):
@@ -165,26 +165,26 @@ class Subset(BaseSource):
 
     @property
     def bands(self) -> tuple[str, ...]:
-        """Those of the source."""
+        """The bands of the source."""
         return self._source.bands
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits, as `Source` has them."""
+        """16 hexadecimal digits of the source's fingerprint and the positions."""
         return fingerprint(
             (self._source.fingerprint,), *((int(i),) for i in self._positions)
         )
 
     def id(self, index: int) -> str:
-        """That of the source."""
+        """The image's id in the source."""
         return self._source.id(int(self._positions[index]))
 
     def path(self, index: int) -> pathlib.Path | None:
-        """That of the source."""
+        """The image's path in the source."""
         return self._source.path(int(self._positions[index]))
 
     def notes(self) -> list[str]:
-        """Those of the source."""
+        """The notes of the source."""
         return self._source.notes()
 
     def __len__(self) -> int:

@@ -1,13 +1,13 @@
-"""The published split: which records are for training and which for testing.
+"""The published split into training and test records.
 
-`split="train"` and `split="test"` are the same on every machine and for ever: within
-each class, the ids are ranked by the SHA-256 of their UTF-8 bytes (read as hexadecimal
-text), and the first `round(test_fraction * n)` of the n are the test split (Python's
-round: halves to even). Without labels all records are one class. EuroSAT at 0.2: 21,600
-/ 5,400; RESISC45 at 0.2: 25,200 / 6,300; UC Merced at 0.1: 1,890 / 210.
+`split="train"` and `split="test"` are the same on every machine and never change.
+Within each class, the ids are sorted by the SHA-256 of their UTF-8 bytes (as
+hexadecimal text). The first `round(test_fraction * n)` of n ids are the test split
+(Python's round: halves to even). Without labels, all records are one class. EuroSAT at
+0.2: 21,600 / 5,400; RESISC45 at 0.2: 25,200 / 6,300; UC Merced at 0.1: 1,890 / 210.
 
-`split` may also be the path of a text file with one id a line. Labels and class names
-are numbered before the split, hence the same in all.
+`split` may also be the path of a text file with one id per line. Labels and class names
+are numbered before the split, so they are the same in every split.
 """
 
 import collections
@@ -31,14 +31,14 @@ def split_indices(
     Args:
       ids: one per record.
       labels: int [len(ids)] or None.
-      split: "all", "train", "test", or the path of a text file with one id a line.
+      split: "all", "train", "test", or the path of a text file with one id per line.
       test_fraction: between 0 and 1, for "train" and "test".
 
     Returns:
       int64 [n], ascending.
 
     Raises:
-      UserError: no such split or file, unknown or repeated ids, nothing left.
+      UserError: no such split or file, unknown or repeated ids, an empty split.
     """
     if split == "all":
         return np.arange(len(ids))
@@ -70,12 +70,12 @@ def _listed(ids: Sequence[str], path: str) -> np.ndarray:
         lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"split={path!r} is none of 'all', 'train', 'test' and cannot be read as "
-            f"a text file of ids ({getattr(error, 'strerror', None) or error})"
+            f"split={path!r}, expected 'all', 'train', 'test' or a text file of ids, "
+            f"which cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
     wanted = [line.strip() for line in lines if line.strip()]
     if not wanted:
-        raise UserError(f"the split list {path} is empty; write one id a line")
+        raise UserError(f"the split list {path} is empty; write one id per line")
     repeated = len(wanted) - len(set(wanted))
     if repeated:
         first = collections.Counter(wanted).most_common(1)[0][0]
@@ -88,6 +88,7 @@ def _listed(ids: Sequence[str], path: str) -> np.ndarray:
     if unknown:
         raise UserError(
             f"the split list {path} has {len(unknown)} of {len(wanted)} ids that are "
-            f"not in the data, the first {unknown[0]!r}; ids look like {ids[0]!r}"
+            f"not in the data, the first is {unknown[0]!r}; expected ids like "
+            f"{ids[0]!r}"
         )
     return np.array(sorted(index_of[name] for name in wanted))

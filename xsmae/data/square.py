@@ -1,20 +1,20 @@
-"""Whole images brought to a size: the largest central square, area-averaged."""
+"""Resizes a whole image: cuts its largest central square and averages by area."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-# As result rows say it. Pillow's BOX weighs every source pixel of an output pixel's
-# square alike, exactly so where the sides divide; it would repeat pixels where the
-# image is enlarged, hence bicubic there.
+# Result rows contain this text. Pillow's BOX gives all source pixels of an output pixel
+# the same weight; this is exact if the sides divide. When enlarging it would repeat
+# pixels, so bicubic is used there.
 RESIZE = "area-averaged (Pillow BOX); bicubic where enlarged"
 
 
 def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]:
     """The largest central square, resized as `RESIZE` says, and its GSD.
 
-    image: [height, width, bands], uint8, or floating numbers in 0-1, which become
+    image: [height, width, bands], uint8, or floating-point numbers in 0-1, which become
     float32. gsd: metres per pixel, or an array of (y, x).
     """
     height, width, bands = image.shape
@@ -29,7 +29,7 @@ def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]
         parts = [_resize(image[..., band], size, box) for band in range(bands)]
         resized = np.stack(parts, axis=-1)
         if image.dtype != np.uint8:
-            resized = resized.clip(0, 1)  # bicubic overshoots, as it does for uint8
+            resized = resized.clip(0, 1)  # bicubic overshoots; uint8 is clipped too
     return resized, gsd * side / size
 
 
@@ -39,6 +39,6 @@ def _resize(image: np.ndarray, size: int, box: tuple[int, int, int, int]) -> np.
         (size, size),
         Image.Resampling.BOX if size <= side else Image.Resampling.BICUBIC,
         box=box,
-        reducing_gap=None,  # one step: no coarser first reduction
+        reducing_gap=None,  # resize in one step, without a coarser first reduction
     )
     return np.asarray(resized)

@@ -1,4 +1,4 @@
-"""All images of a source read once, and what there is to say of them."""
+"""Reads all images of a source once and collects statistics about them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 from xsmae.data.records import Source, pixel_digest
 from xsmae.errors import BadImageError
 
-CHUNK = 256  # images that are read ahead at most
+CHUNK = 256  # most images to read ahead
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
     """One image that was read.
 
-    shape: height, width. mean, square: of its pixels in 0-1 and of their squares, a
-    number a band, float64.
+    shape: height, width. mean, square: the means of the pixels in 0-1 and of their
+    squares, one number per band, float64.
     """
 
     index: int
@@ -35,17 +35,17 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a source holds: images in its order, and id -> reason of those refused."""
+    """The images of a source in order, and id -> reason for those rejected."""
 
     source: Source
     images: list[Image]
     rejected: dict[str, str]
 
     def statistics(self, left_out: set[str] = frozenset()) -> tuple[list, list]:
-        """Mean and standard deviation of each band in 0-1, every image alike.
+        """Mean and standard deviation of each band in 0-1, with equal image weights.
 
         Training draws images, not pixels, so a large image counts as one. left_out: ids
-        of images that do not count, such as those of the test part.
+        of images to skip, such as those of the test part.
         """
         counted = [i for i in self.images if self.source.id(i.index) not in left_out]
         mean = np.mean([image.mean for image in counted], axis=0)
@@ -53,19 +53,19 @@ class Survey:
         return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
 
     def classes(self) -> dict[str, int]:
-        """Images of each class; empty without labels."""
+        """The number of images of each class; empty without labels."""
         counts = collections.Counter(image.label for image in self.images)
         return {name: counts[i] for i, name in enumerate(self.source.class_names)}
 
     def identical(self) -> list[list[str]]:
-        """The ids of each group of images with the same pixels."""
+        """Groups of ids whose images have the same pixels."""
         groups = collections.defaultdict(list)
         for image in self.images:
             groups[image.digest].append(self.source.id(image.index))
         return [ids for ids in groups.values() if len(ids) > 1]
 
     def also_in(self, other: Survey) -> list[tuple[str, str]]:
-        """Pairs of ids of an image here and one in `other` with the same pixels."""
+        """Pairs of ids with the same pixels: an image here and one in `other`."""
         there = {i.digest: other.source.id(i.index) for i in reversed(other.images)}
         return [
             (self.source.id(image.index), there[image.digest])
@@ -81,9 +81,9 @@ def survey(
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Survey:
-    """Read every image, or those at `indices`.
+    """Reads every image, or those at `indices`.
 
-    Raises KeyboardInterrupt where `should_stop()`.
+    Raises KeyboardInterrupt once `should_stop()` is true.
     """
     indices = range(len(source)) if indices is None else indices
     images, rejected = [], {}
@@ -104,7 +104,7 @@ def _read(
             record = source[index]
         except BadImageError as error:
             return index, str(error)
-        # float64 of one row at a time: a scene of 100 MB would be 800.
+        # One row at a time: in float64, a scene of 100 MB would take 800 MB.
         sums = np.zeros((2, record.image.shape[2]))
         for row in record.image:
             values = row / 255.0

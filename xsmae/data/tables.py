@@ -1,4 +1,4 @@
-"""The source of a CSV that lists images: paths confined to a root, labels, GSDs."""
+"""The source that reads a CSV of images: paths inside a root, labels, GSDs."""
 
 import csv
 import os
@@ -13,9 +13,9 @@ from xsmae.data.records import GSD_HELP, check_gsd, number
 from xsmae.data.splits import split_indices
 from xsmae.errors import UserError
 
-# The first that is present counts. image_path and category are the names in the CSVs
-# that SatMAE (util/datasets.py, SentinelIndividualImageDataset) and the official
-# Cross-Scale MAE repository (util/datasets.py, Dataset_fmow_sentinel) read by name.
+# The first name present in the header is used. SatMAE (util/datasets.py,
+# SentinelIndividualImageDataset) and the official Cross-Scale MAE repository
+# (util/datasets.py, Dataset_fmow_sentinel) read the names image_path and category.
 PATH_COLUMNS = ("path", "image_path", "file_path", "filepath", "filename", "image")
 LABEL_COLUMNS = ("label", "category", "class", "class_name")
 GSD_COLUMNS = ("gsd",)
@@ -30,7 +30,8 @@ def read_listing(
     """Reads and checks a CSV of images, as `CsvSource` describes it.
 
     Returns:
-      the root folder, and all records; `gsds` is None where neither gives them.
+      the root folder, and all records. `gsds` is None if neither the table nor `gsd`
+      gives them.
     """
     table = pathlib.Path(csv_path).expanduser().absolute()
     header, rows = _read_csv(table)
@@ -45,7 +46,7 @@ def read_listing(
     gsd_column = _column(header, GSD_COLUMNS)
     if gsd_column is not None and gsd is not None:
         raise UserError(
-            f"{table} has a gsd column and gsd={gsd} is given too; leave one out"
+            f"{table} has a gsd column and gsd={gsd} is given too; remove one of them"
         )
 
     real_root = os.path.realpath(folder)
@@ -56,14 +57,14 @@ def read_listing(
         path = _confined(row[path_column], folder, real_root, where)
         if path in lines:
             raise UserError(
-                f"{where}: {path!r} is also on line {lines[path]}; list it once"
+                f"{where}: {path!r} is also on line {lines[path]}; list each path once"
             )
         lines[path] = line
         if label_column is not None:
             if not row[label_column]:
                 raise UserError(
-                    f"{where}: the column {header[label_column]!r} is empty; fill it, "
-                    "or leave the column out"
+                    f"{where}: the column {header[label_column]!r} is empty; fill it "
+                    "in, or remove the column"
                 )
             texts.append(row[label_column])
         if gsd_column is not None:
@@ -72,8 +73,8 @@ def read_listing(
     sizes = [(file_size(folder / name),) for name in ids]
     if all(size == (-1,) for size in sizes):
         raise UserError(
-            f"none of the {len(ids)} images of {table} is there, the first "
-            f"{ids[0]!r}; give the folder that the paths are relative to as root"
+            f"none of the {len(ids)} images in {table} exists, the first is "
+            f"{ids[0]!r}; set root to the folder that the paths are relative to"
         )
     labels, names = _number_labels(texts) if texts else (None, ())
     if gsd is not None:
@@ -86,7 +87,7 @@ def gsds_from_csv(
 ) -> np.ndarray:
     """Reads the GSD of every id from a CSV with the columns path and gsd.
 
-    A path is relative to `root`, or absolute.
+    Paths are relative to `root` or absolute.
 
     Returns:
       float64 [len(ids)], metres per pixel.
@@ -108,19 +109,19 @@ def gsds_from_csv(
         where = f"line {line} of {table}"
         path = _relative(row[path_column], root, real_root)
         if path in gsds:
-            raise UserError(f"{where}: {path!r} is there twice; list it once")
+            raise UserError(f"{where}: {path!r} is listed twice; list each path once")
         gsds[path] = check_gsd(row[gsd_column], where)
     missing = [name for name in ids if name not in gsds]
     if missing:
         raise UserError(
-            f"{table} has no GSD for {len(missing)} of {len(ids)} images, the first "
+            f"{table} has no GSD for {len(missing)} of {len(ids)} images, the first is "
             f"{missing[0]!r}; add a line for each"
         )
     return np.array([gsds[name] for name in ids])
 
 
 def _read_csv(table: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header in lower case, and (line number, cells) of each row that has any."""
+    """The header in lower case, and (line number, cells) of each row with content."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             first = file.readline()
@@ -136,14 +137,14 @@ def _read_csv(table: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]
     rows = [(line, row) for line, row in rows if any(row)]
     if len(rows) < 2:
         raise UserError(
-            f"{table} has {len(rows)} lines; expected a header and a line per image"
+            f"{table} has {len(rows)} lines; expected a header and one line per image"
         )
     header = [name.lower() for name in rows.pop(0)[1]]
     for line, row in rows:
         if len(row) != len(header):
             raise UserError(
                 f"line {line} of {table} has {len(row)} cells, expected {len(header)} "
-                "as in the header; quote cells that hold the delimiter"
+                "as in the header; quote cells that contain the delimiter"
             )
     return header, rows
 
@@ -153,7 +154,7 @@ def _column(header: Sequence[str], names: Sequence[str]) -> int | None:
 
 
 def _shown(header: Sequence[str]) -> str:
-    """The names in a line, whatever characters they have."""
+    """The names on one line, with control characters escaped."""
     return ", ".join(repr(name)[1:-1] for name in header)
 
 
@@ -165,7 +166,7 @@ def _number_labels(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _relative(path: str, root: pathlib.Path, real_root: str) -> str:
-    """`path` with forward slashes; an absolute one inside the root relative to it."""
+    """`path` with forward slashes, relative to the root if it lies inside it."""
     for folder in (os.path.abspath(root), real_root):
         inside = path.startswith("/") and ".." not in path.split("/")
         if inside and pathlib.PurePosixPath(path).is_relative_to(folder):
@@ -179,14 +180,14 @@ def _confined(path: str, root: pathlib.Path, real_root: str, where: str) -> str:
     outside = parts.drive or parts.root or ".." in parts.parts
     if not path or outside or "\0" in path:
         raise UserError(
-            f"{where}: the path is {path!r}, expected one inside the root folder "
-            f"{root}: relative to it or absolute, without '..'"
+            f"{where}: the path is {path!r}, expected a path inside the root folder "
+            f"{root}, relative or absolute, without '..'"
         )
     real = os.path.realpath(os.path.join(real_root, relative))
     if not real.startswith(real_root.rstrip("/") + "/"):
         raise UserError(
-            f"{where}: {path!r} is a link that leads out of the root folder; copy the "
-            "file, or give a root that holds both"
+            f"{where}: {path!r} is a link to a file outside the root folder; copy the "
+            "file, or give a root that contains both"
         )
     return relative
 
@@ -194,20 +195,22 @@ def _confined(path: str, root: pathlib.Path, real_root: str, where: str) -> str:
 class CsvSource(FileSource):
     """The images that a CSV lists, in its order.
 
-    The header names the columns, in any case: one of `PATH_COLUMNS`, and optionally one
-    of `LABEL_COLUMNS` and `gsd`; others are ignored. The delimiter is the one of comma,
-    semicolon and tab that the header has most of. Labels are text (numbered in sorted
-    order) or whole numbers (numbered in their order). A CSV numbers its own labels: for
-    numbers that agree between training and test, use one CSV and `split`.
+    The header names the columns in upper or lower case: one of `PATH_COLUMNS`, and
+    optionally one of `LABEL_COLUMNS` and `gsd`. Other columns are ignored. The
+    delimiter is the most frequent of comma, semicolon and tab in the header. Labels are
+    text (numbered in sorted order) or whole numbers (numbered in ascending order). Each
+    CSV numbers its own labels; use one CSV and `split` so that training and test
+    numbers agree.
 
-    Paths are relative to `root`, or absolute, and stay inside it: a `..`, or a path or
-    link that leads out, is a UserError with its line. A listed file that is missing is
-    a BadImageError when it is read, unless all are.
+    Paths are relative to `root` or absolute, and must stay inside it. A path with `..`,
+    or a path or link to a file outside, is a UserError with its line number. A missing
+    file is a BadImageError when it is read; if all files are missing, it is a
+    UserError.
 
     Args:
       csv_path: the table, UTF-8.
-      root: the folder of the paths; None: the folder of the CSV.
-      gsd: metres per pixel of every image, where the table has no `gsd` column.
+      root: the folder that paths are relative to; None: the folder of the CSV.
+      gsd: metres per pixel of every image, if the table has no `gsd` column.
       split, test_fraction: see `splits`; an id is a path relative to `root`.
       min_side, max_pixels: see `images.decode`.
 
@@ -229,8 +232,8 @@ class CsvSource(FileSource):
         folder, listing = read_listing(csv_path, root=root, gsd=gsd)
         if listing.gsds is None:
             raise UserError(
-                f"{csv_path} has no gsd column and no gsd is given: {GSD_HELP}, or add "
-                "the column"
+                f"{csv_path} has no gsd column and gsd is not given: {GSD_HELP}, or "
+                "add the column"
             )
         chosen = split_indices(listing.ids, listing.labels, split, test_fraction)
         super().__init__(

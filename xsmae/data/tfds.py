@@ -1,4 +1,4 @@
-"""The source of a prepared TFDS data set; `records.py` says what a source is."""
+"""The source that reads a prepared TFDS data set; `records.py` defines sources."""
 
 import contextlib
 import math
@@ -26,25 +26,26 @@ from xsmae.errors import BadImageError, UserError
 
 
 class TfdsSource(BaseSource):
-    """A TFDS data set that has been prepared as ArrayRecord; no TensorFlow needed.
+    """A TFDS data set that was prepared as ArrayRecord; needs no TensorFlow.
 
     Reads the features `image` (encoded; decoded by `images.decode`), and if present
-    `label`, `filename` (the id; else `<split>/<position>`), `gsd` and `box`. Nothing is
-    downloaded or prepared here.
+    `label`, `filename` (the id, otherwise `<split>/<position>`), `gsd` and `box`.
+    Downloads and prepares nothing.
 
-    Splits: where the data set has more than one of its own, as our fMoW has `train` and
-    `val`, `split` picks one by name and "all" joins them in sorted order. Where it has
-    one (EuroSAT, RESISC45, UC Merced), "train" and "test" are the published rule over
-    all its records; the constructor then reads them once, undecoded, for ids and labels
-    (about 15,000 records a second). A list of ids works for both.
+    If the data set has several splits of its own (our fMoW has `train` and `val`),
+    `split` picks one by name and "all" joins them in sorted order. If it has one split
+    (EuroSAT, RESISC45, UC Merced), "train" and "test" follow the published rule over
+    all records. The constructor then reads every record once, undecoded, for ids and
+    labels (about 15,000 records a second). A list of ids works in both cases.
 
     Args:
-      name: `name`, `name/config` or `name/config:version`; the newest version if none.
+      name: `name`, `name/config` or `name/config:version`; the newest version by
+        default.
       data_dir: the folder that TFDS prepared into.
       split, test_fraction: see above and `splits`.
-      gsd: metres per pixel of every image, where the data has no `gsd` feature.
-      crop, context: where there is a `box` feature with an area: cut it out with this
-        fraction of its side added on each side; as `fmow.FmowSource`.
+      gsd: metres per pixel of every image, if the data has no `gsd` feature.
+      crop, context: if a `box` feature has an area, cut it out with this fraction of
+        its side added on each side, as in `fmow.FmowSource`.
       min_side, max_pixels: see `images.decode`.
 
     Raises:
@@ -72,18 +73,18 @@ class TfdsSource(BaseSource):
         features, splits = dict(builder.info.features), builder.info.splits
         if not isinstance(features.get("image"), tfds.features.Image):
             raise UserError(
-                f"{name} has no 'image' feature, but {', '.join(features)}; choose a "
+                f"{name} has no 'image' feature, found {', '.join(features)}; choose a "
                 "config of RGB images"
             )
         self._has_gsd = "gsd" in features
         if self._has_gsd == (gsd is not None):
             raise UserError(
-                f"{name} has a gsd per image and gsd={gsd} is given too; leave it out"
+                f"{name} has a gsd per image and gsd={gsd} is given too; remove it"
                 if self._has_gsd
-                else f"{name} has no gsd feature and no gsd is given: {GSD_HELP}"
+                else f"{name} has no gsd feature and gsd is not given: {GSD_HELP}"
             )
         self._gsd = None if gsd is None else check_gsd(gsd, "gsd")
-        # A label that is no ClassLabel (a text, a mask) has no names.
+        # Only a ClassLabel has names; the label may also be a text or a mask.
         self._class_names = tuple(getattr(features.get("label"), "names", ()))
         self._crop, self._context = crop, context
         self._min_side, self._max_pixels = min_side, max_pixels
@@ -91,7 +92,7 @@ class TfdsSource(BaseSource):
         own = split in splits and (len(splits) > 1 or split not in ("train", "test"))
         if not own and len(splits) > 1 and split in ("train", "test"):
             raise UserError(
-                f"{name} has no split {split!r}, but {', '.join(sorted(splits))}; "
+                f"{name} has no split {split!r}, found {', '.join(sorted(splits))}; "
                 "choose one of them"
             )
         self._splits = [split] if own else sorted(splits)
@@ -103,7 +104,7 @@ class TfdsSource(BaseSource):
             decoders={"image": tfds.decode.SkipDecoding()},
         )
         self._indices = np.arange(len(self._data))
-        self._check(0)  # a missing or damaged file fails here rather than in the run
+        self._check(0)  # a missing or damaged file fails here, not during the run
         self._scanned: tuple[list[str], np.ndarray | None] | None = None
         if not own and split != "all":
             ids, labels = self._scan()
@@ -112,8 +113,8 @@ class TfdsSource(BaseSource):
                 [ids[i] for i in self._indices],
                 None if labels is None else labels[self._indices],
             )
-        # TFDS's own numbers stand for the content: reading every record of fMoW only
-        # for a fingerprint would take half an hour.
+        # TFDS's own numbers represent the content, since reading every record of fMoW
+        # for a fingerprint takes half an hour.
         self._fingerprint = fingerprint(
             (type(self).__name__, builder.info.full_name, self._gsd, crop, context),
             *(
@@ -125,7 +126,7 @@ class TfdsSource(BaseSource):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over name, version, sizes, shards, GSD and indices."""
+        """16 hexadecimal digits of name, version, sizes, shards, GSD and indices."""
         return self._fingerprint
 
     @property
@@ -142,7 +143,7 @@ class TfdsSource(BaseSource):
         return self._scanned[1]
 
     def id(self, index: int) -> str:
-        """The file name that the data set gives, or its position."""
+        """The file name from the data set, or the split and the position."""
         if self._scanned:
             return self._scanned[0][index]
         position = int(self._indices[index])
@@ -160,7 +161,7 @@ class TfdsSource(BaseSource):
 
     @contextlib.contextmanager
     def open(self, index: int) -> Iterator[Record]:
-        """The record with its image undecoded, see `records.Source`."""
+        """A context with the record, its image undecoded; see `records.Source`."""
         position = int(self._indices[operator.index(index)])
         record = self._read(position)
         gsd = float(record["gsd"]) if self._has_gsd else self._gsd
@@ -185,9 +186,9 @@ class TfdsSource(BaseSource):
         except Exception as error:
             reason = str(error).partition(";")[0]
             raise BadImageError(f"the prepared file is damaged: {reason}") from error
-        # What array_record gives beyond the end of a file that is cut short.
+        # array_record returns None beyond the end of a truncated file.
         if any(value is None for value in record.values()):
-            raise BadImageError("the prepared file is damaged: it is cut short")
+            raise BadImageError("the prepared file is damaged: it is truncated")
         return record
 
     def _check(self, position: int) -> dict[str, Any]:
@@ -227,11 +228,11 @@ def _prepared_builder(name: str, data_dir: str | os.PathLike) -> Any:
         f"python -m xsmae.data.fmow_tfds --root=FMOW --data_dir={data_dir}"
         if name.startswith("fmow")
         else f"tfds build {name} --file_format=array_record --data_dir={data_dir} "
-        "(TFDS's own data sets need TensorFlow for that, once)"
+        "(needs TensorFlow once, for TFDS's own data sets)"
     )
     try:
-        # From the prepared files alone: tfds.builder() would look for code, and
-        # tfds.data_source() would download what is not there.
+        # Read only the prepared files: tfds.builder() would look for code, and
+        # tfds.data_source() would download missing files.
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, OSError):
         raise UserError(f"no prepared {name!r} in {data_dir}; {how}") from None

@@ -1,8 +1,8 @@
-"""Which TIFFs are read: one picture of 8 bits a channel, without other bands.
+"""Checks for TIFFs: one picture of up to 8 bits per channel, without other bands.
 
-Pillow opens more, and hides what it changes: it cuts 16 bits to 8, drops a fourth band
-and the second page, and leaves missing strips black. A TIFF says in its first directory
-what it holds; `check_tiff` reads that before Pillow does.
+Pillow opens more TIFFs and silently changes them: it cuts 16 bits to 8, drops a fourth
+band and the second page, and leaves missing strips black. The first directory of a TIFF
+describes its content, so `check_tiff` reads that before Pillow opens the file.
 """
 
 import math
@@ -21,8 +21,8 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # + is BigTIFF
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS = 254, 256, 257, 258, 259, 262
 _STRIPS, _SAMPLES, _ROWS, _STRIP_SIZES, _PLANAR = 273, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_SIZES = 322, 323, 324, 325
-_NUMBERS = 339  # SampleFormat: what kind of numbers
-_NODATA = 42113  # GDAL's: the value of pixels without one, as text
+_NUMBERS = 339  # SampleFormat: the kind of numbers
+_NODATA = 42113  # GDAL's tag: the value that marks pixels without data, as text
 _READ = (
     _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _STRIPS, _SAMPLES, _ROWS,
     _STRIP_SIZES, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_SIZES, _NUMBERS,
@@ -33,23 +33,24 @@ _LISTS = (_BITS, _STRIPS, _STRIP_SIZES, _TILES, _TILE_SIZES, _NUMBERS, _NODATA)
 _TYPES = {1: "B", 2: "B", 3: "H", 4: "I", 16: "Q"}
 _RAW, _JPEG = 1, 7
 _COMPRESSIONS = (_RAW, 5, 8, 32773, 32946)
-_LARGE_TILE = 2**20  # pixels, which a small image too may be stored in
+_LARGE_TILE = 2**20  # pixels; even a small image may be stored in tiles of this size
 _WHITE_IS_ZERO = 0
-_BANDS_OF = {_WHITE_IS_ZERO: 1, 1: 1, 2: 3, 3: 1}  # of each colour space that is read
+_BANDS_OF = {_WHITE_IS_ZERO: 1, 1: 1, 2: 3, 3: 1}  # supported colour space -> bands
 _COLOUR_NAMES = {4: "a mask", 5: "mode CMYK", 6: "mode YCbCr", 8: "mode LAB"}
 _NUMBER_NAMES = {2: "signed integers", 3: "floating-point numbers"}
 
 
 def check_tiff(file: BinaryIO, *, max_pixels: int) -> None:
-    """Raises BadImageError, in one line, for a TIFF that is not read as it is.
+    """Raises BadImageError, in one line, for a TIFF that would be read with changes.
 
-    Reads the first directory alone. `max_pixels` bounds a tile, which is decoded whole.
+    Reads only the first directory. `max_pixels` also limits a tile, because Pillow
+    decodes whole tiles.
     """
     tags, file_size, more = _read_directory(file)
     _check_numbers(tags)
     compression = tags.get(_COMPRESSION, (_RAW,))[0]
     if compression not in _COMPRESSIONS:
-        # Within a TIFF the decoder fills what is damaged of a JPEG, and does not say.
+        # Inside a TIFF, the decoder silently fills in damaged parts of a JPEG.
         found = "JPEG" if compression == _JPEG else compression
         raise BadImageError(
             f"TIFF compression {found}; expected none, LZW, Deflate or PackBits"
@@ -60,7 +61,7 @@ def check_tiff(file: BinaryIO, *, max_pixels: int) -> None:
             "several pictures in one TIFF (pages, overviews or a mask); save one"
         )
     if tags.get(_SUBFILE, (0,))[0] & 5:
-        raise BadImageError("a TIFF of a preview or a mask; save the picture itself")
+        raise BadImageError("a preview or mask in a TIFF; save the picture itself")
     _check_layout(tags, file_size, max_pixels)
 
 
@@ -72,7 +73,7 @@ def has_nodata(image: Image.Image) -> bool:
     try:
         value = float(text.strip("\0 ") if isinstance(text, str) else text)
     except (TypeError, ValueError):
-        raise BadImageError(f"the no-data value {text!r} is no number") from None
+        raise BadImageError(f"the no-data value {text!r} is not a number") from None
     pixels = np.asarray(image)
     equal = pixels == value
     return bool((equal if equal.ndim == 2 else equal.all(axis=-1)).any())
@@ -108,13 +109,13 @@ def _check_colours(tags: dict[int, tuple[int, ...]]) -> None:
     if not bits <= ({8} if samples == 3 else {1, 2, 4, 8}):
         raise BadImageError(f"{max(bits)} bits a channel; expected 8")
     if _NODATA in tags and (colours == _WHITE_IS_ZERO or bits != {8}):
-        raise BadImageError("a no-data value of other than 8-bit pixels; remove it")
+        raise BadImageError("a no-data value without plain 8-bit pixels; remove it")
 
 
 def _check_layout(
     tags: dict[int, tuple[int, ...]], file_size: int, max_pixels: int
 ) -> None:
-    """All strips or tiles that cover the picture are listed and lie in the file."""
+    """Checks that strips or tiles cover the picture and lie inside the file."""
     width, height = (tags.get(tag, (0,))[0] for tag in (_WIDTH, _HEIGHT))
     tiled = _TILES in tags
     if tiled:
@@ -134,11 +135,11 @@ def _check_layout(
     planes = samples if tags.get(_PLANAR) == (2,) else 1
     rows = math.ceil(height / down)
     expected = math.ceil(width / across) * rows * planes
-    # A sparse TIFF has 0 for what it leaves out.
+    # A sparse TIFF stores 0 for missing parts.
     if not len(offsets) == len(sizes) == expected or not all((*offsets, *sizes)):
         raise BadImageError(
-            f"cannot be decoded: pixels are missing, of {expected} strips or tiles the "
-            f"TIFF has {min(len(offsets), sum(map(bool, sizes)))}"
+            "cannot be decoded: pixels are missing, the TIFF has "
+            f"{min(len(offsets), sum(map(bool, sizes)))} of {expected} strips or tiles"
         )
     if any(map(lambda at, size: at + size > file_size, offsets, sizes)):
         raise BadImageError("cannot be decoded: the TIFF is truncated")
@@ -153,9 +154,10 @@ def _check_layout(
 
 
 def _read_directory(file: BinaryIO) -> tuple[dict[int, tuple[int, ...]], int, bool]:
-    """The tags of `_READ` in the first directory, and the file's size in bytes.
+    """Reads the first directory of a TIFF.
 
-    Third: True if another directory follows.
+    Returns the tags in `_READ`, the file's size in bytes, and True if another
+    directory follows.
     """
     file_size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -171,7 +173,7 @@ def _read_directory(file: BinaryIO) -> tuple[dict[int, tuple[int, ...]], int, bo
 
     magic = take(4)
     order = "<" if magic[:2] == b"II" else ">"
-    # The number of entries, the number of values of an entry, an offset.
+    # Formats of the number of entries, an entry's number of values, and an offset.
     if b"*" in magic:
         entries, number, offset = "HII"
     else:

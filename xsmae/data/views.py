@@ -1,12 +1,13 @@
-"""Boxes, crops and the GSD they have: two scales of the same ground.
+"""Boxes, crops and their GSD: two scales of the same ground.
 
-The ground sample distance of a view is that of the source times how many source pixels
-one pixel of the view spans, per axis. An area fraction f of an image of n pixels gives
-a view of `size` pixels a GSD (geometric mean of its axes) of gsd * sqrt(f * n) / size.
-With areas drawn log-uniformly from [a, b], the GSD of view 1 is log-uniform between the
-two ends (but that a box which does not fit is drawn again, which thins out the
-largest), and so is the ratio of view 2's GSD to view 1's: both scales vary, and view
-2's GSD, a product, is peaked in the middle. A run draws its GSDs in `figures/gsd.png`.
+The GSD of a view is the source's GSD times the number of source pixels that one pixel
+of the view spans, per axis. If a view of `size` pixels shows an area fraction f of an
+image of n pixels, its GSD (geometric mean of the axes) is gsd * sqrt(f * n) / size.
+
+With areas drawn log-uniformly from [a, b], the GSD of view 1 is log-uniform too. Boxes
+that do not fit are drawn again, so the largest ones are rarer. The ratio of view 2's
+GSD to view 1's is also log-uniform. View 2's GSD is a product of the two, so its
+distribution peaks in the middle. A run plots its GSDs in `figures/gsd.png`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Box:
         return self.right - self.left
 
     def within(self, frame: Box, unit: Box) -> Box:
-        """This box, given in `unit`'s frame, as it lies with `unit` put on `frame`."""
+        """This box after the map that takes the rectangle `unit` to `frame`."""
         scale_y, scale_x = frame.height / unit.height, frame.width / unit.width
         return Box(
             frame.top + (self.top - unit.top) * scale_y,
@@ -57,7 +58,7 @@ class Box:
         )
 
     def mirrored(self, frame: Box, *, vertical: bool, horizontal: bool) -> Box:
-        """This box after `frame`, which holds it, was mirrored."""
+        """This box after mirroring the `frame` that contains it."""
         top, bottom, left, right = self.top, self.bottom, self.left, self.right
         if vertical:
             total = frame.top + frame.bottom
@@ -69,7 +70,7 @@ class Box:
 
     def to_array(self) -> np.ndarray:
         """[4] float32: top, left, bottom, right."""
-        # Not dataclasses.astuple, which copies deeply.
+        # dataclasses.astuple would make slow deep copies.
         return np.array((self.top, self.left, self.bottom, self.right), np.float32)
 
 
@@ -81,11 +82,11 @@ def draw_box(
     ratio: tuple[float, float],
     distribution: str,
 ) -> Box:
-    """A random box in `frame`: a fraction of its area, and a ratio of width to height.
+    """Draws a random box in `frame`: a fraction of its area, and a width/height ratio.
 
-    The ratio is log-uniform. A box that does not fit is drawn again, ten times at most,
-    then it is the largest central one of an allowed ratio: torchvision's
-    RandomResizedCrop, but for its rounding to whole pixels.
+    The ratio is log-uniform. A box that does not fit is drawn again. After ten tries,
+    the result is the largest central box of an allowed ratio. This is torchvision's
+    RandomResizedCrop without rounding to whole pixels.
     """
     for _ in range(10):
         if distribution == "uniform":
@@ -108,7 +109,7 @@ def draw_box(
 
 
 def cut(image: np.ndarray, box: Box, size: int, interpolation: str) -> np.ndarray:
-    """The ground of `box` in [size, size] pixels, resampled once with antialiasing."""
+    """The area of `box` as [size, size] pixels, resampled once with antialiasing."""
     return np.asarray(_cut(Pixels(Image.fromarray(image)), box, size, interpolation))
 
 
@@ -119,10 +120,10 @@ def _cut(pixels: Pixels, box: Box, size: int, interpolation: str) -> Image.Image
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """The draws of a sample.
+    """The random draws of a sample.
 
-    boxes: of the views, in source pixels. vertical, horizontal: whether the views are
-    mirrored. displayed: view 2's box in view 1's pixels before mirroring, if it was
+    boxes: one per view, in source pixels. vertical, horizontal: True if the views are
+    mirrored. displayed: view 2's box in pixels of view 1 before mirroring, if it was
     drawn there.
     """
 
@@ -134,7 +135,7 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class ViewSampler:
-    """How the views of a sample are drawn; the fields are those of `config.views`."""
+    """Draws the views of a sample; the fields are those of `config.views`."""
 
     num_views: int
     size: int
@@ -144,7 +145,7 @@ class ViewSampler:
     interpolation: str
     horizontal_flip: float
     vertical_flip: float
-    # Of view 2; a sampler of one view has no use for them.
+    # For view 2; a sampler of one view ignores them.
     area2: tuple[float, float] = (0.25, 0.75)
     view2_from: str = "source"
     view2_box: str = "sample"
@@ -187,7 +188,7 @@ class ViewSampler:
         rng: np.random.Generator,
         batch_rng: np.random.Generator,
     ) -> Drawn:
-        """Where the views of an image of `shape` (height, width) lie."""
+        """Draws the boxes of the views of an image of `shape` (height, width)."""
         draw = {"ratio": self.ratio, "distribution": self.area_distribution}
         whole = Box(0.0, 0.0, float(shape[0]), float(shape[1]))
         boxes = [draw_box(rng, whole, area=self.area, **draw)]
@@ -198,7 +199,7 @@ class ViewSampler:
             box_rng = batch_rng if self.view2_box == "batch" else rng
             shown = Box(0.0, 0.0, float(self.size), float(self.size))
             if self.view2_box == "batch" or self.view2_from == "view1":
-                # Drawn in view 1 as it is displayed, where one box can serve all.
+                # Draw in the pixels of view 1, so that one box can serve a whole batch.
                 displayed = draw_box(box_rng, shown, area=self.area2, **draw)
                 mirrored = displayed.mirrored(
                     shown, vertical=vertical, horizontal=horizontal
@@ -220,9 +221,9 @@ class ViewSampler:
 
         Returns `image` [views, size, size, 3] uint8; `box` [views, 4], (top, left,
         bottom, right) in source pixels; `gsd` [views, 2], metres per pixel (y, x) of
-        each view; `flip` [2], whether the views are mirrored (vertically,
-        horizontally). `rng` is the sample's, `batch_rng` the same for a whole batch.
-        A `Picture` is decoded once, as fine as the views need; raises BadImageError.
+        each view; `flip` [2], True if the views are mirrored (vertically,
+        horizontally). `rng` belongs to the sample; `batch_rng` is shared by a batch.
+        A `Picture` is decoded once, as finely as the views need. Raises BadImageError.
         """
         drawn = self.draw(image.shape[:2], rng=rng, batch_rng=batch_rng)
         boxes, vertical, horizontal = drawn.boxes, drawn.vertical, drawn.horizontal
@@ -257,7 +258,8 @@ class ViewSampler:
 
 
 def _flip(image: Image.Image, vertical: bool, horizontal: bool) -> Image.Image:
-    # By Pillow: of an array, the copy to a batch would take 20 times as long.
+    # Pillow mirrors the memory. Copying a mirrored array into a batch would take 20
+    # times as long.
     if vertical:
         image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     if horizontal:

@@ -1,4 +1,4 @@
-"""What the synthetic world is painted on, and the colours of one scene."""
+"""The canvas of a synthetic scene, and the scene's colours."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ Colour = Sequence[float] | Sequence[Array]  # red, green, blue; 0 to 255
 
 
 class Canvas:
-    """Three float32 planes of reflected light, 0 to 255, painted layer over layer."""
+    """Three float32 planes of reflected light, 0 to 255, painted in layers."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.planes = np.zeros((3, *shape), np.float32)
@@ -18,16 +18,16 @@ class Canvas:
     def paint(
         self, cover: float | Array, colour: Colour, tone: float | Array = 1
     ) -> None:
-        """Lay `colour` x `tone` over the share `cover` of each sample."""
+        """Paints `colour` x `tone` over the share `cover` of each sample."""
         for plane, value in zip(self.planes, colour, strict=True):
             plane += (value * tone - plane) * cover
 
     def shade(self, cover: Array, strength: float = 0.55) -> None:
-        """Put the share `cover` of each sample into shadow."""
+        """Puts the share `cover` of each sample into shadow."""
         self.planes *= 1 - strength * cover
 
     def plant(self, trees: Crowns, colour: Colour, where: float | Array = 1) -> None:
-        """Trees with their shadows, as far as `where` allows."""
+        """Paints trees and their shadows, scaled by the share `where`."""
         self.shade(trees.shadow * where)
         self.paint(trees.cover * where, colour, trees.brightness)
 
@@ -42,7 +42,7 @@ class Canvas:
         there: float | Array = 1,
         ridge: float = 0,
     ) -> None:
-        """One box with its shadow in each cell, metres; `ridge`: a gable's contrast."""
+        """Paints a box and its shadow in each cell (metres); `ridge`: roof contrast."""
         light_u, light_v = cells.ground.light
         fallen = [
             cells.box(*half, at[0] + light_u * height * t, at[1] + light_v * height * t)
@@ -59,12 +59,12 @@ class Canvas:
 
 
 def blend(first: Sequence[float], second: Sequence[float], share: float) -> list[float]:
-    """A colour so far on the way from the first to the second."""
+    """Mixes two colours; `share` is the part of the second."""
     return [a + (b - a) * share for a, b in zip(first, second, strict=True)]
 
 
 class Materials:
-    """The colours of one scene: what its season, geology and builders made of it."""
+    """The colours of one scene, drawn for its season, soil and buildings."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         dry, autumn, bright = rng.random(), rng.random(), rng.random()
@@ -89,7 +89,7 @@ class Materials:
         self.roofs = [(tiles, slate, pale)[i] for i in order]
 
     def roof(self, choice: Array, variety: float) -> list[Array]:
-        """Roofs for uniform numbers: of one kind at `variety` 0, of all three at 1."""
+        """Roof colours for uniform numbers: one kind at `variety` 0, all three at 1."""
         kind = (choice * (2.99 * variety)).astype(np.int32)
         tone = 0.85 + 0.3 * ((choice * 37) % 1)
         table = np.array(self.roofs, np.float32)

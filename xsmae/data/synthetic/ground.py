@@ -1,9 +1,9 @@
-"""What the synthetic world is drawn with: noise, rows, cells and trees on the ground.
+"""Noise, rows, cells and trees on the ground of the synthetic world.
 
-Everything here is a function of ground position alone and is averaged, in closed form
-and approximately, over a square footprint around it. Only float32 `+ - * /`, `sqrt`,
-`floor`, comparisons and integer hashes touch a pixel: IEEE arithmetic fixes those, so a
-scene has the same bits on every machine and in every window.
+Everything here depends only on the ground position. It is averaged approximately, in
+closed form, over a square footprint around that position. Pixels use only float32
+`+ - * /`, `sqrt`, `floor`, comparisons and integer hashes. IEEE arithmetic defines
+those exactly, so a scene has the same bits on every machine and in every window.
 """
 
 import dataclasses
@@ -31,9 +31,10 @@ def hashed(column: Array, row: Array, key: int) -> Array:
 class Ground:
     """Sample positions in one frame of the ground, and the footprint around each.
 
-    `u` (to the right) and `v` (down) are metres and broadcast to [rows, columns];
-    `footprint_u/v` is the side of the box averaged over. `light` points from the sun
-    along the ground, in metres of shadow per metre of height. `key` seeds the hashes.
+    `u` (to the right) and `v` (down) are metres and broadcast to [rows, columns].
+    `footprint_u/v` are the sides of the box to average over. `light` points from the
+    sun along the ground, in metres of shadow per metre of height. `key` seeds the
+    hashes.
     """
 
     u: Array
@@ -53,7 +54,7 @@ class Ground:
         # Half-angle form of sine and cosine: exact arithmetic, no libm.
         t = 2 * turn - 1
         c, s = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-        # A box turned has the same variance along a direction as this shorter box.
+        # This box has the same variance along each axis as the turned box.
         squares = self.footprint_u**2, self.footprint_v**2
         return dataclasses.replace(
             self,
@@ -68,13 +69,13 @@ class Ground:
         )
 
     def moved(self, u: float | Array, v: float | Array) -> "Ground":
-        """The same samples in a frame whose origin lies at (u, v) of this one."""
+        """The same samples in a frame with its origin at (u, v) of this one."""
         return dataclasses.replace(self, u=self.u - u, v=self.v - v)
 
     def noise(self, wavelength: float, salt: int) -> Array:
         """Smooth noise in [-1, 1], mean 0, [rows, columns]; not for turned frames.
 
-        It fades out as the footprint grows to its wavelength (metres).
+        It fades out as the footprint approaches the wavelength (metres).
         """
         kept = blur(self.footprint / wavelength)
         if not kept:
@@ -93,20 +94,20 @@ class Ground:
         return left + (right - left) * across
 
     def texture(self, wavelengths: Sequence[float], salt: int) -> Array:
-        """Noise over several wavelengths of equal weight, about [-1, 1]."""
+        """Noise of several wavelengths with equal weights, about [-1, 1]."""
         layers = (self.noise(w, salt + i) for i, w in enumerate(wavelengths))
         return sum(layers) * (1 / math.sqrt(len(wavelengths)))
 
 
 def _lattice(t: Array) -> tuple[Array, Array]:
-    """The knot before `t`, and a smooth weight for the knot after it."""
+    """The knot before `t`, and a smooth weight for the next knot."""
     knot = np.floor(t)
     t = t - knot
     return knot.astype(np.int32), t * t * (3 - 2 * t)
 
 
 def blur(periods: float | Array) -> float | Array:
-    """What a box of so many periods leaves of a sine, nearly: 1 at 0, 0 from 1 on."""
+    """Approximate amplitude of a sine averaged over `periods`: 1 at 0, 0 from 1 on."""
     left = np.maximum(1 - periods * periods, 0)
     return left * (1 - 0.5 * periods * periods)
 
@@ -121,23 +122,23 @@ def wave(phase: Array, period: float | Array, footprint: float) -> Array:
 
 
 def band(t: Array, half_width: float | Array, footprint: float) -> Array:
-    """The share of the footprint around `t` within +-half_width, all metres."""
-    # The length of the overlap, from the positions of its two ends.
+    """The share of the footprint around `t` within +-half_width, all in metres."""
+    # The overlap is the distance between its two ends.
     after = np.minimum(np.maximum(t + footprint / 2, -half_width), half_width)
     before = np.minimum(np.maximum(t - footprint / 2, -half_width), half_width)
     return (after - before) * (1 / footprint)
 
 
 def inside(distance: Array, footprint: float) -> Array:
-    """The share of the footprint on the inner side, where `distance` < 0; metres."""
+    """The share of the footprint where `distance` < 0, all in metres."""
     return np.minimum(np.maximum(0.5 - distance * (1 / footprint), 0), 1)
 
 
 class Cells:
-    """A grid of cells laid over a frame, each with its own random numbers.
+    """A grid of cells over a frame, each cell with its own random numbers.
 
     `u`, `v` are metres from the cell's centre. `stagger` moves every column of cells by
-    its own amount, so that the rows do not run through.
+    its own amount, so that rows do not line up.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class Cells:
         return numbers, t - (cell + 0.5) * size, every
 
     def without(self, street: float) -> Ground:
-        """The frame with a strip this wide cut out between all cells, and closed up."""
+        """The frame without a strip of this width between cells, the gaps closed."""
         wide, deep = self.size_u - street, self.size_v - street
         u = np.minimum(np.maximum(self.u, -wide / 2), wide / 2) + wide / 2
         v = np.minimum(np.maximum(self.v, -deep / 2), deep / 2) + deep / 2
@@ -180,16 +181,16 @@ class Cells:
         )
 
     def table(self, salt: int) -> Array:
-        """Uniform [0, 1) for every cell of the window, flat."""
+        """Uniform numbers in [0, 1) for every cell of the window, flattened."""
         key = self._key + 17 * salt + 1
         return hashed(self._columns[None], self._rows[:, None], key).ravel()
 
     def at(self, table: Array, right: int = 0, down: int = 0) -> Array:
-        """The table's value at each sample's cell, or at that cell's neighbour."""
+        """The table's value for each sample's cell, or for the cell's neighbour."""
         return table[right + down * len(self._columns) :].take(self._index)
 
     def random(self, salt: int) -> Array:
-        """Uniform [0, 1) by cell, at every sample."""
+        """Uniform numbers in [0, 1) per cell, at every sample."""
         return self.at(self.table(salt))
 
     def box(
@@ -199,14 +200,14 @@ class Cells:
         u: float | Array = 0,
         v: float | Array = 0,
     ) -> Array:
-        """Coverage of a box about (u, v) in each cell, which must hold it whole."""
+        """Coverage of a box around (u, v) in each cell; the box must fit in it."""
         across = band(self.u - u, half_u, self.ground.footprint_u)
         return across * band(self.v - v, half_v, self.ground.footprint_v)
 
 
 @dataclasses.dataclass(frozen=True)
 class Crowns:
-    """Trees: how much of each sample they cover and shade, and how bright they are."""
+    """Trees: the share of each sample that they cover and shade, their brightness."""
 
     cover: Array
     brightness: Array
@@ -223,16 +224,16 @@ def crowns(
     share: float = 1.0,
     height: float = 0.5,
 ) -> Crowns:
-    """Round crowns on a grid of `spacing` metres, of which `share` is planted.
+    """Round crowns on a grid of `spacing` metres; a tree stands at `share` of the grid.
 
-    `jitter` (either way), `radius` and `height` are in spacings; a crown and its shadow
-    are whole while jitter + radius + height's shadow <= 1.
+    `jitter` (in each direction), `radius` and `height` are in units of `spacing`. A
+    crown and its shadow are complete if jitter + radius + length of shadow <= 1.
     """
     cells = Cells(ground, spacing, spacing, salt)
     move_u = (cells.table(0) * 2 - 1) * (jitter * spacing)
     move_v = (cells.table(1) * 2 - 1) * (jitter * spacing)
     size = (radius[0] + (radius[1] - radius[0]) * cells.table(2)) * spacing
-    # A tree that is not there is a tree of no size.
+    # A missing tree is a tree of size zero.
     flatness = np.where(cells.table(3) < share, 1 / (size * size), np.float32(1e6))
     tone = 0.78 + 0.44 * cells.table(4)
     light_u, light_v = ground.light
@@ -241,7 +242,7 @@ def crowns(
     slope = 0.4 / (mean_radius * math.sqrt(light_u**2 + light_v**2))
 
     dome = shade = brightness = np.float32(-1e3)
-    # Trees stand on the corners of the cells, so four of them can reach a sample.
+    # Trees stand on the corners of cells, so four of them can reach a sample.
     for right, down in ((0, 0), (1, 0), (0, 1), (1, 1)):
         du = cells.u - cells.at(move_u, right, down) - (right - 0.5) * spacing
         dv = cells.v - cells.at(move_v, right, down) - (down - 0.5) * spacing
@@ -254,7 +255,7 @@ def crowns(
         dome = np.maximum(dome, top)
         du, dv = du - fall_u, dv - fall_v
         shade = np.maximum(shade, 1 - (du * du + dv * dv) * flat)
-    # 1 - (d / r)^2 falls by 2 / r a metre at the rim: that makes it a signed distance.
+    # 1 - (d / r)^2 falls by 2 / r per metre at the rim; this scales it to a distance.
     rim = -mean_radius / 2
     cover = inside(dome * rim, ground.footprint)
     shadow = inside(shade * rim, ground.footprint) * (1 - cover)

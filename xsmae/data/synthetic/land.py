@@ -1,9 +1,9 @@
-"""The land of the synthetic world: ten kinds of it, from one set of materials.
+"""The ten kinds of land of the synthetic world, all made of the same materials.
 
-The kinds differ in what lies where, not in colour: each scene draws its own season,
-soils, roofs, water, sun, haze and exposure, and all kinds share them. A kind is one
-function that paints the ground samples it is given; it draws its few numbers from the
-scene's generator, and everything that varies over the ground from hashes of position.
+The kinds differ in layout, not in colour: each scene draws its own season, soils,
+roofs, water, sun, haze and exposure, in the same way for all kinds. A kind is one
+function that paints the given ground samples. It draws a few numbers from the scene's
+generator; everything that varies over the ground comes from hashes of the position.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def _countryside(
     bare: float = 0.15,
     wood: float = 0.2,
 ) -> None:
-    """Parcels of crops, bare soil, grass and woods, in these shares."""
+    """Parcels of crops, bare soil, grass and woods, in the given shares."""
     frame = ground.turned(rng.random())
     size = rng.uniform(38, 60), rng.uniform(55, 110)
     parcels = Cells(frame, *size, 10, stagger=True)
@@ -53,7 +53,7 @@ def _countryside(
     cover = cover + strength * rows + 0.14 * mottle
     canvas.paint(1, material.soil, 0.9 + 0.2 * vigour + 0.08 * mottle)
     canvas.paint(_clip(cover) * tilled, material.crop, 0.85 + 0.3 * parcels.random(4))
-    # The tracks of the machines, in pairs, right through the crop.
+    # Wheel tracks of machines run in pairs through the crop.
     passes = np.abs(across - lane * np.floor(across / lane) - lane / 2)
     tracks = band(passes - 0.9, 0.3, frame.footprint)
     canvas.paint(0.6 * tracks * tilled, material.soil, 0.85)
@@ -81,14 +81,14 @@ def _woods(
 
 
 def annual_crop(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
-    """Fields in rows, some of them bare."""
+    """Fields with rows of crops, some of them bare."""
     _countryside(
         canvas, ground, material, rng, crop=0.68, bare=0.2, wood=rng.uniform(0, 0.25)
     )
 
 
 def meadow(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
-    """Mottled grassland between hedges, with single trees and trodden paths."""
+    """Mottled grassland between hedges, with single trees and footpaths."""
     frame = ground.turned(rng.random())
     bend = 7 * ground.noise(90, 1)
     parcels = Cells(
@@ -112,7 +112,7 @@ def meadow(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> Non
 
 
 def forest(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
-    """Closed canopy with clearings and, at times, a track."""
+    """Closed canopy with clearings and sometimes a track."""
     mottle = ground.texture((50, 18, 7), 20)
     canvas.paint(1, material.grass, 0.85 + 0.15 * mottle)
     track = ground.turned(rng.random())
@@ -137,7 +137,7 @@ def orchard(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
     blocks = Cells(frame, wide + street, deep + street, 12)
     edge = _edge(blocks) - street / 2
     canvas.paint(inside(edge, frame.footprint), material.sand, 0.95)
-    # Trees stand on the corners of their cells: half a cell off the blocks' sides.
+    # Trees stand on the corners of their cells, half a cell from the sides of a block.
     grid = blocks.without(street).moved(spacing / 2, spacing / 2)
     small = rng.uniform(0.26, 0.36)
     trees = crowns(
@@ -152,7 +152,7 @@ def orchard(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
 
 
 def residential(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
-    """Streets, and houses in gardens along them."""
+    """Streets with houses in gardens along them."""
     frame = ground.turned(rng.random())
     wide, deep, street = rng.uniform(14, 21), rng.uniform(19, 27), rng.uniform(6, 9)
     block = int(rng.integers(4, 8)) * wide + street, 2 * deep + street
@@ -218,7 +218,7 @@ def industrial(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) ->
     roof = [plane * ribs for plane in roof]
     there = lots.random(5) < 0.92
     canvas.build(lots, half, roof, at=(left, up), height=9, there=there)
-    # Roof lights in rows, and plant, only well within the roof.
+    # Rows of skylights and roof equipment, away from the roof's edge.
     on_roof = lots.box(half[0] - 2.5, half[1] - 2.5, left, up) * there
     lights = Cells(frame, 6, 9, 16)
     cover = lights.box(0.7, 2.6) * (lots.random(6) < 0.5)
@@ -241,7 +241,7 @@ def parking(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
     rows = Cells(frame, bay * int(rng.integers(14, 24)), 2 * depth + aisle, 18)
     mottle = ground.texture((50, 17, 6, 2), 20)
     canvas.paint(1, material.asphalt, 1 + 0.1 * mottle)
-    # Two rows of bays, back to back, lie about the middle of each cell.
+    # Two rows of bays lie back to back around the middle of each cell.
     bays = Cells(frame.moved(0, aisle / 2), bay, depth + aisle / 2, 19)
     marked = band(rows.v, depth, frame.footprint_v)
     lines = band(bay / 2 - np.abs(bays.u), 0.09, frame.footprint_u)
@@ -262,7 +262,7 @@ def parking(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
 
 
 def _sign(cells: Cells, salt: int) -> Array:
-    """+1 or -1 by cell."""
+    """+1 or -1 per cell."""
     return np.where(cells.random(salt) < 0.5, np.float32(-1), np.float32(1))
 
 
@@ -276,7 +276,7 @@ def _cars(
     at: tuple[float | Array, float | Array],
     there: float | Array = 1,
 ) -> None:
-    """A car in so many of the cells: light, dark, or in one of a few colours."""
+    """Cars in a `share` of the cells: light, dark, or in one of a few colours."""
     choice = cells.random(salt)
     grey = 40 + 190 * ((choice * 53) % 1)
     hue = (choice * 7) % 1
@@ -288,7 +288,7 @@ def _cars(
 
 
 def highway(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
-    """A road of two carriageways across the country."""
+    """A road with two carriageways across the country."""
     _countryside(canvas, ground, material, rng, wood=0.25)
     frame = ground.turned(rng.random())
     frame = frame.moved(
@@ -314,7 +314,7 @@ def highway(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
     for i in range(1, lanes):
         line = middle + (i - lanes / 2) * lane
         canvas.paint(dash * band(far - line, 0.12, footprint), white)
-    # Close the median up, so that every lane is a row of cells.
+    # Remove the median, so that every lane is a row of cells.
     inner = middle - lanes * lane / 2
     closed = frame.moved(0, np.where(frame.v < 0, np.float32(-inner), inner))
     traffic = Cells(closed, rng.uniform(18, 50), lane, 24)
@@ -328,7 +328,7 @@ def highway(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
 def _waterside(
     canvas: Canvas, ground: Ground, material: Materials, rng: Rng, distance: Array
 ) -> None:
-    """Water where `distance` < 0 (metres), beside it a beach and a belt of trees."""
+    """Water where `distance` < 0 (metres), with a beach and a belt of trees beside."""
     ragged = 2.5 * ground.noise(16, 32) + ground.noise(6, 33)
     shore = distance + ragged
     footprint = ground.footprint

@@ -1,8 +1,8 @@
-"""The built-in world: labelled aerial images, made up, at any ground sample distance.
+"""The built-in world: synthetic, labelled aerial images at any GSD.
 
 A `Scene` is one continuous piece of ground, so a finer and a coarser rendering of the
-same window are truly two scales of the same place. `SyntheticSource` is a data set of
-such scenes: the same on every machine, endless, and without a download.
+same window are two scales of the same place. `SyntheticSource` is a data set of such
+scenes. It is the same on every machine, has any length, and needs no download.
 """
 
 import functools
@@ -19,22 +19,22 @@ from xsmae.data.synthetic.ground import Ground, hashed
 from xsmae.data.synthetic.land import KINDS
 from xsmae.errors import UserError
 
-GENERATOR_VERSION = 1  # raise it whenever any pixel of any scene changes
+GENERATOR_VERSION = 1  # increase it whenever any pixel of any scene changes
 CLASS_NAMES = tuple(KINDS)
 
 FINEST_GSD, COARSEST_GSD = 0.01, 30.0  # metres per pixel that can be rendered
 
 _GSD_RANGE = f"metres per pixel from {FINEST_GSD} to {COARSEST_GSD}"
-_LARGEST_SAMPLE = 1.75  # metres: coarser pixels are averages of several samples ...
-_MOST_SAMPLES = 4  # ... but of no more than so many, either way
+_LARGEST_SAMPLE = 1.75  # metres; coarser pixels are averages of several samples
+_MOST_SAMPLES = 4  # the most samples per pixel along each axis
 _STRIP = 2**15  # samples painted at once, to stay in cache and bound the memory
 
 
 class Scene:
     """One place of the synthetic world.
 
-    Its ground frame is in metres, y down and x to the right; what the class is named
-    for lies about the origin.
+    Its ground frame is in metres, y down and x to the right. The object that the class
+    is named after lies around the origin.
     """
 
     def __init__(self, seed: int, index: int, label: int) -> None:
@@ -57,12 +57,12 @@ class Scene:
         width: int,
         gsd: float | tuple[float, float],
     ) -> np.ndarray:
-        """The ground from (top, left) on, uint8 [height, width, 3].
+        """Renders the window that starts at (top, left): uint8 [height, width, 3].
 
         `top`, `left` are metres in the scene's frame, `gsd` metres per pixel (or y, x).
-        Pixel (i, j) is the average, near enough, of the ground from top + i * gsd_y to
-        top + (i + 1) * gsd_y, and so across. Raises UserError for an empty window, or a
-        GSD outside FINEST_GSD to COARSEST_GSD.
+        Pixel (i, j) is approximately the average of the ground from top + i * gsd_y to
+        top + (i + 1) * gsd_y, and likewise across. Raises UserError for an empty window
+        or a GSD outside FINEST_GSD to COARSEST_GSD.
         """
         gsd_y, gsd_x = gsd if isinstance(gsd, tuple) else (gsd, gsd)
         if not all(FINEST_GSD <= side <= COARSEST_GSD for side in (gsd_y, gsd_x)):
@@ -77,7 +77,7 @@ class Scene:
         for start in range(0, height, rows):
             strip = y[start * samples_y : (start + rows) * samples_y]
             planes = self._paint(strip, x, gsd_y / samples_y, gsd_x / samples_x)
-            # Added up in a fixed order, so that the window's size changes no bit.
+            # Sum in a fixed order, so that the bits do not depend on the window's size.
             parts = (
                 planes[:, i::samples_y, j::samples_x]
                 for i in range(samples_y)
@@ -107,7 +107,7 @@ class Scene:
         ground = Ground(x[None, :], y[:, None], step_x, step_y, light, key)
         canvas = Canvas((len(y), len(x)))
         KINDS[self.class_name](canvas, ground, material, rng)
-        # Nothing but linear maps, so averages over the ground stay averages.
+        # Use only linear maps, so that averages over the ground stay averages.
         grey = (canvas.planes[0] + canvas.planes[1] + canvas.planes[2]) * (1 / 3)
         seen = grey + vivid * (canvas.planes - grey)
         veil = np.array((118, 124, 132), np.float32)[:, None, None]
@@ -119,19 +119,19 @@ def _samples(gsd: float) -> int:
 
 
 def _positions(first: float, pixels: int, gsd: float, samples: int) -> np.ndarray:
-    """The centres of the samples of a line of pixels, metres, float32."""
+    """The sample centres of a line of pixels, in metres, float32."""
     steps = (np.arange(pixels * samples) + 0.5) / samples
-    # On a grid of 1/1024 m: a position is one number, whichever window it is seen in.
+    # A grid of 1/1024 m gives a position the same number in every window.
     return (np.rint((first + steps * gsd) * 1024) / 1024).astype(np.float32)
 
 
 class SyntheticSource(BaseSource):
-    """Images of made-up ground with their land use; a source for training and tests.
+    """Images of synthetic ground with their land use, for training and tests.
 
-    Another `seed` is another world: use one for training and one for held-out data.
+    Each `seed` makes a different world: use one for training and one for held-out data.
     Labels are balanced and shuffled. GSDs (metres per pixel) are log-uniform in
-    [gsd / gsd_spread, gsd * gsd_spread]. A shorter source is the beginning of a longer
-    one. Up to `cache_mib` of images are kept once drawn, since drawing takes some 4 ms.
+    [gsd / gsd_spread, gsd * gsd_spread]. A shorter source is the start of a longer one.
+    The source caches up to `cache_mib` of images, since rendering one takes about 4 ms.
     Raises UserError for a bad argument.
     """
 
@@ -170,7 +170,7 @@ class SyntheticSource(BaseSource):
         self._start_cache()
 
     def _labels(self) -> np.ndarray:
-        """Every class once in each run of as many images, shuffled; int64."""
+        """int64 labels; each run of len(CLASS_NAMES) images has every class once."""
         classes = len(CLASS_NAMES)
         runs = np.arange(-(-self.num_images // classes))[:, None]
         rank = hashed(np.arange(classes), runs, self.seed)
@@ -182,7 +182,7 @@ class SyntheticSource(BaseSource):
         self._cache: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict:
-        # The images are drawn anew, the same, where the source arrives.
+        # The receiving process renders the same images again.
         return {k: v for k, v in self.__dict__.items() if k != "_cache"}
 
     def __setstate__(self, state: dict) -> None:
@@ -197,7 +197,7 @@ class SyntheticSource(BaseSource):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of all that images, GSDs and labels follow from."""
+        """16 hexadecimal digits of everything that determines the records."""
         said = f"{self!r} generator={GENERATOR_VERSION} classes={CLASS_NAMES}"
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
@@ -205,18 +205,18 @@ class SyntheticSource(BaseSource):
         return self.num_images
 
     def id(self, index: int) -> str:
-        """A name for the image: seed and index."""
+        """The seed and the index."""
         return f"synthetic/{self.seed}/{self._checked(index)}"
 
     def scene(self, index: int) -> Scene:
-        """The ground that the image shows, about its origin."""
+        """The scene that the image shows, centred on its origin."""
         index = self._checked(index)
         return Scene(self.seed, index, int(self.labels[index]))
 
     def image_gsd(self, index: int) -> float:
         """Metres per pixel of one image."""
         rng = np.random.Generator(np.random.PCG64([self.seed, self._checked(index), 2]))
-        # Rounded, so that no digit depends on the platform's pow().
+        # Rounded, so that the result does not depend on the platform's pow().
         return float(f"{self.gsd * self.gsd_spread ** rng.uniform(-1, 1):.5g}")
 
     def __getitem__(self, index: int) -> Record:
@@ -228,8 +228,8 @@ class SyntheticSource(BaseSource):
             image = self.scene(index).render(
                 top=-half, left=-half, height=self.size, width=self.size, gsd=gsd
             )
-            # The same image, whichever thread stores it, so no lock: a race can cost
-            # a second drawing or a slot, never a wrong image.
+            # No lock is needed: every thread stores the same image. A race can cost a
+            # second rendering or a slot, but never gives a wrong image.
             image.setflags(write=False)
             if len(self._cache) < self._cache_slots:
                 self._cache[index] = image
