@@ -137,7 +137,10 @@ def common_page() -> str:
 
 def method_page(name: str) -> str:
     """The fields that a method adds, or sets anew, with the value of each preset."""
-    method, meanings = methods.METHODS[name], method_meanings(name)
+    method = methods.METHODS[name]
+    meanings = common_meanings()
+    for other in (*methods.METHODS, name):  # its own comments come last, and count
+        meanings |= {k: v for k, v in method_meanings(other).items() if v}
     presets = {
         f"`{preset}`": flatten_fields(method, preset) for preset in method.presets
     }
@@ -149,7 +152,9 @@ def method_page(name: str) -> str:
         if not same:
             told = ", ".join(f"{value} in {preset}" for preset, value in values.items())
         ranges = allowed(field, {**RANGES, **method.ranges})
-        meaning = meanings.get(field) or common_meanings().get(field, "")
+        meaning = meanings.get(field, "")
+        if field.endswith(".weight"):
+            meaning = meaning or "The weight of this loss term; 0 switches it off"
         entries.append(entry(field, meaning, told, ranges))
     return "\n".join(entries)
 
