@@ -156,7 +156,7 @@ def test_weights_come_back_from_other_frameworks(official, out, tmp_path):
     np.testing.assert_allclose(found(images), expected(images), rtol=1e-5, atol=1e-6)
     if place:
         assert (place / "encoder" / "encoder.json").exists()
-        with pytest.raises(UserError, match=f"{place} is there already"):
+        with pytest.raises(UserError, match=f"{place} exists"):
             xsmae.import_weights(file, out=place, num_heads=2)
 
 
@@ -254,10 +254,13 @@ def test_a_trained_classifier(world, exported):
     ("changes", "said"),
     [
         ({"task": "votes"}, "task='votes', expected one of knn, linear_probe"),
-        ({"penalties": [1]}, "task=knn has no option penalties, expected of k, temp"),
-        ({"task": create_task("knn"), "k": 3}, "k: this task has its options"),
+        (
+            {"penalties": [1]},
+            "task=knn has no option penalties, expected some of k, temp",
+        ),
+        ({"task": create_task("knn"), "k": 3}, "options k were given with a Task"),
         ({"k": 41}, "k=41 is more than the 40"),
-        ({"task": "finetune", "recipe": {"epoch": 1}}, "recipe.epoch: .* epochs"),
+        ({"task": "finetune", "recipe": {"epoch": 1}}, "recipe.epoch .* epochs"),
         ({"task": "finetune", "recipe": {"epochs": -1}}, "recipe.epochs=-1"),
         ({"task": "finetune", "recipe": {"epochs": "x"}}, "recipe.epochs='x'"),
         ({"task": "finetune"}, "encoder=statistics has no weights"),

@@ -309,8 +309,8 @@ def test_larger_and_oblong_images():
         (np.zeros((2, 3, 12, 12), np.uint8), r"\(2, 3, 12, 12\), expected \[batch"),
         (np.zeros((12, 12, 3), np.uint8), r"\(12, 12, 3\), expected"),
         (np.zeros((2, 13, 12, 3), np.uint8), "13x12 px, expected multiples.* 4"),
-        (np.zeros((0, 12, 12, 3), np.uint8), r"shape \(0, 12, 12, 3\), expected one"),
-        (np.zeros((2, 0, 12, 3), np.uint8), r"shape \(2, 0, 12, 3\), expected one"),
+        (np.zeros((0, 12, 12, 3), np.uint8), r"shape \(0, 12, 12, 3\), expected"),
+        (np.zeros((2, 0, 12, 3), np.uint8), r"shape \(2, 0, 12, 3\), expected"),
         (np.zeros((2, 12, 12, 3), np.int32), "dtype int32"),
         (np.zeros((2, 12, 12, 3), np.uint16), "dtype uint16"),
         (np.zeros((2, 12, 12, 3), bool), "dtype bool"),
@@ -327,7 +327,7 @@ def test_wrong_images_are_refused(images, said):
 @pytest.mark.parametrize(
     ("gsd", "said"),
     [
-        (None, "gsd is missing.*metres per pixel"),
+        (None, "gsd is missing.*gsd=METRES per pixel"),
         (0, "gsd=0"),
         (-1.0, "gsd=-1"),
         (math.nan, "gsd=nan"),
@@ -353,11 +353,11 @@ def test_unknown_pooling_is_refused():
 
 
 def test_missing_folder_and_files(tmp_path, folder):
-    refused("holds no encoder.json", load_encoder, tmp_path / "elsewhere")
+    refused("no encoder.json", load_encoder, tmp_path / "elsewhere")
     (folder / "encoder.safetensors").unlink()
     refused(f"{folder} cannot be read: .*safetensors", load_encoder, folder)
     (folder / "encoder.json").unlink()
-    refused("holds no encoder.json", load_encoder, tmp_path)
+    refused("no encoder.json", load_encoder, tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -50])
@@ -391,9 +391,9 @@ def test_missing_field(folder):
 
 def test_other_number_of_bands(folder):
     edit_json(folder, bands=["red", "green", "blue", "nir"])
-    refused("has 3 mean, expected 4, one a band", load_encoder, folder)
+    refused("3 values of mean, expected 4", load_encoder, folder)
     edit_json(folder, bands=["red", "green", "blue"], mean=[0.5])
-    refused("has 1 mean, expected 3", load_encoder, folder)
+    refused("1 values of mean, expected 3", load_encoder, folder)
 
 
 @pytest.mark.parametrize(

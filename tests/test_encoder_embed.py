@@ -121,7 +121,7 @@ def test_a_source_has_its_own_gsd_and_the_features_of_evaluations(encoder, tmp_p
     )  # fmt: skip
     near(encoder.embed(source, batch_size=2), features["mean"])
     near(encoder.embed(Subset(source, np.array([4, 1]))), features["mean"][[4, 1]])
-    refused("gsd is given.* records", encoder.embed, source, 1.0)
+    refused("gsd=1.0.* records", encoder.embed, source, 1.0)
     (tmp_path / "class" / "3.png").write_bytes(b"broken")
     refused("class/3.png: not a readable", encoder.embed, source)
 

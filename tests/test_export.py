@@ -169,8 +169,8 @@ def test_without_the_last_norm(tmp_path):
     tensors, config, notes = exported(source, tmp_path / "timm", "timm")
     assert config["model_args"]["final_norm"] is False
     assert not [name for name in tensors if name.startswith("norm.")]
-    assert notes[0].startswith("without the last norm")
-    with pytest.raises(UserError, match=r"without its last norm.*--format=timm can"):
+    assert "last norm" in notes[0]
+    with pytest.raises(UserError, match=r"last norm.*huggingface.*--format=timm"):
         export(source, tmp_path / "out", format="huggingface")
 
 
@@ -192,7 +192,8 @@ def test_positions_of_a_gsd(format, scaled, tmp_path):
     np.testing.assert_array_equal(written[:, 0], 0)
     # The second patch lies at 0.5 / 2.0 of its index.
     np.testing.assert_allclose(written[0, 2, 0], np.sin(0.25), rtol=1e-6)
-    assert notes[0] == "positions are those of 0.5 m per pixel, and of no other GSD"
+    assert "positions" in notes[0]
+    assert "0.5 m per pixel" in notes[0]
 
 
 @pytest.mark.parametrize("gsd", [None, 0, -1.0, float("nan"), float("inf")])
@@ -224,14 +225,11 @@ def test_encoders_that_cannot_be_expressed(changes, expected, format, tmp_path):
     ("options", "expected"),
     [
         (["--format=onnx"], "--format=onnx, expected one of timm, huggingface"),
-        (
-            ["--format=timm", "--gsd=1"],
-            "--gsd=1: the positions of this encoder have no",
-        ),
+        (["--format=timm", "--gsd=1"], "--gsd=1, but"),
         (["--format=timm", "--image_size=18"], "--image_size=18: an image of 18x18 px"),
-        (["--format=timm", "--image_size=0"], "--image_size=0, expected pixels"),
-        (["--format=timm", "--image_size=-16"], "--image_size=-16, expected pixels"),
-        (["--format=timm", "--source=nowhere"], "nowhere holds no encoder.json"),
+        (["--format=timm", "--image_size=0"], "--image_size=0, expected"),
+        (["--format=timm", "--image_size=-16"], "--image_size=-16, expected"),
+        (["--format=timm", "--source=nowhere"], "nowhere has no encoder.json"),
     ],
 )
 def test_wrong_calls(options, expected, source, tmp_path, capsys):
@@ -250,8 +248,8 @@ def test_what_is_printed(scaled, tmp_path, capsys):
     command = ["export", f"--source={scaled}", f"--out={out}", "--format=timm"]
     assert convert.main(["convert", *command, "--gsd=4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "positions are those of 4 m per pixel, and of no other GSD"
+    assert "4 m per pixel" in lines[0]
     assert lines[1].startswith("images of 16 px, bands red, green, blue")
     assert lines[2] == f"written: {out}"
     assert convert.main(["convert", *command, "--gsd=4"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert str(out) in capsys.readouterr().err

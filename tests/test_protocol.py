@@ -109,7 +109,7 @@ def test_half_a_line_at_the_end_is_cut_off(tmp_path):
         ("[]", "line 2 of .*TypeError"),
         ("{}", "line 2 of .*KeyError.*schema"),
         ('{"schema": 9}', "line 2 of .* has schema 9, expected 1"),
-        ('{"schema": 1, "protocol_key": 0, "protocol": {}}', "line 2 of .*missing 7"),
+        ('{"schema": 1, "protocol_key": 0, "protocol": {}}', "line 2 of .*missing 8"),
     ],
 )
 def test_lines_that_are_no_rows(tmp_path, line, said):

@@ -416,7 +416,7 @@ def zip_of(**entries):
             "begins with b'version ht",
         ),
         (b"\xff\xfe\x00\x01" * 20, r"begins with b'\xff\xfe\x00"),
-        (pickle.dumps({"a": 1}), "expected a checkpoint of torch.save"),
+        (pickle.dumps({"a": 1}), r"begins with b'\x80\x04"),
         (zip_of(a=b"1", b=b"2"), "is a zip ('a', 'b', ...) without one data.pkl"),
         (zip_of(a__data__pkl=b""), "without one data.pkl"),
         (zip_of(**{"a__data.pkl": b"", "b__data.pkl": b""}), "without one data.pkl"),
@@ -438,8 +438,8 @@ def test_no_checkpoint(tmp_path, content, message):
 
 
 def test_no_file(tmp_path):
-    assert "is not there" in refusal(tmp_path / "x.pth")
-    assert "is no file" in refusal(tmp_path)
+    assert "does not exist" in refusal(tmp_path / "x.pth")
+    assert "not a file" in refusal(tmp_path)
 
 
 def test_wrong_entries_of_the_zip(tmp_path):
@@ -454,7 +454,7 @@ def test_wrong_entries_of_the_zip(tmp_path):
         pytest.warns(UserWarning, match="Duplicate name"),
     ):
         archive.writestr("archive/data/0", FLOATS.tobytes())
-    assert "names one entry twice" in refusal(path)
+    assert "two entries" in refusal(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("x/data.pkl", pickled(1))
     assert "expected at most" in refusal(path)
@@ -465,9 +465,9 @@ def test_wrong_entries_of_the_zip(tmp_path):
     [
         ({"system": SYSTEM | {"little_endian": False}}, "big-endian"),
         ({"system": [1]}, "cannot be read"),
-        ({"keys": []}, "lists other storages"),
-        ({"keys": ["0", "0"]}, "lists other storages"),
-        ({"keys": ["1"]}, "lists other storages"),
+        ({"keys": []}, "lists storages"),
+        ({"keys": ["0", "0"]}, "lists storages"),
+        ({"keys": ["1"]}, "lists storages"),
         ({"keys": None, "storages": {"0": FLOATS[:-1]}}, "storage '0'"),
     ],
 )
@@ -638,7 +638,7 @@ def test_attributes_of_a_namespace_change_nothing_else(write):
 def test_other_instructions(write, data, monkeypatch):
     monkeypatch.setitem(copyreg._inverted_registry, 1, ("os", "system"))
     monkeypatch.setitem(copyreg._extension_cache, 1, print)
-    assert "holds an instruction that tensors do not need" in refusal(write(data))
+    assert "has an instruction" in refusal(write(data))
 
 
 @pytest.mark.parametrize(
@@ -792,7 +792,7 @@ def test_nested_and_shared_without_end(write):
 @pytest.mark.parametrize("tuples", [b"\x85" * 10**5, b"q\x00h\x00\x86" * 100])
 def test_the_hash_of_nested_tuples_is_never_asked_for(write, tuples):
     """It would take the stack, or forever."""
-    assert "a key that is no text" in refusal(write(b"})" + tuples + b"K\x01s."))
+    assert "has a key" in refusal(write(b"})" + tuples + b"K\x01s."))
 
 
 def test_bombs(tmp_path):

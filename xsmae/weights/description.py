@@ -1,4 +1,4 @@
-"""What an encoder's folder says: `encoder.json`, and the weights in timm's names."""
+"""The content of an encoder's folder: `encoder.json`, and weights in timm's names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xsmae.weights.layouts import collect, encoder_weights, load
 
 SCHEMA = 1
 
-# What of `config.model` goes into encoder.json, and what loading reads besides.
+# The fields of `config.model` in encoder.json; GROUPS only if the model has them.
 ARCHITECTURE = (
     "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "norm_style",
     "norm_epsilon", "encoder_norm", "position", "reference_gsd",
@@ -32,10 +32,10 @@ REQUIRED = ("architecture", "bands", "mean", "std", "pooling")
 def to_timm(
     network: Network, model: Config, *, grid: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """The network's weights as timm's `VisionTransformer` names and shapes them.
+    """The network's weights with the names and shapes of timm's `VisionTransformer`.
 
-    `pos_embed` is that of a `grid` at the reference GSD, zeros for the class token.
-    With groups of bands the names are SatMAE's, and there is no `pos_embed`.
+    `pos_embed` is computed for `grid` at the reference GSD, with zeros for the class
+    token. With groups of bands the names are SatMAE's and there is no `pos_embed`.
     """
     tensors = collect(network, encoder_weights(model))
     if not channel_groups(model):
@@ -50,9 +50,9 @@ def from_timm(
 ) -> None:
     """Put `to_timm`'s tensors into `network`, in place.
 
-    Raises UserError with the names that are missing, extra or of another shape.
+    Raises UserError with the names that are missing, extra or have another shape.
     """
-    tensors = {k: v for k, v in tensors.items() if k != "pos_embed"}  # is computed
+    tensors = {k: v for k, v in tensors.items() if k != "pos_embed"}  # computed anew
     load(network, encoder_weights(model), tensors)
 
 
@@ -66,8 +66,8 @@ def describe_encoder(
 ) -> dict[str, Any]:
     """The content of `encoder.json`.
 
-    model: `config.model`. run: what run the encoder comes from. gsd_range: the smallest
-    and largest metres per pixel that training told it, None where that is not known.
+    model: `config.model`. run: describes the run that made the encoder. gsd_range: the
+    smallest and largest metres per pixel in training, None if unknown.
     """
     seen = {} if gsd_range is None else {"gsd_range": [float(end) for end in gsd_range]}
     content = {
@@ -86,11 +86,11 @@ def describe_encoder(
         "licence": "the weights are their maker's; the data's licence applies",
         "run": dict(run),
     }
-    return json.loads(json.dumps(content))  # lists, as when it is read again
+    return json.loads(json.dumps(content))  # tuples become lists, as after reading
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The content of an `encoder.json`; UserError unless it is whole and consistent."""
+    """The content of an `encoder.json`; UserError if incomplete or inconsistent."""
     try:
         info = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -98,30 +98,34 @@ def read_description(path: Path) -> dict[str, Any]:
     schema = info.get("schema") if isinstance(info, dict) else None
     if schema != SCHEMA:
         raise UserError(
-            f"{path} has schema {schema!r}, expected {SCHEMA}: it was written by "
-            "another version of xsmae"
+            f"{path} has schema {schema!r}, expected {SCHEMA}: another version of "
+            "xsmae wrote it; use that version, or give another encoder"
         )
     missing = [name for name in REQUIRED if name not in info]
     missing += [
         n for n in ARCHITECTURE if n not in info.get("architecture", ARCHITECTURE)
     ]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(map(repr, missing))}")
+        raise UserError(
+            f"{path} lacks {', '.join(map(repr, missing))}: restore the file, or give "
+            "another encoder"
+        )
     channels = len(info["bands"])
     for name in ("mean", "std"):
         if len(info[name]) != channels:
             raise UserError(
-                f"{path} has {len(info[name])} {name}, expected {channels}, one a band"
+                f"{path} has {len(info[name])} values of {name}, expected {channels}: "
+                "give one per band"
             )
     try:
         check_network(info)
     except (ValueError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit together: {reason}") from None
+        raise UserError(f"{path} is inconsistent: {reason}") from None
     if not _is_range(info.get("gsd_range", [1, 1])):
         raise UserError(
             f"{path} has gsd_range={info['gsd_range']!r}, expected [smallest, largest] "
-            "in metres per pixel"
+            "in metres per pixel: correct or remove it"
         )
     return info
 
@@ -136,33 +140,33 @@ def _is_range(value: Any) -> bool:
 
 
 def new_network(info: Mapping[str, Any], *, seed: int = 0, **execution: Any) -> Network:
-    """A new network as an `encoder.json` describes it, with random weights.
+    """The network that an `encoder.json` describes, with random weights.
 
-    execution: fields of `config.model` that say how it computes, see `EXECUTION`.
+    execution: fields of `config.model` that say how it runs, see `EXECUTION`.
     """
     model = {**info["architecture"], **EXECUTION, **execution}
     return build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(seed))
 
 
 def check_network(info: Mapping[str, Any], **execution: Any) -> Network:
-    """The shapes of `new_network` alone, without the time that random weights take.
+    """`new_network` with shapes only, because random weights take time.
 
-    Raises what the network does where the values of `info` do not fit together.
+    Raises the network's own error if the values of `info` are inconsistent.
     """
     return nnx.eval_shape(lambda: new_network(info, **execution))
 
 
 def no_encoder_in(workdir: Path) -> str:
-    """What to say of a workdir without an exported encoder: what it holds instead."""
+    """The message for a workdir without an exported encoder."""
     names = (path.name for path in workdir.glob("checkpoints/[0-9]*"))
     found = sorted(int(name) for name in names if name.isdigit())
     if not found:
         return (
-            f"{workdir} holds no encoder.json and no checkpoints: give the folder "
-            "`encoder` that a finished run leaves in its workdir, or the workdir"
+            f"{workdir} has no encoder.json and no checkpoints: give the workdir of a "
+            "finished run, or its folder `encoder`"
         )
     return (
-        f"{workdir} holds no exported encoder (the run is not finished) but "
-        f"checkpoints: give {workdir}/checkpoints/STEP with STEP one of "
+        f"{workdir} has checkpoints but no exported encoder, because the run is not "
+        f"finished: give {workdir}/checkpoints/STEP with STEP one of "
         f"{', '.join(map(str, found))}"
     )

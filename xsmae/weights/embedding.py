@@ -1,4 +1,4 @@
-"""Many images to features: arrays, pictures, files or a source, batch by batch."""
+"""Embeds many images in batches: arrays, PIL images, files or a source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from xsmae.weights.inputs import check_images
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-EVERY = 10.0  # seconds between two lines of progress
+EVERY = 10.0  # seconds between progress lines
 THREADS = 4
 
 
@@ -30,8 +30,8 @@ THREADS = 4
 class Opened:
     """Images to embed, read one by one.
 
-    read(index) -> the whole image [height, width, bands], of the encoder's bands, and
-    its metres per pixel where `has_gsd`, otherwise None. name(index): for messages.
+    read(index) -> the whole image [height, width, bands] with the encoder's bands, and
+    its metres per pixel (None unless `has_gsd`). name(index): its name in messages.
     """
 
     count: int
@@ -44,7 +44,7 @@ class Opened:
 
 
 def open_images(images: Any, *, bands: Bands) -> Opened:
-    """What `Encoder.embed` takes; raises UserError for anything else."""
+    """Open the images given to `Encoder.embed`; UserError for an unknown type."""
     if hasattr(images, "fingerprint") and hasattr(images, "class_names"):
         places = _places(bands, images.bands, repr(images))
 
@@ -75,12 +75,12 @@ def open_images(images: Any, *, bands: Bands) -> Opened:
 
         opened = Opened(len(given), lambda i: (_pixels(given[i], bands), None), name)
     if not len(opened):
-        raise UserError("there are no images to embed, expected one or more")
+        raise UserError("there are no images to embed, expected at least one")
     return opened
 
 
 def _pixels(item: Any, bands: Bands) -> np.ndarray:
-    """An image of a list; raises UserError or BadImageError, which do not name it."""
+    """An image of a list. The caller adds its name to UserError and BadImageError."""
     if hasattr(item, "ndim"):
         image = np.asarray(item)
         check_images(image[None], bands)
@@ -88,7 +88,7 @@ def _pixels(item: Any, bands: Bands) -> np.ndarray:
     if isinstance(item, Image.Image):
         if item.mode not in MODES:
             raise UserError(f"mode {item.mode}, expected one of {', '.join(MODES)}")
-        image = np.asarray(to_rgb(item.copy()))  # which would turn it in place
+        image = np.asarray(to_rgb(item.copy()))  # to_rgb rotates in place
     elif isinstance(item, str | Path):
         image = decode(Path(item), min_side=1)
     else:
@@ -100,11 +100,11 @@ def _pixels(item: Any, bands: Bands) -> np.ndarray:
 
 
 def _places(bands: Bands, names: tuple[str, ...], what: str) -> list[int]:
-    """Where among `names` the encoder's bands are; raises UserError."""
+    """The positions of the encoder's bands in `names`; UserError if they differ."""
     if sorted(names) != sorted(bands.names):
         raise UserError(
-            f"{what} has the bands {', '.join(names)}, the encoder reads "
-            f"{', '.join(bands.names)}: give arrays of its bands in its order"
+            f"{what} has the bands {', '.join(names)}, but the encoder reads "
+            f"{', '.join(bands.names)}: give arrays with its bands in its order"
         )
     return [names.index(name) for name in bands.names]
 
@@ -121,8 +121,8 @@ def embed_all(
 ) -> Float[np.ndarray, "n width"]:
     """`encode(images, gsd)` of all images, resized to `size`, in batches.
 
-    gsd: of the images as they are given; None for those that have their own, and where
-    it is not read. Every batch has one shape. Raises UserError where an image cannot be
+    gsd: of the images before resizing; None if images have their own or if the encoder
+    reads none. All batches have the same shape. Raises UserError if an image cannot be
     used.
     """
     if type(batch_size) is not int or batch_size < 1:
@@ -162,7 +162,7 @@ def embed_all(
 def _ahead(
     load: Callable[[int], Any], count: int, batch_size: int
 ) -> Iterator[list[Any]]:
-    """`load` of 0 to `count`, in batches; the next is read while one is used."""
+    """Batches of `load(0)` to `load(count - 1)`; reads one batch ahead."""
     with ThreadPoolExecutor(THREADS) as pool:
         starts = range(0, count, batch_size)
         parts = [range(s, min(s + batch_size, count)) for s in starts]

@@ -1,4 +1,4 @@
-"""The encoder that is carried away: in memory, in its folder, and as a callable."""
+"""The trained encoder: in memory, in its folder, and as a callable."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     Gsd = float | Sequence[float] | np.ndarray | None
 
-# What of a description changes no feature: who made the weights, on what.
+# Fields of a description that do not change features.
 NOT_IN_DIGEST = ("run", "licence", "gsd_range")
 # Every crop is a little finer than its whole image, so whole training images must not
 # count as outside.
@@ -50,11 +50,11 @@ GSD_MARGIN = 1.1
 
 
 class Encoder:
-    """An encoder with all that it must be told: `encoder(images, gsd=...)` -> features.
+    """A trained encoder and its description: `encoder(images, gsd=...)` -> features.
 
-    info: the content of its `encoder.json`. bands: what it reads. network: of
-    normalised images. dtype: of its products, `float32` or `bfloat16`; features are
-    float32. attention: one of `IMPLEMENTATIONS`.
+    info: the content of its `encoder.json`. bands: the bands it reads. network: takes
+    normalised images. dtype: `float32` or `bfloat16` for matrix products; features are
+    always float32. attention: one of `IMPLEMENTATIONS`.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Encoder:
         attention: str = "xla",
         weights_digest: bytes | None = None,
     ):
-        """The weights of a network, however it computes, as `info` describes them.
+        """Wrap the weights of any network with the architecture of `info`.
 
-        weights_digest: SHA-256 of the file that they were read from, if any.
+        weights_digest: SHA-256 of the file that the weights come from, if any.
         """
         _check_choice("dtype", dtype, DTYPES)
         _check_choice("attention", attention, IMPLEMENTATIONS)
@@ -86,7 +86,7 @@ class Encoder:
             return tokens.astype(jnp.float32)
 
         self._encode = functools.partial(encode, state)
-        if attention not in ("xla", "auto"):  # those serve anything
+        if attention not in ("xla", "auto"):  # these two work for every shape
             side = self.info["image_size"]
             like = jax.ShapeDtypeStruct((1, side, side, len(self.bands.names)), "f4")
             with _as_user_error():
@@ -94,7 +94,7 @@ class Encoder:
 
     @classmethod
     def random(cls, info: Mapping[str, Any], *, seed: int) -> Encoder:
-        """An encoder as `info` describes it, before any training."""
+        """An untrained encoder with the architecture of `info`."""
         described = describe_encoder(
             info["architecture"],
             image_size=info["image_size"],
@@ -115,9 +115,9 @@ class Encoder:
     ) -> Float[Array, "batch width"]:
         """One feature vector per image.
 
-        images: [batch, height, width, bands], uint8, or floating numbers in 0-1; sides
-        that are multiples of the patch size. gsd: metres per pixel, one for all,
-        [batch], or [batch, 2] as (y, x); needed where the position encoding reads it.
+        images: [batch, height, width, bands], uint8, or floating numbers in 0-1; the
+        sides are multiples of the patch size. gsd: metres per pixel, one number,
+        [batch], or [batch, 2] as (y, x); needed if the position encoding reads it.
         pooling: `cls` or `mean` (of the patch tokens), by default encoder.json's.
         """
         pooling = self._pooling(pooling)
@@ -126,7 +126,7 @@ class Encoder:
     def tokens(
         self, images: np.ndarray, *, gsd: Gsd = None
     ) -> Float[Array, "batch tokens width"]:
-        """The class token and then one token per patch, row by row."""
+        """The class token, then one token per patch, row by row."""
         images = check_images(np.asarray(images), self.bands)
         check_patches(images, self.info["architecture"]["patch_size"])
         told = self._told(gsd, len(images))
@@ -138,7 +138,7 @@ class Encoder:
     def pool(
         self, tokens: Float[Array, "batch tokens width"], pooling: str | None = None
     ) -> Float[Array, "batch width"]:
-        """One vector per image from `tokens`, as `__call__` gives it."""
+        """One vector per image from `tokens`, as `__call__` returns it."""
         return pool(tokens, self._pooling(pooling))
 
     def embed(
@@ -149,20 +149,20 @@ class Encoder:
         pooling: str | None = None,
         progress: bool = True,
     ) -> Float[np.ndarray, "n width"]:
-        """One feature vector per image, of any number of images of any size.
+        """One feature vector per image, for any number of images of any size.
 
-        images_or_paths: an array [n, height, width, bands]; a list of arrays, PIL
-        images or paths of files, in any mixture; or a source. Of each the largest
-        central square is brought to the encoder's image size, as evaluations do. gsd:
-        as in `__call__`, of the images as they are given; a source's records have their
-        own. progress: say to stderr how far it is, every ten seconds. Raises UserError
-        where an image cannot be used.
+        images_or_paths: an array [n, height, width, bands]; a list that may mix arrays,
+        PIL images and file paths; or a source. The largest central square of each image
+        is resized to the encoder's image size, as in evaluations. gsd: as in
+        `__call__`, before resizing; not for a source, whose records have their own.
+        progress: print progress to stderr every ten seconds. Raises UserError if an
+        image cannot be used.
         """
         pooling = self._pooling(pooling)
         opened = open_images(images_or_paths, bands=self.bands)
         if opened.has_gsd and gsd is not None:
             raise UserError(
-                "gsd is given, but the source's records have their own: leave it out"
+                f"gsd={gsd!r}, but the source's records have their own: leave it out"
             )
         told = None if opened.has_gsd else self._told(gsd, len(opened))
         return embed_all(
@@ -187,12 +187,12 @@ class Encoder:
     def digest(self) -> str:
         """16 hexadecimal digits of weights and description.
 
-        Encoders with equal ones give equal features.
+        Encoders with equal digests give equal features.
         """
         return self.digest_with()
 
     def digest_with(self, *more: bytes) -> str:
-        """The digest of this encoder used in a way that `more` describes."""
+        """The digest of this encoder in the use that `more` describes."""
         told = {k: v for k, v in self.info.items() if k not in NOT_IN_DIGEST}
         if self._weights_digest is None:
             self._weights_digest = hashlib.sha256(self._serialized()).digest()
@@ -215,18 +215,18 @@ class Encoder:
         return pooling
 
     def _told(self, gsd: Gsd, batch: int) -> np.ndarray | None:
-        """`gsd` as the network takes it; None where its positions read none."""
+        """`gsd` as [batch, 2]; None if the positions do not read it."""
         if self.info["architecture"]["position"] == "fixed":
             return None
         if gsd is None:
             raise UserError(
-                "gsd is missing: this encoder's positions are scaled by it; give "
-                "metres per pixel of the images as they are passed, gsd=..."
+                "gsd is missing, but this encoder scales its positions by it: give "
+                "gsd=METRES per pixel of the images as you pass them"
             )
         return check_gsd(gsd, batch)
 
     def _warn_outside(self, gsd: np.ndarray) -> None:
-        """Warn once of GSDs that training did not tell the encoder."""
+        """Warn once about GSDs outside the range of training."""
         if self._warned or "gsd_range" not in self.info:
             return
         (low, high), ends = self.info["gsd_range"], (gsd.min(), gsd.max())
@@ -234,8 +234,8 @@ class Encoder:
             self._warned = True
             given = " to ".join(f"{end:g}" for end in sorted(set(ends)))
             warnings.warn(
-                f"the encoder was trained at {low:g} to {high:g} metres per pixel and "
-                f"is given images of {given}: its features may be poor there",
+                f"the encoder was trained at {low:g} to {high:g} metres per pixel, but "
+                f"got images of {given}: its features may be poor",
                 OutsideTrainingWarning,
                 stacklevel=4,
             )
@@ -244,15 +244,15 @@ class Encoder:
 def load_encoder(
     path: str | Path, dtype: str = "float32", attention: str = "xla"
 ) -> Encoder:
-    """The encoder in `RUN/encoder`, of the run in `RUN`, or `RUN/checkpoints/STEP`.
+    """Load the encoder of `RUN`, `RUN/encoder` or `RUN/checkpoints/STEP`.
 
-    dtype: of its products, `float32` or `bfloat16` (faster on GPUs and TPUs).
-    attention: `xla`, `pallas`, `cudnn`, or `auto`, the fastest for the device. Raises
-    UserError where the folder or its files are not what they should be.
+    dtype: `float32`, or `bfloat16`, which is faster on GPUs and TPUs, for matrix
+    products. attention: `xla`, `pallas`, `cudnn`, or `auto`, the fastest for the
+    device. Raises UserError if the folder has no encoder, or a damaged one.
     """
     path, execution = Path(path), {"dtype": dtype, "attention": attention}
     if path.parent.name == "checkpoints" and path.name.isdigit():
-        # It takes all that training takes; not so the encoder in its folder.
+        # Imported here because it needs all that training needs.
         from xsmae.weights.from_checkpoint import read_checkpoint
 
         return Encoder(*read_checkpoint(path), **execution)
@@ -279,7 +279,7 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _as_user_error() -> Iterator[None]:
-    """What an attention that cannot serve says, as the user's error."""
+    """Turn the ValueError of an unsuitable attention into a UserError."""
     try:
         yield
     except ValueError as error:

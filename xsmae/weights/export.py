@@ -1,4 +1,4 @@
-"""The encoder in the files of other frameworks: timm's and Hugging Face's ViT."""
+"""Exports an encoder to timm's and Hugging Face's ViT."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def export(
     gsd: float | None = None,
     image_size: int | None = None,
 ) -> list[str]:
-    """Write an encoder as timm or Hugging Face load it; returns what is to be known.
+    """Write an encoder for timm or Hugging Face; returns notes for the user.
 
         xsmae.export("runs/mine", "mine-timm", format="timm")
 
-    `source` is an encoder in memory, or what `load_encoder` takes. `out` is a new
-    folder. `gsd` is the metres per pixel that GSD-scaled positions are written for: the
-    other frameworks have fixed ones. `image_size` is in pixels, by default that of
-    training. Raises UserError for what cannot be expressed there.
+    source: an encoder in memory, or anything that `load_encoder` takes. out: a new
+    folder. gsd: metres per pixel for which GSD-scaled positions are written, because
+    the other frameworks have fixed positions. image_size: pixels, by default the size
+    of training. Raises UserError if the format cannot express the encoder.
     """
     if format not in FORMATS:
         raise UserError(f"--format={format}, expected one of {', '.join(FORMATS)}")
@@ -47,11 +47,11 @@ def export(
     weights = encoder_weights(architecture, naming=format)
     tensors = collect(loaded.network, weights) | {names.position: positions}
     if not architecture["encoder_norm"]:
-        # timm's ViT has none then, and refuses what it has no place for.
+        # Without its last norm, timm's ViT refuses those tensors.
         tensors = {
             k: v for k, v in tensors.items() if not k.startswith(f"{names.norm}.")
         }
-        notes.append("without the last norm, which the encoder does not apply")
+        notes.append("the last norm is left out, because the encoder does not apply it")
     content = _timm(loaded, size) if format == "timm" else _huggingface(loaded, size)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,11 +68,11 @@ def export(
 
 
 def _check(architecture: dict[str, Any], format: str) -> None:
-    """Raises UserError for an encoder that is no plain ViT."""
+    """Raise UserError if the encoder is not a plain ViT."""
     if channel_groups(architecture):
         raise UserError(
-            f"SatMAE's groups of bands cannot be expressed in {format}: there a patch "
-            "has one token"
+            f"SatMAE's groups of bands cannot be expressed in {format}, where a patch "
+            "has one token: use the encoder with xsmae.load_encoder"
         )
     if architecture["norm_style"] != "pre":
         raise UserError(
@@ -81,37 +81,41 @@ def _check(architecture: dict[str, Any], format: str) -> None:
         )
     if architecture["norm_epsilon"] != 1e-6:
         raise UserError(
-            f"norm_epsilon={architecture['norm_epsilon']}, but 1e-6 in the last norm, "
-            f"cannot be expressed in {format}, which has one for both"
+            f"norm_epsilon={architecture['norm_epsilon']} in the blocks and 1e-6 in "
+            f"the last norm cannot be expressed in {format}, which has one value for "
+            "both: use the encoder with xsmae.load_encoder"
         )
     if not architecture["encoder_norm"] and format == "huggingface":
         raise UserError(
-            "an encoder without its last norm cannot be expressed in huggingface, "
-            "which always applies it: --format=timm can"
+            "an encoder without a last norm cannot be expressed in huggingface, which "
+            "always applies one: give --format=timm"
         )
 
 
 def _positions(
     loaded: Encoder, size: int, gsd: float | None
 ) -> tuple[np.ndarray, list[str]]:
-    """[1, 1 + patches, width], zeros first, and what they were written for."""
+    """Positions [1, 1 + patches, width], zeros for the class token, and notes."""
     positions, notes = loaded.network.positions, []
     try:
         grid = loaded.network.grid(size, size)
     except ValueError as error:
         raise UserError(f"--image_size={size}: {error}") from None
     if size <= 0:
-        raise UserError(f"--image_size={size}, expected pixels")
+        raise UserError(f"--image_size={size}, expected 1 pixel or more")
     if positions.position == "gsd":
         if gsd is None or not 0 < gsd < math.inf:
             raise UserError(
-                "the positions of this encoder are scaled by the GSD, which cannot be "
-                "expressed there: give --gsd=METRES per pixel that they are written for"
+                "this encoder scales its positions by the GSD, but the format has "
+                "fixed positions: give --gsd=METRES per pixel to write them for one GSD"
             )
-        notes.append(f"positions are those of {gsd:g} m per pixel, and of no other GSD")
+        notes.append(f"positions are right for {gsd:g} m per pixel only")
         embedded = positions(grid, gsd=jnp.full((1, 2), gsd))
     elif gsd is not None:
-        raise UserError(f"--gsd={gsd:g}: the positions of this encoder have no GSD")
+        raise UserError(
+            f"--gsd={gsd:g}, but this encoder's positions do not depend on the GSD: "
+            "leave it out"
+        )
     else:
         embedded = positions(grid)
     padded = np.pad(np.asarray(embedded), [(0, 0), (1, 0), (0, 0)])
@@ -123,7 +127,7 @@ def _timm(loaded: Encoder, size: int) -> dict[str, Any]:
     info, model = loaded.info, loaded.info["architecture"]
     return {
         "config.json": {
-            # Any ViT does: every size is among the arguments.
+            # Any ViT works here: `model_args` has every size.
             "architecture": "vit_base_patch16_224",
             "num_classes": 0,
             "num_features": model["embed_dim"],
@@ -136,7 +140,7 @@ def _timm(loaded: Encoder, size: int) -> dict[str, Any]:
                 "depth": model["depth"],
                 "num_heads": model["num_heads"],
                 "mlp_ratio": model["mlp_ratio"],
-                # timm would move the last norm behind the pooling.
+                # By default timm would move the last norm after the pooling.
                 "fc_norm": False,
                 "final_norm": model["encoder_norm"],
             },
@@ -174,7 +178,7 @@ def _huggingface(loaded: Encoder, size: int) -> dict[str, Any]:
             "patch_size": model["patch_size"],
             "num_channels": len(info["bands"]),
             "qkv_bias": True,
-            "mask_ratio": 0.0,  # ViTMAEModel's: as an encoder it sees every patch
+            "mask_ratio": 0.0,  # for ViTMAEModel: the encoder sees every patch
         },
         "preprocessor_config.json": {
             "image_processor_type": "ViTImageProcessor",

@@ -1,4 +1,4 @@
-"""The encoder of a run that is not finished, out of one of its checkpoints."""
+"""Reads the encoder of an unfinished run from one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from xsmae.weights.gsd_range import seen_by_run
 
 
 def read_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
-    """The encoder of `RUN/checkpoints/STEP`, and its description as at a run's end.
+    """The encoder of `RUN/checkpoints/STEP`, and its `encoder.json`.
 
-    Raises UserError where there is no such checkpoint, or one that cannot be read.
+    Raises UserError if there is no such checkpoint, or if it cannot be read.
     """
     workdir, step = path.parent.parent, int(path.name)
     try:
@@ -32,13 +32,13 @@ def read_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{workdir / 'config.json'} cannot be read ({error}): a checkpoint is read "
-            "with the config.json of its workdir; put it back, or give the folder "
-            "`encoder` of a finished run"
+            f"{workdir / 'config.json'} cannot be read ({error}), expected the config "
+            "of the checkpoint's run: restore it, or give the folder `encoder` of a "
+            "finished run"
         ) from None
     if not path.is_dir():
         raise UserError(no_encoder_in(workdir))
-    # Only the shapes matter here, and any number of devices must do.
+    # Only the shapes matter. Make the batch fit any number of devices.
     devices, parts = jax.device_count(), config.optim.accumulation_steps
     config.batch_size = math.lcm(config.batch_size, devices * parts)
     trainer = create_trainer(config, num_images=config.batch_size)
@@ -49,7 +49,7 @@ def read_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
         raise UserError(f"{error}: give another checkpoint of {path.parent}") from None
     finally:
         checkpoints.close()
-    # On one device: over all of them it would be as training has it.
+    # Move the weights to one device: restoring placed them as in training.
     weights = jax.device_put(jax.device_get((state.params, state.batch_stats)))
     described = describe_encoder(
         config.model,

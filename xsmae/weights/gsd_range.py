@@ -1,4 +1,4 @@
-"""The range of the GSDs that a run has seen, step by step, and what it tells later."""
+"""Records the range of GSDs that a run has seen, step by step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jax.experimental import multihost_utils
 from xsmae.process.files import keep_rows, read_jsonl
 from xsmae.process.log import LOG
 
-NAME = "gsd_range.jsonl"  # in the workdir; of other processes, in process_<number>/
+NAME = "gsd_range.jsonl"  # in the workdir; other processes: in process_<number>/
 
 
 class GsdRange:
     """Keeps the smallest and largest GSD of the crops, in metres per pixel, in a file.
 
-    A row is added when the range becomes wider, so there are few, and a run that was
-    killed resumes with what its steps up to `start` have seen. A run that saw steps
-    without such a file, or as another number of processes, cannot tell: it has none.
+    A row is added only when the range widens. A killed run resumes with the range of
+    its steps up to `start`. If earlier steps ran without such a file, or with another
+    number of processes, the range is unknown and no file is kept.
     """
 
     def __init__(self, folder: Path, *, start: int):
@@ -36,7 +36,7 @@ class GsdRange:
         self._unwritten = False
 
     def add(self, step: int, gsd: np.ndarray) -> None:
-        """The GSDs of a step's batch, as the encoder was told."""
+        """Add the GSDs that the encoder got in a step."""
         if not self._known:
             return
         low, high = float(np.min(gsd)), float(np.max(gsd))
@@ -51,30 +51,33 @@ class GsdRange:
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             self._unwritten = False
-        except OSError as error:  # a full disk: with the next step's
+        except OSError as error:  # a full disk: try again in the next step
             if not self._unwritten:
-                LOG.warning(f"{self._path} cannot be written ({error.strerror}), yet")
+                LOG.warning(
+                    f"{self._path} cannot be written ({error.strerror}): trying again "
+                    "after the next step"
+                )
             self._unwritten = True
 
 
 def seen_until(folder: Path, step: int) -> tuple[float, float] | None:
-    """The range that a process's file in `folder` has for the steps up to `step`."""
+    """The range of the steps up to `step`, from a process's file in `folder`."""
     rows = [row for row in read_jsonl(folder / NAME) if row["step"] <= step]
     return (rows[-1]["low"], rows[-1]["high"]) if rows else None
 
 
 def seen_by_all(folder: Path, step: int) -> tuple[float, float] | None:
-    """The range of all processes of this run; each gives its own folder, and waits."""
+    """The range over all processes. Each passes its own folder, and all must call."""
     own = np.float64(seen_until(folder, step) or (math.nan, math.nan))
     if jax.process_count() > 1:
         own = multihost_utils.process_allgather(own.astype(np.float32))
     low, high = np.reshape(own, (-1, 2)).T
-    found = float(low.min()), float(high.max())  # NaN where one process does not know
+    found = float(low.min()), float(high.max())  # NaN if a process does not know
     return found if np.isfinite(found).all() else None
 
 
 def seen_by_run(workdir: Path, step: int) -> tuple[float, float] | None:
-    """The range of the run in `workdir`, None if a process's file is not there."""
+    """The range of the run in `workdir`; None if a process's file is missing."""
     rows = read_jsonl(workdir / NAME)
     others = range(1, rows[-1]["processes"] if rows else 1)
     folders = [workdir, *(workdir / f"process_{number}" for number in others)]
@@ -85,5 +88,5 @@ def seen_by_run(workdir: Path, step: int) -> tuple[float, float] | None:
 
 
 def _complete(rows: list[dict]) -> bool:
-    """True if rows tell of all steps of this process's part of the run."""
+    """True if `rows` cover this process's steps, with the present process count."""
     return bool(rows) and all(r["processes"] == jax.process_count() for r in rows)

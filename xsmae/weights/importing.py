@@ -1,4 +1,4 @@
-"""The weights of others, as an encoder in memory and as folders."""
+"""Imports official weights, as an encoder in memory or as a folder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def read_weights(
     std: Sequence[float] | None = None,
     **options: Any,
 ) -> Imported:
-    """An official checkpoint, with other bands, mean and std than the official ones.
+    """Read an official checkpoint, optionally with other bands, mean and std.
 
-    options: those of `import_checkpoint`. Raises UserError as it does, and where the
-    bands of other than three are not named or do not fit.
+    options: those of `import_checkpoint`. Raises UserError like `import_checkpoint`,
+    and if bands, mean or std are missing for a file without exactly 3 bands, or do not
+    fit the file.
     """
     imported = import_checkpoint(path, **options)
     config = imported.config
@@ -34,12 +35,15 @@ def read_weights(
                 config[name] = tuple(value)
     if channels != 3 and any(value is None for value in (bands, mean, std)):
         raise UserError(
-            f"{path} is of {channels} bands: name them and say how they were "
-            "normalised, with --bands, --mean and --std"
+            f"{path} has {channels} bands: give their names with --bands, and their "
+            "normalisation with --mean and --std"
         )
     for name in ("bands", "mean", "std"):
         if len(config[name]) != channels:
-            raise UserError(f"--{name} has {len(config[name])}, expected {channels}")
+            raise UserError(
+                f"--{name} has {len(config[name])}, expected {channels}: give one "
+                "value per band of the file"
+            )
     return imported
 
 
@@ -53,16 +57,16 @@ def import_weights(
 
         encoder = xsmae.import_weights("mae_pretrain_vit_base.pth")
 
-    path: a .pth or .safetensors file. out: a new folder for what a run can start from
-    (`config.init`) and for `encoder/`; without it nothing is kept. options: bands,
-    mean, std, and those of `official.OPTIONS`, what the file does not tell. Raises
-    UserError where the file is not one, or `out` holds something.
+    path: a .pth or .safetensors file. out: a new folder, for `encoder/` and for the
+    weights that a run can start from (`config.init`); without it nothing is written.
+    options: bands, mean, std, and the `official.OPTIONS` that the file does not state.
+    Raises UserError if the file is not such a checkpoint, or if `out` is not empty.
     """
     imported = read_weights(path, **options)
     if out is not None:
         out = Path(out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} is there already: give a new folder")
+            raise UserError(f"{out} exists already: give a new folder")
         write_import(imported, out, source=Path(path))
         return load_encoder(out)
     return encoder_of(imported, Path(path))

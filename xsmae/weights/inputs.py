@@ -1,4 +1,4 @@
-"""What an encoder can be given: images and GSDs, checked."""
+"""Checks the images and GSDs that an encoder gets."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 def check_images(
     images: Shaped[np.ndarray, "batch height width bands"], bands: Bands
 ) -> Float[np.ndarray, "batch height width bands"]:
-    """Images as float32 in 0-1, of uint8 or of floating numbers in 0-1; UserError."""
+    """Images as float32 in 0-1; raises UserError unless uint8, or floats in 0-1."""
     if images.ndim != 4 or images.shape[-1] != len(bands.names):
         raise UserError(
             f"images of shape {images.shape}, expected [batch, height, width, "
             f"{len(bands.names)}] with the bands {', '.join(bands.names)} in this order"
         )
     if not images.size:
-        raise UserError(f"images of shape {images.shape}, expected one or more")
+        raise UserError(f"images of shape {images.shape}, expected at least one image")
     if images.dtype == bands.dtype:
         return bands.rescale(images)
     if not np.issubdtype(images.dtype, np.floating):
@@ -41,7 +41,7 @@ def check_images(
 
 
 def check_patches(images: np.ndarray, patch_size: int) -> None:
-    """Raise UserError unless images [batch, height, width, bands] are whole patches."""
+    """Raise UserError unless height and width are multiples of the patch size."""
     height, width = images.shape[1:3]
     if height % patch_size or width % patch_size:
         raise UserError(
@@ -51,7 +51,7 @@ def check_patches(images: np.ndarray, patch_size: int) -> None:
 
 
 def check_gsd(gsd: Any, batch: int) -> Float[np.ndarray, "batch 2"]:
-    """Metres per pixel (y, x) of each image, from one number, [batch] or [batch, 2]."""
+    """Metres per pixel (y, x) per image, from one number, [batch] or [batch, 2]."""
     try:
         gsd = np.asarray(gsd, np.float32)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The official checkpoints' names of our weights, and how each lays its numbers out."""
+"""Maps our weights to the names and layouts of official checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Path = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """An official tensor to our array, and back."""
+    """Converts an official tensor to our array, and back."""
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
@@ -42,10 +42,10 @@ CONV_TRANSPOSE = _einops("i o h w", "i h w o")
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """An official tensor's name, and where its numbers lie in ours.
+    """An official tensor's name, and its place in our arrays.
 
-    path: of our array in the model's state. layer: the index on its first axis, for
-    stacked blocks. third: which third of its last axis, for q, k and v.
+    path: our array in the model's state. layer: index on the first axis, for stacked
+    blocks. third: which third of the last axis, for q, k and v.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Weight:
     third: int | None = None
 
     def within(self, array: np.ndarray) -> np.ndarray:
-        """The part of our array that the tensor fills, as a view."""
+        """A view of the part of our array that the tensor fills."""
         if self.layer is not None:
             array = array[self.layer]
         if self.third is not None:
@@ -63,7 +63,7 @@ class Weight:
         return array
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
-        """The official tensor that our array, or its gradient, holds."""
+        """The official tensor from our array, or from its gradient."""
         return self.conversion.theirs(self.within(array))
 
 
@@ -76,8 +76,8 @@ def load(
 ) -> None:
     """Put official tensors into `model`, in place.
 
-    others: the shapes of tensors that must be there and that the model has no place
-    for. Raises UserError with every name that is missing, extra or of another shape.
+    others: shapes of tensors that the file must have but the model does not. Raises
+    UserError with every name that is missing, extra or has another shape.
     """
     arrays = {
         path: np.zeros(leaf.shape, np.float32) for path, leaf in leaves(model).items()
@@ -105,10 +105,10 @@ def load(
 
 
 def collect(model: nnx.Module, weights: list[Weight]) -> dict[str, np.ndarray]:
-    """The official tensors that `model` holds, contiguous, in float32."""
+    """The official tensors of `model`, contiguous, in float32."""
     arrays = {path: np.asarray(leaf) for path, leaf in leaves(model).items()}
     return {
-        # safetensors writes the memory as it lies: transposed views are made real.
+        # safetensors ignores strides, so transposed views must be copied.
         w.name: np.ascontiguousarray(w.theirs(arrays[w.path]), np.float32)
         for w in weights
     }
@@ -127,7 +127,7 @@ def _path(path) -> Path:
 def encoder_weights(
     model: Config, *, naming: str = "timm", root: Path = ()
 ) -> list[Weight]:
-    """The encoder's; SatMAE's names where there are groups of bands."""
+    """The encoder's weights; with groups of bands, by SatMAE's names."""
     names = NAMINGS[naming]
     return list(_encoder(model, root, names))
 
@@ -163,7 +163,7 @@ def timm_block(theirs: str, ours: Path) -> Iterator[Weight]:
 
 
 def xformers_block(theirs: str, ours: Path) -> Iterator[Weight]:
-    """A block of xFormers, as the released Cross-Scale MAE weights have it."""
+    """A block of xFormers, by the names in the released Cross-Scale MAE weights."""
     attention = f"{theirs}.wrap_att.sublayer.layer"
     mlp = f"{theirs}.wrap_ff.sublayer.layer.mlp"
     for third, letter in enumerate("qkv"):
@@ -177,7 +177,7 @@ def xformers_block(theirs: str, ours: Path) -> Iterator[Weight]:
 
 
 def huggingface_block(theirs: str, ours: Path) -> Iterator[Weight]:
-    """A block of Hugging Face's ViT, by the names that its published files have."""
+    """A block of Hugging Face's ViT, by the names in its published files."""
     for third, name in enumerate(("query", "key", "value")):
         name = f"{theirs}.attention.attention.{name}"
         yield from _linear(name, (*ours, "qkv"), third=third)
@@ -200,7 +200,7 @@ def _norm(name: str, path: Path) -> Iterator[Weight]:
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """How a family of checkpoints calls the blocks and what is around them."""
+    """The names that a family of checkpoints uses."""
 
     block: Callable[[str, Path], Iterator[Weight]]
     blocks: str
@@ -212,7 +212,7 @@ class Naming:
 
 
 NAMINGS = {
-    # MAE, SatMAE, Scale-MAE; the encoder alone is timm's VisionTransformer.
+    # MAE, SatMAE, Scale-MAE; an encoder alone is timm's VisionTransformer.
     "timm": Naming(
         block=timm_block,
         blocks="blocks.{}",
@@ -234,7 +234,7 @@ NAMINGS = {
         position="encoder_pos_embed",
         decoder_blocks="decoder.encoders.{}",
     ),
-    # The encoder alone.
+    # Only the encoder.
     "huggingface": Naming(
         block=huggingface_block,
         blocks="encoder.layer.{}",
@@ -291,7 +291,7 @@ def _group_head(model, groups, root) -> Iterator[Weight]:
 def _scale_head(model, root) -> Iterator[Weight]:
     pyramid = (*root, "pyramid")
     yield from _convolution("fpn.fpn2.0", (*pyramid, "double"), CONV_TRANSPOSE)
-    # The official `fpn1` is a sequence; its first step is one that `progressive` lacks.
+    # The official `fpn1` is a sequence. `progressive` networks lack its first step.
     at = 0
     if not model["progressive"]:
         yield from _convolution("fpn.fpn1.0", (*pyramid, "first"), CONV_TRANSPOSE)

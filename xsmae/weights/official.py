@@ -1,4 +1,4 @@
-"""Official checkpoints read: which system, which sizes, every key used or named."""
+"""Reads official checkpoints: finds system and sizes, accounts for every key."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from xsmae.weights.official_config import OfficialFile, config_of
 from xsmae.weights.torch_file import read_pytorch
 from xsmae.weights.torch_pickle import Namespace
 
-# Tensors of official checkpoints that no output depends on. Scale-MAE computes its
-# positions anew for each GSD, and its older checkpoints lack `mask_token_decoder`.
+# Tensors of official checkpoints that do not affect any output. Scale-MAE computes its
+# positions for each GSD. Its older checkpoints lack `mask_token_decoder`.
 UNUSED = {
     "cross_scale_mae": ("predictor.1.num_batches_tracked",),
     "scale_mae": ("mask_token_decoder", "pos_embed", "decoder_pos_embed"),
 }
-# What the file cannot tell by its shapes: by the names of the official arguments.
+# Settings that shapes do not show, by the names of the official arguments.
 OPTIONS = (
     "method", "num_heads", "decoder_num_heads", "image_size", "mask_ratio",
     "norm_pix_loss", "temperature", "channel_groups", "spatial_mask", "band_config",
     "use_l1_loss", "l1_loss_weight", "base_resolution", "absolute_scale",
 )  # fmt: skip
-# What official arguments besides mean the same. SatMAE: main_pretrain.py.
+# Other official names for the same settings. SatMAE: main_pretrain.py.
 ALIASES = {"grouped_bands": "channel_groups"}
-# Which of them a method's published setting stands for where nobody tells.
+# Settings that get the published value if neither the file nor the user gives one.
 ASSUMED = {
     "mae": ("mask_ratio", "norm_pix_loss"),
     "sat_mae": ("mask_ratio", "norm_pix_loss", "spatial_mask"),
@@ -56,11 +56,11 @@ ASSUMED = {
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """An official checkpoint as ours.
+    """An official checkpoint, converted.
 
-    config: `method`, `model`, `loss`, `views.size` and the statistics, as a run's
-    config has them. network: the method's, or the encoder where the file holds no
-    more. notes: what was left out, and why nothing is lost by it.
+    config: `method`, `model`, `loss`, `views.size` and the statistics, as in a run's
+    config. network: the method's network, or only the encoder if the file has no more.
+    notes: what was left out, and why that loses nothing.
     """
 
     config: ml_collections.ConfigDict
@@ -70,20 +70,22 @@ class Imported:
 
     @property
     def encoder(self) -> nnx.Module:
-        """The part that is carried away."""
+        """The encoder of the network."""
         return self.network if self.encoder_only else self.network.encoder
 
 
 def import_checkpoint(path: str | Path, **options: Any) -> Imported:
     """Read an official checkpoint of Cross-Scale MAE, MAE, SatMAE or Scale-MAE.
 
-    `options`, of OPTIONS, go before what the file's saved arguments say. Raises
-    UserError where the file is not one, where a size cannot be told, and with the whole
-    list where a tensor is missing, left over or of another shape.
+    options: any of OPTIONS; they override the arguments saved in the file. Raises
+    UserError if the file is not such a checkpoint, if a size cannot be found, or with
+    the full list if tensors are missing, left over or have another shape.
     """
     unknown = options.keys() - set(OPTIONS)
     if unknown:
-        raise UserError(f"unknown options {sorted(unknown)}, expected of {OPTIONS}")
+        raise UserError(
+            f"unknown options {sorted(unknown)}, expected some of {', '.join(OPTIONS)}"
+        )
     options = {k: v for k, v in options.items() if v is not None}
     tensors, arguments, notes = _unpack(path)
     file = OfficialFile(path, tensors, arguments | options)
@@ -94,11 +96,11 @@ def import_checkpoint(path: str | Path, **options: Any) -> Imported:
     config = config_of(file, method, naming, encoder_only)
     assumed = [n for n in ASSUMED[method] if n not in file.options]
     if assumed and not encoder_only:
-        notes.append(f"not told by the file, taken as published: {', '.join(assumed)}")
+        notes.append(f"not in the file, set as published: {', '.join(assumed)}")
     model = config.model.to_dict()
     unused = [name for name in UNUSED.get(method, ()) if name in tensors]
     if unused:
-        notes.append(f"of no effect on any output: {', '.join(unused)}")
+        notes.append(f"without effect on any output: {', '.join(unused)}")
     sizes = {"channels": len(config.bands)}
     try:
         computed = _computed(model, naming, config.views.size, encoder_only)
@@ -108,13 +110,13 @@ def import_checkpoint(path: str | Path, **options: Any) -> Imported:
         else:
             weights = weights_of(model, method=method, naming=naming)
             build, sizes["view_size"] = METHODS[method].build, config.views.size
-        # Shapes alone, without the time that random weights take.
+        # Only shapes: random weights would take time.
         network = nnx.eval_shape(lambda: build(model, **sizes, rngs=nnx.Rngs(0)))
     except ValueError as error:
-        raise UserError(f"{path} does not fit together: {error}") from None
+        raise UserError(f"{path} is inconsistent: {error}") from None
     others = {name: array.shape for name, array in computed.items()}
     if NAMINGS[naming].position not in tensors:
-        del others[NAMINGS[naming].position]  # the user has given the image's size
+        del others[NAMINGS[naming].position]  # the user gave the image size
     if method == "cross_scale_mae" and not encoder_only:
         others["predictor.1.num_batches_tracked"] = ()
     if "mask_token_decoder" in unused:
@@ -132,17 +134,26 @@ def import_checkpoint(path: str | Path, **options: Any) -> Imported:
 
 
 def _unpack(path: str | Path) -> tuple[dict, dict, list[str]]:
-    """The tensors, the saved arguments, and what else is left out."""
+    """The tensors, the saved arguments, and notes about everything left out."""
     content = read_pytorch(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a dict")
+        raise UserError(
+            f"{path} has a {type(content).__name__}, expected a dict of weights: give "
+            "another checkpoint"
+        )
     name = next((n for n in ("model", "state_dict") if n in content), None)
     state = content if name is None else content[name]
     if not (isinstance(state, Mapping) and state):
-        raise UserError(f"{path} holds no weights under 'model' or 'state_dict'")
+        raise UserError(
+            f"{path} has no weights under 'model' or 'state_dict': give another "
+            "checkpoint"
+        )
     others = [key for key, value in state.items() if not isinstance(value, np.ndarray)]
     if others:
-        raise UserError(f"{path} holds no tensors under {', '.join(map(str, others))}")
+        raise UserError(
+            f"{path} has values that are not tensors, {', '.join(map(str, others))}: "
+            "give another checkpoint"
+        )
     notes, arguments = [], {}
     if name is not None:
         saved = content.get("args")
@@ -151,19 +162,19 @@ def _unpack(path: str | Path) -> tuple[dict, dict, list[str]]:
             arguments = {
                 k: v
                 for k, v in arguments.items()
-                # An empty list of groups is the official default: no groups.
+                # The official default, an empty list, means no groups.
                 if k in OPTIONS and k != "method" and v not in (None, [], ())
             }
         rest = [str(key) for key in content if key not in (name, "args")]
         if rest:
             notes.append(f"not weights: {', '.join(rest)}")
-    # DistributedDataParallel's.
+    # DistributedDataParallel adds this prefix.
     state = {str(k).removeprefix("module."): v for k, v in state.items()}
     return state, arguments, notes
 
 
 def _check_option(name: str, value: Any) -> None:
-    """Raises UserError where the value is not of the kind that `name` has."""
+    """Raise UserError if `value` is not valid for the option `name`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     sequence = isinstance(value, list | tuple)
     if name in ("num_heads", "decoder_num_heads", "image_size"):
@@ -198,7 +209,7 @@ def _check_option(name: str, value: Any) -> None:
 
 
 def _system(file: OfficialFile) -> tuple[str, str]:
-    """The method and the naming, from the keys."""
+    """The method and the naming that the keys show."""
     given = file.options.get("method")
     keys = file.tensors
     for naming in ("cross_scale_xformers", "cross_scale_timm", "timm"):
@@ -206,12 +217,12 @@ def _system(file: OfficialFile) -> tuple[str, str]:
             break
     else:
         raise UserError(
-            f"{file.path} holds the weights of no system that is known here (Cross-"
-            f"Scale MAE, MAE, SatMAE, Scale-MAE); its first keys: "
-            f"{', '.join(list(keys)[:4])}"
+            f"{file.path} has the keys {', '.join(list(keys)[:4])}, ..., expected "
+            "weights of Cross-Scale MAE, MAE, SatMAE or Scale-MAE: give another "
+            "checkpoint"
         )
     if naming != "timm":
-        # Its baseline without the cross-prediction is an MAE by other names.
+        # Cross-Scale MAE's baseline without cross-prediction is an MAE, renamed.
         whole = any(key.startswith("predictor.") for key in keys)
         found = "cross_scale_mae" if whole or file.encoder_only else "mae"
     elif file.count("patch_embed.{}"):
@@ -219,17 +230,20 @@ def _system(file: OfficialFile) -> tuple[str, str]:
     elif any(key.startswith(("fpn.", "fcn")) for key in keys):
         found = "scale_mae"
     else:
-        # Their encoders alone have one layout: SatMAE's of RGB, Scale-MAE's.
+        # MAE, SatMAE on RGB and Scale-MAE encoders have the same layout.
         return (given or "mae"), naming
     if given and given != found:
-        raise UserError(f"{file.path} is a {found} by its keys, --method={given} given")
+        raise UserError(
+            f"--method={given}, but the keys of {file.path} are those of {found}: give "
+            f"--method={found} or leave it out"
+        )
     return found, naming
 
 
 def _computed(
     model: dict, naming: str, size: int, encoder_only: bool
 ) -> dict[str, np.ndarray]:
-    """The encodings of positions and groups that lie beside the weights."""
+    """The encodings of positions and groups that the file stores with the weights."""
     grid, groups = size // model["patch_size"], len(model.get("channel_groups", ()))
     parts, computed = {"": NAMINGS[naming].position}, {}
     if not encoder_only:
@@ -240,7 +254,7 @@ def _computed(
         positions = sincos_2d(at, at, model[f"{part}embed_dim"] - group_dim)
         computed[name] = np.pad(positions, [(1, 0), (0, 0)])[None]
         if groups:
-            # The decoder's class token counts as one more group.
+            # The decoder's class token counts as another group.
             many = np.arange(groups + (part == "decoder_"))
             computed[f"{part}channel_embed"] = np.asarray(sincos_1d(many, group_dim))[
                 None
@@ -250,16 +264,17 @@ def _computed(
 
 def _check_computed(file: OfficialFile, name: str, expected: np.ndarray) -> None:
     tensor = np.asarray(file.tensors[name], np.float32)
-    # Half precision has 11 bits; NaN is no number that is close.
+    # Half precision has 11 bits. `not <=` also catches NaN.
     if not np.abs(tensor - expected).max() <= 2e-3:
         raise UserError(
             f"{file.path}: {name} {tensor.shape} is not the sine-cosine encoding that "
-            "the system computes: learned or resized positions have no place here"
+            "the system computes; learned or resized positions cannot be imported: "
+            "give the original checkpoint"
         )
 
 
 def sha256_of(source: Path) -> str:
-    """The digest of an official checkpoint."""
+    """The SHA-256 of an official checkpoint."""
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -275,7 +290,7 @@ def encoder_of(imported: Imported, source: Path) -> Encoder:
 
 
 def write_import(imported: Imported, out: Path, *, source: Path, seed: int = 0) -> None:
-    """Write `encoder/`; of a whole network config.json and a checkpoint too."""
+    """Write `encoder/`, and for a whole network config.json and a checkpoint."""
     config, digest = imported.config, sha256_of(source)
     encoder_of(imported, source).save(out / "encoder")
     if imported.encoder_only:

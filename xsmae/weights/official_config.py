@@ -1,4 +1,4 @@
-"""The config of an official checkpoint's network, from its shapes and its arguments."""
+"""Derives the config of an official checkpoint from its shapes and arguments."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from xsmae.errors import UserError
 from xsmae.methods import METHODS
 from xsmae.weights.layouts import NAMINGS
 
-# Heads by width: ViT's standard sizes, and the decoders' of MAE and of our tiny.
+# width -> heads: ViT's standard sizes, and the decoders of MAE and our tiny preset.
 NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_NUM_HEADS = {512: 16, 128: 4}
-# SatMAE's groups of its ten Sentinel-2 bands (models_mae_group_channels.py), by sizes.
+# sizes -> SatMAE's groups of ten Sentinel-2 bands (models_mae_group_channels.py).
 CHANNEL_GROUPS = {(4, 4, 2): ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))}
 
 FMOW = (0.43393, 0.43579, 0.40744), (0.19828, 0.19250, 0.19454)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# What the official pretraining normalised RGB with. Scale-MAE: config/fmow.yaml.
-# SatMAE: util/datasets.py, CustomDatasetFromImages.
+# (mean, std) of RGB in the official pretraining. Scale-MAE: config/fmow.yaml. SatMAE:
+# util/datasets.py, CustomDatasetFromImages.
 STATISTICS = {
     "cross_scale_mae": FMOW,
     "mae": IMAGENET,
@@ -40,13 +40,13 @@ STATISTICS = {
 }
 BASE_RESOLUTION = 2.5  # metres per pixel; Scale-MAE, main_pretrain.py
 
-# Of networks that are more than an encoder.
+# Names that only networks with more than an encoder have.
 DECODERS = ("decoder", "mask_token", "predictor.", "fpn.", "fcn")
 
 
 @dataclasses.dataclass(frozen=True)
 class OfficialFile:
-    """A checkpoint's tensors, and what it or the user says besides."""
+    """A checkpoint's tensors, and the options from the file or the user."""
 
     path: str | Path
     tensors: Mapping[str, np.ndarray]
@@ -54,17 +54,17 @@ class OfficialFile:
 
     @property
     def encoder_only(self) -> bool:
-        """Whether there is nothing of a decoder."""
+        """True if the file has no tensor of a decoder."""
         return not self.holds(*DECODERS)
 
     def holds(self, *beginnings: str) -> bool:
-        """Whether there is a name that begins so."""
+        """True if a tensor's name starts with one of `beginnings`."""
         return any(name.startswith(beginnings) for name in self.tensors)
 
     def size(self, *places: tuple[str, int, int]) -> int:
-        """A size that tensors at (name, rank, axis) share: what most of them say.
+        """The most frequent size among tensors at (name, rank, axis).
 
-        A tensor that says otherwise is then told with all that does not fit.
+        A tensor with another size is reported later, with all that do not fit.
         """
         found = [
             self.tensors[name].shape[axis]
@@ -76,14 +76,14 @@ class OfficialFile:
         return collections.Counter(found).most_common(1)[0][0]
 
     def group_dim(self, name: str, position: str, width: int) -> int:
-        """The width of SatMAE's encodings of groups under `name`."""
+        """The width of SatMAE's group encodings in the tensor `name`."""
         one, _, group_dim = shape = self.shape(name, 3)
         of_positions = self.tensors[position].shape if position in self.tensors else ()
         rest = of_positions[-1] if of_positions else width - group_dim
         if one != 1 or group_dim + rest != width:
             raise UserError(
                 f"{self.path}: {name} has shape {shape} and {position} {of_positions}, "
-                f"expected {width} in the last of both together"
+                f"expected last axes that add up to {width}"
             )
         return group_dim
 
@@ -93,15 +93,15 @@ class OfficialFile:
         if shape[2] != shape[3]:
             raise UserError(
                 f"{self.path}: {name} has shape {shape}, expected a square kernel in "
-                "the last two"
+                "the last two axes"
             )
         return shape
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
-        """Of a tensor that sizes are read from."""
+        """The shape of a tensor; UserError if it is missing or has another rank."""
         if name not in self.tensors:
             near = difflib.get_close_matches(name, self.tensors, n=3)
-            found = f"; the nearest names found: {', '.join(near)}" if near else ""
+            found = f"; similar names in it: {', '.join(near)}" if near else ""
             raise UserError(f"{self.path} lacks {name}{found}")
         shape = self.tensors[name].shape
         if len(shape) != rank:
@@ -111,7 +111,7 @@ class OfficialFile:
     def count(self, pattern: str) -> int:
         """One more than the largest index in the names `pattern.format(index)...`.
 
-        At most the number of tensors, whatever the names claim.
+        Never more than the number of tensors, so that a name cannot claim a huge count.
         """
         expression = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)") + r"\.")
         found = [m for m in map(expression.match, self.tensors) if m]
@@ -119,12 +119,12 @@ class OfficialFile:
         return min(largest, len(self.tensors))
 
     def heads(self, name: str, width: int, standard: Mapping[int, int]) -> int:
-        """How many heads, which no shape tells."""
+        """The number of heads, which cannot be read from shapes."""
         value = self.options.get(name, standard.get(width))
         if value is None:
             raise UserError(
-                f"{self.path}: the number of heads of width {width} is not a standard "
-                f"one: give --{name}=N"
+                f"{self.path}: width {width} has no standard number of heads: give "
+                f"--{name}=N"
             )
         return value
 
@@ -132,9 +132,10 @@ class OfficialFile:
 def config_of(
     file: OfficialFile, method: str, naming: str, encoder_only: bool
 ) -> ml_collections.ConfigDict:
-    """The config of the network that the tensors are of, `naming` one of NAMINGS.
+    """The config of the network that the tensors belong to.
 
-    Raises UserError for a size that cannot be told, or that two tensors contradict.
+    naming: one of NAMINGS. Raises UserError if a size cannot be found, or if tensors
+    contradict each other.
     """
     if method not in METHODS:
         raise UserError(f"--method={method}, expected one of {', '.join(METHODS)}")
@@ -160,7 +161,7 @@ def config_of(
         (mlp["fc2", "kernel"], 2, 1),
     )
     model.mlp_ratio = hidden / model.embed_dim
-    if int(model.embed_dim * model.mlp_ratio) < hidden:  # rounded down
+    if int(model.embed_dim * model.mlp_ratio) < hidden:  # int() rounded down
         model.mlp_ratio = math.nextafter(model.mlp_ratio, math.inf)
     xformers = naming == "cross_scale_xformers"
     model.norm_style = "post" if xformers else "pre"
@@ -190,7 +191,7 @@ def config_of(
     else:
         loss = config.loss.reconstruction
         if num_groups:
-            loss.norm_pix_loss = False  # SatMAE's recipe for groups of bands
+            loss.norm_pix_loss = False  # SatMAE's setting for groups of bands
         value = file.options.get("norm_pix_loss", loss.norm_pix_loss)
         loss.norm_pix_loss = bool(value)
     if method == "cross_scale_mae" and not encoder_only:
@@ -210,12 +211,13 @@ def _group_config(file, config, sizes: list[int], encoder_only: bool) -> None:
     if groups is None:
         raise UserError(
             f"{file.path} has groups of {sizes} bands, expected SatMAE's (4, 4, 2): "
-            "say which bands with --channel_groups, as ((0, 1), (2,))"
+            "give the bands of each group, such as --channel_groups=((0, 1), (2,))"
         )
     groups = tuple(tuple(group) for group in groups)
     if tuple(map(len, groups)) != sizes:
         raise UserError(
-            f"channel_groups={groups} for groups of {sizes} bands in {file.path}"
+            f"channel_groups={groups}, but {file.path} has groups of {sizes} bands: "
+            "give groups of these sizes"
         )
     model.channel_groups = groups
     model.group_dim = file.group_dim("channel_embed", "pos_embed", model.embed_dim)
@@ -230,7 +232,7 @@ def _scale_config(file, config, encoder_only: bool) -> None:
     model, loss, options = config.model, config.loss, file.options
     model.reference_gsd = float(options.get("base_resolution", BASE_RESOLUTION))
     if options.get("absolute_scale"):
-        model.position = "fixed"  # the official code then sets every resolution to 1
+        model.position = "fixed"  # the official code sets every resolution to 1
     if encoder_only:
         return
     model.independent_heads = not file.holds("fcn.")
@@ -246,39 +248,41 @@ def _scale_config(file, config, encoder_only: bool) -> None:
     scale, rest = divmod(8 * stride, model.patch_size)
     if rest:
         raise UserError(
-            f"{file.path} predicts {8 * stride} px for each patch of "
-            f"{model.patch_size} px, expected a multiple of them"
+            f"{file.path} predicts {8 * stride} px per patch, expected a multiple of "
+            f"the patch size {model.patch_size}"
         )
     model.target_scale = scale
     size = config.views.size * scale
     low, high = options.get("band_config", (size / 32, 0))
     loss.high_frequency.cutoff = low / size
-    # 224 alone has a meaning of its own in the official forward_loss.
+    # Only 224 has a special meaning in the official forward_loss.
     loss.low_frequency.through = 224 if high == 224 else 0
     absolute = bool(options.get("use_l1_loss", True))
     loss.high_frequency.absolute = absolute
-    # The official weight applies to the L1 alone.
+    # The official weight applies only to the L1 loss.
     weight = float(options.get("l1_loss_weight", 1.0))
     loss.high_frequency.weight = weight if absolute else 1.0
 
 
 def _image_size(file: OfficialFile, position: str, patch_size: int) -> int:
-    """The pixels of the images that the network was trained on."""
+    """The side in pixels of the images in training."""
     if position not in file.tensors:
         if "image_size" in file.options:
             return file.options["image_size"]
         raise UserError(
-            f"{file.path} lacks {position}, which tells the image's size: give "
+            f"{file.path} lacks {position}, which would show the image size: give "
             "--image_size=PIXELS"
         )
     patches = file.shape(position, 3)[1] - 1
     side = round(patches**0.5)
     if side**2 != patches:
-        raise UserError(f"{file.path}: {position} is of {patches} patches, no square")
+        raise UserError(
+            f"{file.path}: {position} has {patches} patches, expected a square number"
+        )
     size = side * patch_size
     if file.options.get("image_size", size) != size:
         raise UserError(
             f"image_size={file.options['image_size']}, but {position} in {file.path} "
-            f"is that of {size} px"
+            f"is for {size} px: give --image_size={size} or leave it out"
         )
     return size

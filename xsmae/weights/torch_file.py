@@ -1,9 +1,9 @@
-"""Checkpoint files of PyTorch, and safetensors, as numpy arrays; nothing is executed.
+"""Reads PyTorch checkpoints and safetensors as numpy arrays, without executing code.
 
-A file of `torch.save` holds a pickle, which is a program. It is interpreted here with
-the few instructions and names that tensors need, all of them inert; whatever else it
-asks for is refused by name. The formats are those of PyTorch's serialization.py: a zip
-of `data.pkl` and `data/KEY`, or (before 1.6) five pickles and then the storages.
+A file of `torch.save` contains a pickle, and a pickle is a program. This module
+interprets only the instructions and names that tensors need. None of them can do harm.
+Everything else is refused by name. The formats are those of PyTorch's serialization.py:
+a zip of `data.pkl` and `data/KEY`, or (before 1.6) five pickles, then the storages.
 """
 
 from __future__ import annotations
@@ -24,36 +24,37 @@ from xsmae.weights.torch_pickle import AGAIN, LIMIT, WEIGHTS, Reader, require
 
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 LEGACY_VERSION = 1001
-DEFLATION = 16  # weights hardly compress: a zip that grows by more is a bomb
+DEFLATION = 16  # weights hardly compress; a zip that expands by more is a zip bomb
 
 
 def read_pytorch(path: str | os.PathLike[str]) -> object:
-    """What `torch.save` or safetensors wrote to `path`, its tensors as numpy arrays.
+    """The object that `torch.save` or safetensors wrote, with tensors as numpy arrays.
 
-    Tensors of PyTorch are read-only views of their storages: two that shared one still
-    do, and strides stay. bfloat16 is `ml_dtypes.bfloat16`. `argparse.Namespace` becomes
-    `Namespace`; parameters become arrays; paths become strings, sizes and
-    devices tuples, dtypes numpy's. Raises UserError for all that cannot be read.
+    PyTorch's tensors become read-only views of their storages: they keep their strides,
+    and share memory where they did. bfloat16 becomes `ml_dtypes.bfloat16`,
+    `argparse.Namespace` becomes `Namespace`, parameters become arrays, paths become
+    strings, sizes and devices become tuples, dtypes become numpy's. Raises UserError if
+    the file cannot be read.
     """
     path = Path(path)
     try:
         if not path.is_file():
-            found = "is no file" if path.exists() else "is not there"
+            found = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"{found}; give a checkpoint (.pth, .pt, .safetensors)")
         with path.open("rb") as file:
             return _read(path, file)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # a damaged or hostile file can make anything fail
+    except Exception as error:  # a damaged or hostile file can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].strip(": ")
         raise UserError(
-            f"{path}: cannot be read, it is cut short, damaged or no checkpoint "
+            f"{path}: cannot be read: it is cut short, damaged or not a checkpoint "
             f"({ascii(reason)[1:-1]}); {AGAIN}"
         ) from error
 
 
 def _read(path: Path, file: BinaryIO) -> object:
-    """Read `file` by what it begins with."""
+    """Read `file` in the format that its first bytes show."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(64)
     file.seek(0)
@@ -66,21 +67,21 @@ def _read(path: Path, file: BinaryIO) -> object:
         return load_file(path)
     if head.decode("utf-8", "ignore").replace("\n", " ").strip().isprintable():
         raise UserError(
-            f"is text that begins with {head.strip()[:32]!a}, perhaps a page in place "
-            f"of the download; expected a checkpoint: {AGAIN}"
+            f"is text that begins with {head.strip()[:32]!a}, perhaps a web page "
+            f"instead of the download; expected a checkpoint: {AGAIN}"
         )
     raise UserError(
-        f"begins with {head[:8]!a}; expected a checkpoint of torch.save or "
-        f"safetensors, whole: {AGAIN}, or {WEIGHTS}"
+        f"begins with {head[:8]!a}; expected a complete checkpoint of torch.save or "
+        f"safetensors: {AGAIN}, or {WEIGHTS}"
     )
 
 
 def _read_zip(file: BinaryIO, size: int) -> object:
-    """Read the zip that torch.save writes since 1.6; each storage when first named."""
+    """Read a zip of torch.save (1.6 or later). Reads each storage when first named."""
     archive = zipfile.ZipFile(file)
     entries = {entry.filename: entry for entry in archive.infolist()}
     twice = len(entries) != len(archive.infolist())
-    require(not twice, "has a zip that names one entry twice")
+    require(not twice, "is a zip with two entries of the same name")
     roots = [
         name.removesuffix("data.pkl")
         for name in entries
@@ -111,7 +112,7 @@ def _read_zip(file: BinaryIO, size: int) -> object:
             WEIGHTS,
         )
         with archive.open(entry) as stream:
-            # Given a length, it inflates no further whatever the stream holds.
+            # With a length given, it never inflates more than that.
             return stream.read(size)
 
     little = f"{root}byteorder" not in entries or content("byteorder", 9) == b"little"
@@ -128,7 +129,7 @@ def _read_zip(file: BinaryIO, size: int) -> object:
 
 
 def _read_legacy(file: BinaryIO, size: int) -> object:
-    """Read what torch.save wrote before 1.6: the storages come after the tensors."""
+    """Read a file of torch.save before 1.6, where storages follow the tensors."""
 
     def storage(key: str, dtype: np.dtype, numel: int) -> np.ndarray:
         return np.empty(numel, dtype)
@@ -148,7 +149,7 @@ def _read_legacy(file: BinaryIO, size: int) -> object:
         type(keys) is list
         and all(type(key) is str for key in keys)
         and sorted(keys) == sorted(reader.storages),
-        "lists other storages than its tensors have",
+        "lists storages that differ from those of its tensors",
     )
     for key in keys:
         data = reader.storages[key]

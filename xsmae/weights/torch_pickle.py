@@ -1,4 +1,4 @@
-"""Unpickles tensors from a file that nobody trusts: few instructions, no imports."""
+"""Unpickles tensors from untrusted files: few instructions, no imports."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from xsmae.errors import UserError
 
-# Bytes of a pickle (an encoder's takes 0.1 MB), and of a tensor that repeats elements.
-# At worst a pickle takes some hundred times its size.
+# Maximum bytes of a pickle (an encoder's has 0.1 MB), and of a tensor that repeats
+# elements. At worst, reading a pickle takes about a hundred times its size.
 LIMIT = 16 * 2**20
-MAX_DIMS = 32  # numpy's before 2.0
-MAX_TEXT = 500  # of a path; a call takes five bytes and can be repeated
+MAX_DIMS = 32  # numpy's limit before 2.0
+MAX_TEXT = 500  # characters of a path; a call of five bytes can repeat a long text
 
 AGAIN = "download or copy the file again"
 WEIGHTS = "in PyTorch, torch.save(model.state_dict(), ...) and give that file"
@@ -47,7 +47,7 @@ INSTRUCTIONS = (
 
 
 class Namespace:
-    """What `argparse.Namespace` was: attributes, and `vars()` of them."""
+    """Replaces `argparse.Namespace`: attributes, readable with `vars()`."""
 
 
 def require(condition: object, found: str, mend: str = AGAIN) -> None:
@@ -56,14 +56,14 @@ def require(condition: object, found: str, mend: str = AGAIN) -> None:
 
 
 def _tensor(storage, offset, size, stride, *_, dtype=None):
-    """The view of a storage, once it is known to lie within it."""
+    """A view of a storage, after checking that it stays inside."""
     require(
         type(storage) is np.ndarray
         and storage.ndim == 1
         and type(size) is type(stride) is tuple
         and len(size) == len(stride) <= MAX_DIMS
         and all(type(n) is int and n >= 0 for n in (offset, *size, *stride)),
-        "has a tensor without a storage or a proper shape",
+        "has a tensor without a storage or a valid shape",
     )
     storage = storage.view(dtype or storage.dtype)
     if 0 in size:
@@ -103,20 +103,20 @@ def _device(*parts):
 
 
 def _encode(text, encoding):
-    """The bytes of a numpy scalar, which pickle's second protocol writes as a text."""
+    """The bytes of a numpy scalar, which pickle protocol 2 writes as text."""
     require(
         type(text) is str and len(text) <= 32 and encoding == "latin1",
-        "has bytes that are no numpy scalar",
+        "has bytes that are not a numpy scalar",
         WEIGHTS,
     )
     return text.encode("latin1")
 
 
 class _Dtype:
-    """A pickled `numpy.dtype`: its name, then (by BUILD) its byte order."""
+    """A pickled `numpy.dtype`: first its name, then (by BUILD) its byte order."""
 
     def __init__(self, name, align=False, copy=True):
-        require(name in NUMPY_SCALARS, "has a numpy dtype that is no number", WEIGHTS)
+        require(name in NUMPY_SCALARS, "has a non-numeric numpy dtype", WEIGHTS)
         self.dtype = np.dtype(name)
 
 
@@ -139,7 +139,7 @@ GLOBALS = {
     "collections.OrderedDict": lambda: OrderedDict(),  # without arguments
     "argparse.Namespace": Namespace,
     "pathlib.PosixPath": _path,
-    "pathlib._local.PosixPath": _path,  # as Python 3.13 writes it
+    "pathlib._local.PosixPath": _path,  # Python 3.13
     "numpy.dtype": _Dtype,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
@@ -148,12 +148,12 @@ GLOBALS = {
 
 
 class Reader(pickle._Unpickler):
-    """Python's unpickler in Python, with fewer instructions and without imports.
+    """Python's pure-Python unpickler, with fewer instructions and without imports.
 
-    The one in C sets attributes of whatever it is told to, knows the registry of
-    extensions, and reserves memory for lengths that a file only claims.
-    `storage(key, dtype, numel)` gives a storage, asked for once; together they take at
-    most `budget` bytes.
+    The C unpickler is not safe here: it sets attributes of any object, uses the
+    extension registry, and reserves memory for lengths that a file only claims.
+    `storage(key, dtype, numel)` returns a storage and is called once per key. All
+    storages together take at most `budget` bytes.
     """
 
     def __init__(self, file, storage=None, budget=0):
@@ -165,7 +165,7 @@ class Reader(pickle._Unpickler):
         require(
             name in GLOBALS,
             f"names {ascii(name[:100])[1:-1]}, which was not run; expected tensors, "
-            f"numbers, texts, lists, dictionaries and Namespace",
+            f"numbers, strings, lists, dictionaries and Namespace",
             WEIGHTS,
         )
         return GLOBALS[name]
@@ -182,7 +182,7 @@ class Reader(pickle._Unpickler):
         storage = self.storages[key]
         require(
             storage.dtype == dtype and storage.size == numel,
-            f"has a storage {key[:40]!a} of two types or lengths",
+            f"has a storage {key[:40]!a} with two types or lengths",
         )
         if view in ([], [None]):
             return storage
@@ -192,7 +192,7 @@ class Reader(pickle._Unpickler):
         return storage[start : start + length]
 
     def refuse(self):
-        require(False, "holds an instruction that tensors do not need", WEIGHTS)
+        require(False, "has an instruction that tensors do not need", WEIGHTS)
 
     def load_reduce(self):
         args, function = self.stack.pop(), self.stack.pop()
@@ -206,10 +206,10 @@ class Reader(pickle._Unpickler):
     def load_build(self):
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is Namespace and type(state) is dict:
-            target.__dict__ = state  # a copy could be asked for again and again
+            target.__dict__ = state  # not copied: a file could demand endless copies
         elif type(target) is _Dtype and type(state) is tuple and state[1] in "<>|=":
             target.dtype = target.dtype.newbyteorder(state[1])
-        else:  # an OrderedDict's are the versions of modules
+        else:  # the state of an OrderedDict has module versions: ignore it
             known = type(target) is OrderedDict
             require(known, f"sets the state of a {type(target).__name__}", WEIGHTS)
 
@@ -225,17 +225,17 @@ class Reader(pickle._Unpickler):
         known = type(target) in (dict, OrderedDict)
         require(known, f"sets items of a {name}", WEIGHTS)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # The hash of nested tuples, or of chosen large numbers, can take forever.
+            # Hashing nested tuples, or crafted large numbers, can take forever.
             require(
                 key is None
                 or type(key) in (str, bool, float)
                 or (type(key) is int and abs(key) < 2**60),
-                f"has a key that is no text or number ({type(key).__name__})",
+                f"has a key that is not a string or number ({type(key).__name__})",
                 WEIGHTS,
             )
             target[key] = value
 
-    # What is not listed is refused: EXT1, INST, OBJ, BYTEARRAY8, DUP, sets and others.
+    # All unlisted instructions are refused: EXT1, INST, OBJ, BYTEARRAY8, DUP, sets ...
     dispatch = dict.fromkeys(range(256), refuse)
     for _name in INSTRUCTIONS:
         _code = getattr(pickle, _name)[0]

@@ -1,4 +1,4 @@
-"""Starting a run from weights that are there: an import, or another run's workdir."""
+"""Starts a run from existing weights: an import, or another run's workdir."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from xsmae.errors import UserError
 from xsmae.process.files import write_json
 from xsmae.train_state import TrainState
 
-# What of the config stands in the weights' own config and is taken from there. How the
-# network is run stays the new run's.
+# These fields are taken from the weights' own config, except the fields that say how
+# the network runs: those stay the new run's.
 TAKEN = ("model", "loss", "bands", "mean", "std", "views.size")
 KEPT_EXECUTION = ("model.dtype", *EXECUTION_FIELDS)
 
 
-# The workdir's copy of the weights' config: resuming does not need `config.init`.
+# The workdir's copy of the weights' config, so that resuming does not need
+# `config.init`.
 KEPT = "init.json"
 
 
@@ -31,18 +32,19 @@ def adopt(
     *,
     workdir: Path | None = None,
 ) -> list[str]:
-    """Set what of `config` the weights in `config.init` decide; say what changed.
+    """Set the fields of `config` that the weights in `config.init` decide.
 
-    The fields in `given`, dotted, are those that the user set, and stay. A run that
-    resumes in `workdir` takes the same from the copy there: the folder of the weights
-    may have moved, gone or changed since.
+    Returns a line per changed field. Fields in `given` (dotted names that the user set)
+    stay. A run that resumes in `workdir` reads the copy there, because the folder of
+    the weights may have moved or changed.
     """
     path = Path(config.init) / "config.json"
     if workdir is not None and has_checkpoint(workdir) and (workdir / KEPT).exists():
         path = workdir / KEPT
     elif (Path(config.init) / "encoder").is_dir() and not path.exists():
         raise UserError(
-            f"init={config.init} holds an encoder alone, expected a whole network"
+            f"init={config.init} has only an encoder, expected a whole network: give "
+            "an import with its decoder, or a run's workdir"
         )
     try:
         saved = json.loads(path.read_text())
@@ -54,12 +56,12 @@ def adopt(
                 f"{Path(config.init) / 'config.json'}, or give a new --workdir"
             ) from None
         raise UserError(
-            f"init={config.init} is neither an import nor a run's workdir: it has no "
-            "config.json that tells the method"
+            f"init={config.init} has no config.json with a method, expected an import "
+            "or a run's workdir: give one"
         ) from None
     if method != config.method:
         raise UserError(
-            f"init={config.init} is of method {method}, the config's is "
+            f"init={config.init} has the method {method}, but the config has "
             f"{config.method}: give configs/NAME.py:method={method}"
         )
     kept, changed = {*KEPT_EXECUTION, *given}, []
@@ -81,18 +83,25 @@ def _take(config, name: str, value, kept: set[str], changed: list[str]) -> None:
     owner = config
     for parent in parents:
         if parent not in owner:
-            raise UserError(f"init={config.init} has a field {name} unknown here")
+            raise _unknown(config, name)
         owner = owner[parent]
     if key not in owner:
-        raise UserError(f"init={config.init} has a field {name} that is unknown here")
+        raise _unknown(config, name)
     value = _as_tuple(value)
     if name not in kept and owner[key] != value:
         changed.append(f"{name} {owner[key]} -> {value}")
         owner[key] = value
 
 
+def _unknown(config, name: str) -> UserError:
+    return UserError(
+        f"the config of init={config.init} has {name}, which this version of xsmae "
+        "does not know: give other weights, or use the version that wrote them"
+    )
+
+
 def _as_tuple(value):
-    """JSON's lists as the tuples that the configs have."""
+    """Convert JSON's lists to tuples, as configs have them."""
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
@@ -105,10 +114,13 @@ def keep_config(directory: str | Path, workdir: Path) -> None:
 def load_weights(directory: str | Path, state: TrainState) -> dict:
     """The `params` and `batch_stats` of the newest checkpoint in `directory`.
 
-    They have the shapes and placement of those of `state`.
+    Shapes and placement are those of `state`.
     """
     if not (Path(directory) / "checkpoints").is_dir():
-        raise UserError(f"init={directory} holds no checkpoints")
+        raise UserError(
+            f"init={directory} has no folder checkpoints: give an import or a run's "
+            "workdir"
+        )
     checkpoints = Checkpoints(Path(directory) / "checkpoints", read_only=True)
     try:
         like = {"params": state.params, "batch_stats": state.batch_stats}
