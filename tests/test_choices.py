@@ -277,7 +277,7 @@ def test_a_resumed_run_keeps_what_it_chose(run_of, tmp_path, monkeypatch, capsys
     assert call(*run, "--config.checkpoint.every=1") == 0
     printed = capsys.readouterr().out
     assert "resuming from step 2" in printed
-    assert "as this run began: batch_size=8" in printed
+    assert "start of this run: batch_size=8" in printed
     assert "chosen" not in printed
     assert values_of(workdir) == before
     losses = [row["loss"] for row in rows if "loss" in row]

@@ -79,7 +79,7 @@ def test_a_profile_of_some_steps_is_written_once(tmp_path, capsys):
     (trace,) = workdir.glob("profile/plugins/profile/*/*.trace.json.gz")
     assert trace.stat().st_size > 1000
     (said,) = (x for x in capsys.readouterr().out.splitlines() if "the profile" in x)
-    assert f"from step 2 on is in {workdir / 'profile'}" in said
+    assert f"from step 2 is in {workdir / 'profile'}" in said
     assert call(*RUN, *profile) == 0  # it is past them
     assert call(*RUN, f"--workdir={workdir}") == 0
     assert "the profile" not in capsys.readouterr().out
@@ -147,7 +147,9 @@ def test_which_steps_are_profiled(profile, options, expected, traced, tmp_path, 
     assert traced == expected
     lines = capsys.readouterr().out.splitlines()
     if profile == (9, 20):
-        assert "begins with step 9, the run ends with step 8" in lines.pop()
+        line = lines.pop()
+        assert "step 9" in line
+        assert "step 8" in line
     assert len(lines) == len(expected) // 2
 
 

@@ -178,7 +178,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(finished, tmp_path):
             -signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM
         )
         if number == signal.SIGTERM:
-            assert "the same command goes on" in printed
+            assert "the same command" in printed
     assert subprocess.run(command(workdir), cwd=ROOT).returncode == 0
     assert comparable(workdir) == comparable(finished[0])
     ours, theirs = (
@@ -232,7 +232,7 @@ def test_the_monitor_may_be_switched_on_later(tmp_path, capsys):
     assert "kNN" not in capsys.readouterr().out
     for _ in range(2):  # and once, however often the run is started
         assert call(*run, "--config.knn.every=0") == 0
-        assert "image statistics alone" in capsys.readouterr().out
+        assert "image statistics only" in capsys.readouterr().out
     rows = read_jsonl(workdir / "metrics.jsonl")
     for name in ("knn/accuracy_cls", "knn/image_statistics"):
         assert [row["step"] for row in rows if name in row] == [8]

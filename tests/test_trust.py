@@ -264,7 +264,7 @@ def test_a_run_does_not_wait_for_tensorboard_that_has_ended(tmp_path, capsys):
     for step in range(40):
         writer.write(step, {"loss": 1.0})
     writer.close()
-    assert "TensorBoard's file ends here" in capsys.readouterr().out
+    assert "TensorBoard's file" in capsys.readouterr().out
     assert len(read_jsonl(writer.path)) == 40
 
 
@@ -287,7 +287,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(tmp_path, capsys, monkey
     said = capsys.readouterr().out
     assert "step 1 could not be saved" in said
     assert "No space left on device" in said
-    assert "the picture of the crops cannot be written" in said
+    assert "the figure of the crops cannot be written" in said
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"3", "4", "5"}
     # Full for good: as many failures as allowed, then one line and the last good step.
@@ -325,7 +325,7 @@ def test_a_run_outlives_images_that_vanish_before_they_are_drawn(
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if "cannot be drawn" in line]
     assert [line.partition(" cannot")[0] for line in said] == [
-        "the picture of the crops",
+        "the figure of the crops",
         "the reconstructions",
     ]
     assert "2 of 2 images" in said[1]

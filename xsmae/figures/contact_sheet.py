@@ -1,4 +1,4 @@
-"""Images of a data set at a glance, each with its class, its ground and a scale bar."""
+"""A sheet of images from a data set, with classes, GSDs and scale bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xsmae.figures.style import number, save, scale_bar, show
 def contact_sheet(
     path: str | os.PathLike, records: Sequence[Record], class_names: Sequence[str]
 ) -> None:
-    """A PNG of the records, six a row; images are decoded."""
+    """Draw the records as a PNG, six per row."""
     columns = min(6, len(records))
     rows = math.ceil(len(records) / columns)
     fig = Figure(figsize=(2.5 * columns, 3.1 * rows), layout="constrained")

@@ -1,8 +1,8 @@
-"""Text of any script: fonts that have its characters, and codes where none has.
+"""Draws text of any script: finds fonts for it, and shows codes if there is none.
 
-matplotlib draws each character in the first font of a list that has it, and an empty
-box and a warning where none has. Its own font, DejaVu Sans, has no Chinese, Japanese,
-Korean or Devanagari.
+matplotlib draws each character in the first font of a list that has it. If none has it,
+matplotlib draws an empty box and warns. Its own font, DejaVu Sans, has no Chinese,
+Japanese, Korean or Devanagari.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import functools
 
 from matplotlib.font_manager import fontManager, get_font
 
-BASE = "DejaVu Sans"  # matplotlib brings it
+BASE = "DejaVu Sans"  # comes with matplotlib
 
 
 def drawable(text: str) -> str:
-    """The text with codes, such as `\\u68ee`, for what no installed font has."""
+    """The text, with codes such as `\\u68ee` for characters in no installed font."""
     fonts = families(text)
     return "".join(
         c
@@ -33,12 +33,12 @@ def families(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1024)
 def _others(missing: frozenset[str]) -> tuple[str, ...]:
-    """Installed families that have some of the characters, by name, until all are."""
+    """Installed families, in order of name, that together have the characters."""
     left, found = {ord(c) for c in missing}, []
     for name in sorted({font.name for font in fontManager.ttflist}):
         if not left:
             break
-        # This one has a placeholder for every character that there is.
+        # Last Resort has only placeholders.
         if not name.startswith("Last Resort") and left & _characters(name):
             found.append(name)
             left -= _characters(name)
@@ -47,7 +47,7 @@ def _others(missing: frozenset[str]) -> tuple[str, ...]:
 
 @functools.cache
 def _characters(family: str) -> frozenset[int]:
-    """The code points of a family's regular fonts, whichever of them is taken."""
+    """The code points that all regular fonts of a family have."""
     found = [
         _of_file(font.fname)
         for font in fontManager.ttflist
@@ -60,5 +60,5 @@ def _characters(family: str) -> frozenset[int]:
 def _of_file(path: str) -> frozenset[int]:
     try:
         return frozenset(get_font(path).get_charmap())
-    except (RuntimeError, OSError):  # gone since matplotlib listed it, or damaged
+    except (RuntimeError, OSError):  # removed since matplotlib listed it, or damaged
         return frozenset()

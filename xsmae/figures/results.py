@@ -1,4 +1,4 @@
-"""The pictures of results: accuracy against scale, confusion matrices."""
+"""Figures of results: accuracy by scale, confusion matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xsmae.figures.fonts import drawable
 from xsmae.figures.style import LEGEND, VIEW_COLOURS, save
 
 COLOURS = (*VIEW_COLOURS, "#56B4E9", "#D55E00", "#8C564B", "#332288")
-# As many as have no factor in common with the colours: combinations repeat late.
+# Five dashes and six colours have no common factor, so combinations repeat late.
 DASHES = ("-", (0, (5, 2)), (0, (2, 1.2)), (0, (7, 2, 1.5, 2)), (0, (1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CONTROL_STYLES = {
@@ -24,15 +24,15 @@ CONTROL_STYLES = {
     "thumbnail": ("#888888", "-."),
     "statistics": ("#222222", ":"),
 }
-NAMED_CLASSES = 30  # more do not fit with their counts
-LONGEST_NAME = 32  # of a class, in characters, before it is cut
+NAMED_CLASSES = 30  # with more classes, counts do not fit
+LONGEST_NAME = 32  # characters of a class name before it is cut
 
 
 def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
-    """A line an encoder over the scales, with intervals, a panel a feature.
+    """Plot accuracy over scales: one line per encoder, one panel per feature.
 
-    The controls from pixels, which have one feature, stand in both panels. Returns
-    False, and draws nothing, where there are fewer than two scales.
+    Bars show intervals. Pixel controls have a single feature and appear in every panel.
+    Returns False, and draws nothing, if there are fewer than two scales.
     """
     percents = sorted({c[0] for c in table.columns if c[0] != AVERAGE})
     if len(percents) < 2:
@@ -45,14 +45,14 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
     for ax, feature in zip(axes, features, strict=True):
         lines = [ln for ln in table.lines if ln.feature in (feature, ln.kind)]
         for index, line in enumerate(lines):
-            # A little apart, so that intervals at one scale do not hide each other.
+            # Shift the lines a little, so that intervals do not hide each other.
             shift = 1.012 ** (index - (len(lines) - 1) / 2)
             _line(ax, line, shift, label=line.name, **styles[line.name])
         _axis(ax, percents, table)
         if feature is not None:
             ax.set_title(f"feature: {FEATURE_NAMES[feature]}", fontsize=11)
     axes[0].set_ylabel(f"{table.protocol.metric} (%)", fontsize=10)
-    # Some eleven characters an inch, so that the title is no wider than the panels.
+    # About eleven characters per inch keep the title within the panels.
     title = _title(table, int(11 * fig.get_figwidth()))
     fig.suptitle(title, fontsize=11)
     handles = dict(
@@ -69,9 +69,10 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
 
 
 def _styles(table: Table) -> dict[str, dict]:
-    """How each name of a table is drawn, so that equal curves are both seen.
+    """The style of each name in a table, so that equal curves are all visible.
 
-    Later lines lie over earlier ones: they are thinner and dashed, controls on top.
+    Later lines are drawn over earlier ones, so they are thinner and dashed. Controls
+    are on top.
     """
     encoders, controls = (
         list(dict.fromkeys(ln.name for ln in table.lines if test(ln.kind)))
@@ -99,14 +100,13 @@ def _title(table: Table, width: int) -> str:
     protocol = table.protocol
     data, level = protocol.data, protocol.interval["level"]
     options = ", ".join(f"{k}={v}" for k, v in protocol.options.items())
-    told = "its own" if protocol.gsd_policy == "true" else "that of 100 %"
+    told = "that scale's" if protocol.gsd_policy == "true" else "the 100 %"
     lines = (
         f"{table.data}: {protocol.task} {protocol.metric} over scales, "
         f"{data['train']['images']:,} training and {data['test']['images']:,} test "
         "images",
         options,
-        f"at each scale the encoder is told {told} GSD; bars: {100 * level:g} % "
-        "intervals",
+        f"at each scale the encoder gets {told} GSD; bars: {100 * level:g} % intervals",
     )
     return "\n".join(textwrap.fill(line, width) for line in lines)
 
@@ -127,7 +127,7 @@ def _line(ax: Axes, line: Line, shift: float, **style) -> None:
 
 
 def _axis(ax: Axes, percents: list[float], table: Table) -> None:
-    """Scales a constant ratio apart; under the percent the pixels and the GSD told."""
+    """A logarithmic axis of scales, labelled with percent, pixels and GSD."""
     sizes = {p: sorted({c[1] for c in table.columns if c[0] == p}) for p in percents}
     told: dict[float, set[str]] = {percent: set() for percent in percents}
     for line in table.lines:
@@ -153,12 +153,12 @@ def _axis(ax: Axes, percents: list[float], table: Table) -> None:
 def confusion_matrix(
     path: str | os.PathLike, row: Result, name: str, *, data: str
 ) -> None:
-    """Which classes are taken for which; colours in percent of the true class.
+    """Plot the confusion matrix; colours show percent of the true class.
 
-    The counts are written in, where the classes are few enough. `name` and `data` are
-    what the table calls the encoder and the data.
+    Cells show counts unless there are too many classes. name, data: the names of the
+    encoder and the data in the table.
     """
-    # A class without test images has no accuracy, and an empty row.
+    # A class without test images has no accuracy and an empty row.
     counts, classes = np.array(row.confusion), row.class_names
     share = 100 * counts / np.maximum(counts.sum(axis=1), 1)[:, None]
     side = max(6.0, 0.34 * len(classes) + 2.6)
@@ -186,7 +186,7 @@ def confusion_matrix(
                 color="white" if share[true, predicted] > 55 else "black",
             )
     ax.set_xlabel("predicted class", fontsize=10)
-    ax.set_ylabel("true class, and how much of it is right", fontsize=10)
+    ax.set_ylabel("true class, and its accuracy", fontsize=10)
     value, low, high = (100 * x for x in (row.value, row.low, row.high))
     feature = FEATURE_NAMES.get(row.feature, row.feature)
     ax.set_title(
@@ -199,7 +199,7 @@ def confusion_matrix(
 
 
 def _class_name(index: int, name: str) -> str:
-    """The name, cut where it is long; with its number where it is not all there."""
+    """The name; cut if too long, and numbered if it is not shown in full."""
     shown = drawable(" ".join(name.split()))
     if len(shown) > LONGEST_NAME:
         shown = f"{shown[: LONGEST_NAME - 4].rstrip()} ..."

@@ -1,4 +1,4 @@
-"""What all figures share: colours, axes, images, scale bars, how they are saved."""
+"""Shared by all figures: colours, axes, images, scale bars, saving."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from matplotlib.axes import Axes
 
-# A colour a view, the same in every picture: Okabe and Ito's blue, orange, green and
-# purple, which stay apart for colour-blind readers.
+# One colour per view in every figure: Okabe and Ito's blue, orange, green and purple,
+# which colour-blind readers can tell apart.
 VIEW_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 NEUTRAL, ALARM = "#555555", "#D55E00"
 DPI = 150
@@ -32,12 +32,12 @@ LEGEND = {"fontsize": 9, "frameon": False}
 def to_pixels(
     images: Float[np.ndarray, "... bands"], bands: Bands
 ) -> Float[np.ndarray, "... bands"]:
-    """Normalised images in 0-1; what a diverged model predicts, NaN, is black."""
+    """Normalised images as pixels in 0-1; NaN (from a diverged model) becomes black."""
     return np.nan_to_num(bands.denormalize(images)).clip(0, 1)
 
 
 def show(ax: Axes, image: np.ndarray) -> None:
-    """An image without a frame."""
+    """Draw an image without a frame."""
     ax.imshow(image)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
@@ -46,7 +46,7 @@ def show(ax: Axes, image: np.ndarray) -> None:
 def title_with_gsd(
     ax: Axes, name: str, gsd: Sequence[float], shape: Sequence[int]
 ) -> None:
-    """The name, the GSD (two numbers where the axes differ) and the ground shown."""
+    """Set the title: name, GSD (two numbers if the axes differ) and ground size."""
     y, x = (number(value) for value in gsd)
     ground = " × ".join(number(g * n) for g, n in zip(gsd, shape, strict=False))
     text = y if x == y else f"{y} × {x}"
@@ -54,20 +54,20 @@ def title_with_gsd(
 
 
 def scale_bar(ax: Axes, width: int, gsd: float) -> None:
-    """A bar of 1, 2 or 5 times a power of ten metres, under the image."""
+    """Draw a bar under the image: 1, 2 or 5 times a power of ten metres."""
     limit = 0.4 * width * gsd
     power = 10.0 ** math.floor(math.log10(limit))
     metres = max(digit * power for digit in (1, 2, 5) if digit * power <= limit)
     place = ax.get_xaxis_transform()
     bar = {"color": "black", "linewidth": 4, "solid_capstyle": "butt", "clip_on": False}
     ax.plot([-0.5, metres / gsd - 0.5], [-0.035, -0.035], transform=place, **bar)
-    # The axis label, for which the layout leaves room.
+    # Use the axis label, because the layout reserves room for it.
     ax.set_xlabel(f"{metres:g} m", loc="left", labelpad=10, fontsize=10)
     ax.set_xlim(-0.5, width - 0.5)
 
 
 def label_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """Title and labels of a plot over steps or counts, with a light grid."""
+    """Label a plot over steps or counts, with a light grid."""
     ax.set_title(title, fontsize=11)
     ax.set_xlabel(xlabel, fontsize=9)
     ax.set_ylabel(ylabel, fontsize=9)
@@ -80,21 +80,20 @@ def label_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def geometric_mean(gsd: np.ndarray) -> np.ndarray:
-    """One GSD for the two of an image's axes, the last dimension."""
+    """One GSD from those of an image's two axes (the last dimension)."""
     return np.sqrt(np.prod(np.asarray(gsd, np.float64), axis=-1))
 
 
 def number(value: float) -> str:
-    """Three significant digits, never as a power of ten."""
+    """Three significant digits, never in exponential notation."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def save(fig: Figure, path: str | os.PathLike) -> None:
-    """Write a PNG whole or not at all."""
+    """Write a PNG atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Names of files and classes as they are, in any script, and no formulas between
-    # dollars.
+    # Show names of files and classes literally, in any script, without formulas.
     for text in fig.findobj(Text):
         text.set_parse_math(False)
         text.set_fontfamily(families(text.get_text()))

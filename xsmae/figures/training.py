@@ -1,6 +1,6 @@
-"""The pictures of a run: reconstructions, crops, loss curves, the GSDs seen.
+"""Figures of a run: reconstructions, crops, loss curves, the GSDs in training.
 
-Drawn on `matplotlib.figure.Figure` alone, so a caller's pyplot state is left as it is.
+They use only `matplotlib.figure.Figure`, so a caller's pyplot state does not change.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def reconstructions(
     *,
     bands: Bands,
 ) -> None:
-    """A row a sample, for each view its input, what the encoder saw, the predictions.
+    """One row per sample; per view its input, the visible patches, the predictions.
 
-    `gsd` in metres per pixel, (y, x).
+    gsd: metres per pixel, (y, x).
     """
     hidden = np.asarray(pictures.hidden)
     shown = to_pixels(pictures.images, bands)
@@ -69,7 +69,7 @@ def reconstructions(
         },
     }
     num_rows, num_views = shown.shape[:2]
-    # A narrow empty column keeps the views apart.
+    # A narrow empty column separates the views.
     widths = ([*[1] * len(panels), 0.08] * num_views)[:-1]
     size = (1.75 * sum(widths), 1.75 * num_rows + 0.3)
     fig = Figure(figsize=size, layout="compressed")
@@ -94,10 +94,10 @@ def crops(
     boxes: Float[np.ndarray, "n views 4"],
     gsd: Float[np.ndarray, "n views 2"],
 ) -> None:
-    """A row a sample: the source and the views' boxes on it, then the views themselves.
+    """One row per sample: the source with the views' boxes, then the views.
 
-    `sources`: image, metres per pixel, title. `boxes`: (top, left, bottom, right) in
-    source pixels. `gsd`: metres per pixel of the views, (y, x).
+    sources: image, metres per pixel, title. boxes: (top, left, bottom, right) in source
+    pixels. gsd: metres per pixel of the views, (y, x).
     """
     num_rows, num_views, size = views.shape[:3]
     columns = 1 + num_views
@@ -120,7 +120,7 @@ def crops(
         ],
         loc="outside lower center",
         ncols=num_views,
-        title="Height × width. Views may be mirrored, and are stretched to a square.",
+        title="Height × width. Views are stretched to a square and may be mirrored.",
         title_fontsize=9,
         **LEGEND,
     )
@@ -128,10 +128,11 @@ def crops(
 
 
 def loss_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
-    """The total, a panel a loss term, the learning rate and the kNN monitor.
+    """Plot the total loss, each loss term, the learning rate and the kNN accuracy.
 
-    `rows` are those of `metrics.jsonl`. A value that is null, NaN or infinite is a gap
-    and a mark at the foot of its panel; `loss/<term>_view<n>` goes with its term.
+    rows: from `metrics.jsonl`. A value that is null, NaN or infinite is a gap in the
+    curve and a mark at the bottom of the panel. `loss/<term>_view<n>` is drawn in the
+    panel of its term.
     """
     names = {name for row in rows for name in row}
     terms = sorted(n for n in names if n.startswith("loss/") and "_view" not in n)
@@ -158,9 +159,9 @@ def gsd_histogram(
     *,
     source_gsd: Float[np.ndarray, " n"],
 ) -> None:
-    """How often each GSD was seen, by view, beside that of the images cut from.
+    """Plot histograms of the views' GSDs and of their source images' GSDs.
 
-    Both in metres per pixel; a view's is the geometric mean of its axes.
+    Both in metres per pixel. A view's GSD is the geometric mean of its axes.
     """
     values = np.concatenate([np.ravel(gsd), source_gsd]).astype(np.float64)
     if not (np.isfinite(values) & (values > 0)).all():
@@ -168,7 +169,7 @@ def gsd_histogram(
     seen = geometric_mean(gsd)
     low = min(seen.min(), source_gsd.min())
     high = max(seen.max(), source_gsd.max())
-    # Never under a factor of 4, so that the axis has several ticks.
+    # Span at least a factor of 4, so that the axis has several ticks.
     margin = max(1.1, 2 / math.sqrt(high / low))
     edges = np.geomspace(low / margin, high * margin, 61)
     fig = Figure(figsize=(8, 4), layout="constrained")
@@ -178,7 +179,7 @@ def gsd_histogram(
         style = {"histtype": "stepfilled", "fc": (colour, 0.35), "ec": colour}
         _share(ax, of_view, edges, f"view {view + 1}", lw=1.8, **style)
     style = {"color": NEUTRAL, "ls": "--", "lw": 1.5}
-    # Not equality: a caller may have worked it out again from a crop.
+    # Not exact equality: a caller may have computed the GSD from a crop.
     if np.ptp(np.log(source_gsd)) < 1e-4:
         label = f"source images, {number(source_gsd[0])} m/px"
         ax.axvline(source_gsd[0], label=label, **style)
@@ -197,13 +198,13 @@ def gsd_histogram(
 
 
 def _share(ax: Axes, gsd: np.ndarray, edges: np.ndarray, name: str, **style) -> None:
-    """A histogram in percent, so that the number of samples does not set the scale."""
+    """A histogram in percent, independent of the number of samples."""
     label = f"{name}, median {number(np.median(gsd))} m/px"
     ax.hist(gsd, edges, weights=np.full(len(gsd), 100 / len(gsd)), label=label, **style)
 
 
 def _draw_box(ax: Axes, box: np.ndarray, colour: str) -> None:
-    # A box counts from the corner of the first pixel, imshow from its centre.
+    # Boxes start at the corner of the first pixel, imshow at its centre.
     top, left, bottom, right = np.asarray(box, np.float64) - 0.5
     frame = Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour)
     frame.set(linewidth=2.5, clip_on=False)
@@ -212,7 +213,7 @@ def _draw_box(ax: Axes, box: np.ndarray, colour: str) -> None:
 
 
 def _series(rows: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps and values of a metric, NaN where it is null or not finite."""
+    """The steps and values of a metric; null and non-finite values become NaN."""
     found = {row["step"]: row[name] for row in rows if name in row}
     steps = np.array(sorted(found), np.float64)
     values = np.array([found[step] for step in steps], np.float64)  # None becomes NaN
@@ -220,7 +221,7 @@ def _series(rows: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The centred mean of the finite of `window` values; NaN where the value is."""
+    """The centred mean over the finite values of a window; NaN stays NaN."""
     if not len(values):
         return values
     finite, kernel = np.isfinite(values), np.ones(window)
@@ -230,34 +231,34 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _curves(ax: Axes, rows: Sequence[Mapping], name: str, names: set[str]) -> None:
-    """One loss, and its parts by view where there are any."""
+    """Plot one loss, and its parts by view if it has any."""
     parts = sorted(part for part in names if part.startswith(f"{name}_view"))
     steps, values = _series(rows, name)
-    # About two percent of the run.
+    # About 2 % of the run.
     window = 2 * (len(steps) // 100) + 1
     for part, colour in zip([name, *parts], ("black", *VIEW_COLOURS), strict=False):
         at, value = _series(rows, part)
         ax.plot(at, value, ".", color=colour, alpha=0.2, markersize=5, mew=0)
         label = f"view {part.rpartition('_view')[2]}" if part != name else "all views"
-        # Of few values each is shown: one alone would be no line.
+        # Mark each value if there are few: a single value would draw no line.
         line = ".-" if window == 1 else "-"
         ax.plot(at, _running_mean(value, window), line, color=colour, label=label)
     title = "total loss" if name == "loss" else name.removeprefix("loss/")
     lost = steps[np.isnan(values)]
     if len(lost):
-        title += f" (logged values not finite: {len(lost)})"
+        title += f" ({len(lost)} logged values not finite)"
         mark = {"color": ALARM, "markersize": 14, "transform": ax.get_xaxis_transform()}
         ax.plot(lost, np.zeros(len(lost)), "|", **mark)
-    if parts:  # losses fall, and leave that corner free
+    if parts:  # losses fall, so this corner is free
         ax.legend(loc="upper right", **LEGEND)
     smoothing = f" (line: running mean of {window} logged values)" if window > 1 else ""
     label_axes(ax, title, f"step{smoothing}", LOSS_UNITS.get(name, "loss"))
 
 
 def _knn(ax: Axes, rows: Sequence[Mapping]) -> None:
-    """The encoder's accuracy, and the controls that it has to beat as level lines."""
+    """Plot the encoder's accuracy; horizontal lines are the controls."""
     mean, token = VIEW_COLOURS[:2]
-    # Those after the first are thinner, so that equal ones are both seen.
+    # The second of each pair is thinner, so that equal curves are both visible.
     for name, label, colour, style, width in (
         ("accuracy_mean", "encoder, patch mean", mean, "o-", 3.5),
         ("accuracy_cls", "encoder, class token", token, "s-", 1.3),

@@ -1,8 +1,8 @@
-"""Settings that follow the data, the device and the length of a run if they are unset.
+"""Chooses unset settings by the data, the device and the length of a run.
 
-A config leaves a field of `FIELDS` to be chosen by None. What is chosen at a run's
-start stands in its `config.json`, from which a resumed run takes it: it chooses nothing
-anew, whatever the device or the data look like by then.
+A field of `FIELDS` is chosen if it is None in the config. The choice is written to the
+run's `config.json` at its start. A resumed run reads it from there and chooses nothing
+again, even if the device or the data have changed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from xsmae.methods import METHODS
 from xsmae.ranges import check_numbers
 from xsmae.trainer import create_schedule
 
-BATCH_SIZE = 256  # at most
-VIEW_SIZE = 128  # pixels, at most
+BATCH_SIZE = 256  # maximum
+VIEW_SIZE = 128  # pixels, maximum
 PATCH_SIZES = (16, 8)
-MIN_GRID = 6  # patches a side with the larger patch size
-SHAPES = 64  # images whose size is looked at, evenly spaced
-MEASURED = 256  # images that mean and std are measured on, evenly spaced
-SMALLEST_STD = 1 / 255  # images of one colour have none
+MIN_GRID = 6  # patches per side for the larger patch size
+SHAPES = 64  # evenly spaced images that are opened to find the usual size
+MEASURED = 256  # evenly spaced images for measuring mean and std
+SMALLEST_STD = 1 / 255  # images of one colour have std 0
 
-# Field -> how many times in a run, and the fewest and most steps between two of them.
+# Field -> (times per run, minimum interval in steps, maximum interval in steps).
 INTERVALS = {
     "log_every": (20, 1, 50),
     "checkpoint.every": (5, 10, 1000),
@@ -43,9 +43,9 @@ INTERVALS = {
     "knn.every": (4, 10, 5000),
 }
 WARMUP = ("optim.warmup_steps", "optim.warmup_epochs")
-WARMUP_SHARE = 10  # of the run: a tenth
+WARMUP_SHARE = 10  # the warm-up is at most 1 / WARMUP_SHARE of the run
 
-Chosen = tuple[dict[str, Any], str]  # values by field, and why
+Chosen = tuple[dict[str, Any], str]  # field -> value, and the reason
 
 
 def settle(
@@ -55,11 +55,11 @@ def settle(
     workdir: Path | None = None,
     devices: Sequence[Any] | None = None,
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
-    """The config with all of `FIELDS` set, and lines that say what was chosen.
+    """The config with all `FIELDS` set, and lines that list the choices.
 
     source: None if there is no data yet; then values are assumed, and intervals that
-    need the length stay None. workdir: a run that resumes there keeps its values.
-    devices: what the run is for; None: those of this machine.
+    need the run's length stay None. workdir: a run that resumes there keeps its values.
+    devices: of the run; None means those of this machine.
     """
     check_numbers(flatten(config.to_dict()), RANGES)
     config = copy.deepcopy(config)
@@ -69,7 +69,7 @@ def settle(
     kept = {n: saved[n] for n in _unset(config, FIELDS) if saved.get(n) is not None}
     if kept:
         _set(config, kept)
-        lines.append(f"as this run began: {_shown(kept)}")
+        lines.append(f"kept from the start of this run: {_shown(kept)}")
     chosen = []
     for names, rule in RULES:
         unset = _unset(config, names)
@@ -80,9 +80,9 @@ def settle(
             chosen.append(f"  {_shown(values)}  ({reason})")
     if source is None and not config.model.reference_gsd:
         _set(config, {"model.reference_gsd": 1.0})
-        chosen.append("  model.reference_gsd=1.0  (assumed, there is no GSD yet)")
+        chosen.append("  model.reference_gsd=1.0  (assumed, no GSD is known yet)")
     if chosen:
-        lines += ["chosen, each can be set by --config.FIELD=VALUE:", *chosen]
+        lines += ["chosen (set any with --config.FIELD=VALUE):", *chosen]
     return config, lines
 
 
@@ -92,16 +92,16 @@ def fit_warmup(
     *,
     workdir: Path | None = None,
 ) -> list[str]:
-    """Shorten the config's own warm-up to a tenth of a run whose length the user set.
+    """Limit the warm-up to 10 % of the run if the user set only the run's length.
 
-    given: the fields that the user set, dotted. A warm-up among them stays as it is. A
+    given: the fields that the user set, dotted. A warm-up that the user set stays. A
     run that resumes in `workdir` keeps its warm-up. Returns a line if anything changed.
     """
     if set(WARMUP) & set(given) or not {"num_steps", "num_epochs"} & set(given):
         return []
     optim, steps, epochs = config.optim, config.num_steps, config.num_epochs
     if steps is not None:
-        # How many steps the config's epochs are is known once there is data.
+        # Without data, the config's warm-up epochs cannot be converted to steps.
         longest = steps // WARMUP_SHARE
         if optim.warmup_steps is not None:
             longest = min(optim.warmup_steps, longest)
@@ -117,12 +117,12 @@ def fit_warmup(
     if all(before[name] == value for name, value in change.items()):
         return []
     _set(config, change)
-    return [f"{_shown(change)}: at most a tenth of {of}, since no warm-up was set"]
+    return [f"{_shown(change)}: at most 10 % of {of}, because no warm-up was set"]
 
 
 def _batch_size(config, source, devices) -> Chosen:
     if source is None:
-        return {"batch_size": BATCH_SIZE}, "assumed, there are no images yet"
+        return {"batch_size": BATCH_SIZE}, "assumed, no images are known yet"
     count = len(source)
     size = min(BATCH_SIZE, 1 << max(count.bit_length() - 1, 0))
     unit = len(devices) * config.optim.accumulation_steps
@@ -142,10 +142,10 @@ def _dtype(config, source, devices) -> Chosen:
 
 
 def _view_size(config, source, devices) -> Chosen:
-    side, reason = None, "assumed, there are no images yet"
+    side, reason = None, "assumed, no images are known yet"
     if source is not None:
         side = int(np.median([min(shape) for shape in image_shapes(source)]))
-        reason = f"images of {side} px, the median of their shorter sides"
+        reason = f"images have {side} px, the median of their shorter sides"
     limit = VIEW_SIZE
     if side is not None and config.method in METHODS:
         # A method may predict a larger crop than it reads.
@@ -163,7 +163,7 @@ def _view_size(config, source, devices) -> Chosen:
 def _statistics(config, source, devices) -> Chosen:
     if source is None:
         return dict(zip(("mean", "std"), IMAGENET, strict=True)), (
-            "ImageNet's, there are no images yet"
+            "ImageNet's, no images are known yet"
         )
     indices = evenly_spaced(len(source), MEASURED)
     found = survey(source, indices=indices)
@@ -171,7 +171,8 @@ def _statistics(config, source, devices) -> Chosen:
         name, reason = next(iter(found.rejected.items()))
         raise UserError(
             f"mean and std cannot be measured: none of {len(indices)} images can be "
-            f"read, the first {name}: {reason}"
+            f"read, e.g. {name} ({reason}): give other images, or --config.mean and "
+            "--config.std"
         )
     mean, std = found.statistics()
     values = {
@@ -183,7 +184,7 @@ def _statistics(config, source, devices) -> Chosen:
 
 def _intervals(config, source, devices) -> Chosen:
     if source is None and config.num_steps is None:
-        return {}, "the length is not known yet"
+        return {}, "the length is unknown"
     steps = config.num_steps
     if source is not None:
         steps = create_schedule(config, num_images=len(source)).num_steps
@@ -205,13 +206,13 @@ FIELDS = tuple(name for names, _ in RULES for name in names)
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """At most `count` of `total` positions, the same each time."""
+    """At most `count` of `total` positions, always the same."""
     count = min(total, count)
     return [index * total // count for index in range(count)]
 
 
 def image_shapes(source: Source) -> list[tuple[int, int]]:
-    """Height and width of images of a source, of files without decoding them.
+    """Height and width of some images of a source; files are not decoded.
 
     Raises UserError if none can be opened.
     """
@@ -224,20 +225,20 @@ def image_shapes(source: Source) -> list[tuple[int, int]]:
             reason = error
     if not shapes:
         raise UserError(
-            f"none of {len(indices)} images of {source!r} can be opened, the last: "
-            f"{reason}"
+            f"none of {len(indices)} images of {source!r} can be opened, e.g. the last "
+            f"({reason}): give other images"
         )
     return shapes
 
 
 def _saved(workdir: Path | None) -> dict[str, Any]:
-    """The fields of the run that resumes in `workdir`; {} if none does."""
+    """The config fields of the run that resumes in `workdir`; {} if there is none."""
     if workdir is None or not has_checkpoint(workdir):
         return {}
     try:
         saved = json.loads((workdir / "config.json").read_text())
     except (OSError, ValueError):
-        return {}  # what is wrong with it is said when the workdir is opened
+        return {}  # opening the workdir reports what is wrong with it
     return flatten(saved) if isinstance(saved, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""What a run does besides its steps: hooks, which the loop calls after each step.
+"""Hooks: what a run does besides its steps. The loop calls them after each step.
 
 A new evaluator is one class, and one line in the list of hooks in `train.py`:
 
@@ -13,9 +13,9 @@ A new evaluator is one class, and one line in the list of hooks in `train.py`:
             norm = float(np.linalg.norm(features["mean"], axis=1).mean())
             self.run.writer.write(done.step, {"feature_norm": norm})
 
-Its values become a line of `metrics.jsonl`. Where a run has several processes, all of
-them call the same hooks after the same steps, so that a hook may use all devices; one
-whose `due` looks at what a process alone knows would wait for the others for ever.
+Its values become a line of `metrics.jsonl`. If a run has several processes, all of them
+must call the same hooks after the same steps, because a hook may use all devices. So
+`due` must not depend on anything that only one process knows: the run would hang.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from xsmae.weights.gsd_range import GsdRange, seen_by_all
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A step that is done, as hooks see it.
+    """A finished step, for hooks.
 
-    state: after the step; the next step overwrites it, so that a hook keeps none of it.
-    batch: this process's part. metrics: not yet computed maybe; to read one waits for
+    state: after the step. The next step overwrites it, so a hook must not keep it.
+    batch: this process's part. metrics: may still be computing; reading one waits for
     the step. replaced: how many images of the batch could not be used.
     """
 
@@ -57,10 +57,9 @@ class Done:
 
 
 class Hook:
-    """Something that a run does besides its steps; what is left out does nothing.
+    """Something that a run does besides its steps. By default, methods do nothing.
 
-    timed: whether its time counts in the images per second and the time left; the loop
-    leaves that of the others out.
+    timed: True if its time counts in images per second and in the time left.
     """
 
     timed = False
@@ -69,29 +68,29 @@ class Hook:
         self.run = run
 
     def begin(self, state: TrainState) -> None:
-        """Before the first step of each start of the run."""
+        """Called before the first step, also when a run resumes."""
 
     def due(self, step: int) -> bool:
-        """Whether to call this after `step`."""
+        """True if the hook is to be called after `step`."""
         return False
 
     def __call__(self, done: Done) -> None:
-        """After a step that is due."""
+        """Called after a step that is due."""
 
     def end(self, state: TrainState) -> None:
-        """After the last step of the run, unless it was asked to stop."""
+        """Called after the last step of the run, unless it was stopped before."""
 
     def close(self) -> None:
-        """When this start of the run is over, however it ended."""
+        """Called when this process's part of the run ends, for whatever reason."""
 
 
 def due_every(step: int, every: int) -> bool:
-    """True if what is done every `every` steps is due after `step` (0 or -1: never)."""
+    """True if an action done every `every` steps is due after `step` (0, -1: never)."""
     return every > 0 and step % every == 0
 
 
 def call_due(hooks: Sequence[Hook], done: Done) -> None:
-    """Call the hooks that are due after a step, in their order."""
+    """Call the hooks that are due after a step, in order."""
     for hook in hooks:
         if hook.due(done.step):
             progress = hook.run.progress
@@ -100,10 +99,10 @@ def call_due(hooks: Sequence[Hook], done: Done) -> None:
 
 
 class Log(Hook):
-    """A line of `metrics.jsonl`, and one in the terminal.
+    """Writes a line to `metrics.jsonl` and to the terminal.
 
-    Raises TooManyRejected where all processes together have met too many bad images,
-    which only they together know, after the line that shows their number.
+    After that line, raises TooManyRejected if all processes together have found too
+    many bad images. Only this exchange between them can tell.
     """
 
     timed = True  # reading the metrics waits for the devices
@@ -122,7 +121,7 @@ class Log(Hook):
             "images_per_second": run.progress.images_per_second(step),
             "waiting_for_data": run.progress.waiting_for_data(),
         }
-        # The first step compiles, which is not the rate to go by.
+        # The first step compiles, so its rate says nothing.
         values |= rates if step > run.start + 1 else dict.fromkeys(rates, math.nan)
         run.writer.write(step, values)
         LOG.info(run.progress.line(step, values))
@@ -130,9 +129,9 @@ class Log(Hook):
 
 
 class WriteEncoder(Hook):
-    """The encoder that is carried away, in `<workdir>/encoder`, and the GSDs it saw."""
+    """Writes `<workdir>/encoder` at the end, and records the GSD range on the way."""
 
-    timed = True  # it writes only while the range of GSDs becomes wider
+    timed = True  # it writes only when the range of GSDs widens
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -146,7 +145,7 @@ class WriteEncoder(Hook):
 
     def end(self, state: TrainState) -> None:
         run, config, trainer = self.run, self.run.config, self.run.trainer
-        # Whole on every device, which takes all processes; one of them writes.
+        # All processes must take part in gathering the weights; only one writes.
         whole = jax.jit(lambda *parts: parts, out_shardings=replicated(trainer.mesh))
         model = nnx.merge(trainer.graphdef, *whole(state.params, state.batch_stats))
         gsd_range = seen_by_all(run.workdir, run.num_steps)
@@ -169,10 +168,10 @@ class WriteEncoder(Hook):
 
 
 class Profile(Hook):
-    """A trace of the steps `config.profile` = (first, last), in `<workdir>/profile`.
+    """Traces the steps `config.profile` = (first, last) into `<workdir>/profile`.
 
-    A run that resumes between the two traces the rest, one that resumes after them
-    nothing. It ends with the run where that ends or is stopped before.
+    A run that resumes between the two traces the remaining ones. The trace ends early
+    if the run ends or is stopped before `last`.
     """
 
     def __init__(self, run: Run):
@@ -185,8 +184,8 @@ class Profile(Hook):
     def begin(self, state: TrainState) -> None:
         if self._first > self.run.num_steps:
             LOG.warning(
-                f"nothing is profiled: profile begins with step {self._first}, the run "
-                f"ends with step {self.run.num_steps}"
+                f"nothing is profiled: profile begins at step {self._first}, but the "
+                f"run ends at step {self.run.num_steps}"
             )
         if self._first <= self.run.start + 1 <= self._last:
             self._start(self.run.start + 1)
@@ -209,7 +208,7 @@ class Profile(Hook):
         with _goes_on_without_a_profile():
             jax.profiler.stop_trace()
             LOG.info(
-                f"the profile from step {self._begun} on is in {self.folder}: open its "
+                f"the profile from step {self._begun} is in {self.folder}: open its "
                 "*.trace.json.gz at https://ui.perfetto.dev, or the folder with "
                 f"`xprof {self.folder}` (pip install xprof)"
             )
@@ -222,7 +221,7 @@ class Profile(Hook):
 
 @contextlib.contextmanager
 def _goes_on_without_a_profile() -> Iterator[None]:
-    """A full disk, or a trace that the caller has begun, ends no run."""
+    """Warn, and continue the run, if the profiler fails."""
     try:
         yield
     except (RuntimeError, OSError) as error:

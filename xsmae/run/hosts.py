@@ -1,4 +1,4 @@
-"""One run of several processes, on one host or many: joining, and stopping together."""
+"""Runs with several processes, on one host or many: joining, stopping together."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from xsmae.errors import UserError, printable
 from xsmae.process.signals import StopRequest, end_at_once
 from xsmae.process.watchdog import EXIT_STATUS
 
-# Seconds without a sign of life after which a process counts as ended: a quarter of the
-# watchdog's time, within these. The longest is jax's own.
+# Range of the seconds without a heartbeat after which a process counts as ended. The
+# value is 25 % of the watchdog's time within this range; the maximum is jax's default.
 HEARTBEATS = (10, 100)
 
 
 def join(values: flags.FlagValues, *, watchdog_minutes: float) -> None:
-    """Make this one of the processes that the flags tell of, if they tell of any.
+    """Join the other processes if the flags describe several.
 
-    Before any device is used. Raises UserError where the others are not found.
+    Call it before any device is used. Raises UserError if the others are not found.
     """
     given = [values.coordinator, values.num_processes, values.process_id]
     if not values.hosts and given == [None] * 3:
@@ -42,7 +42,7 @@ def join(values: flags.FlagValues, *, watchdog_minutes: float) -> None:
         reason = " ".join(str(error).split())
         raise UserError(
             f"the processes of this run do not find each other ({reason}): give each "
-            "--coordinator=HOST:PORT, --num_processes and --process_id"
+            "of them --coordinator=HOST:PORT, --num_processes and --process_id"
         ) from None
 
 
@@ -53,22 +53,22 @@ def _check(values: flags.FlagValues) -> None:
     if not sound or not 0 <= values.process_id < values.num_processes:
         raise UserError(
             f"--coordinator={given[0]} --num_processes={given[1]} --process_id="
-            f"{given[2]}, expected HOST:PORT, a number and one from 0 below it"
+            f"{given[2]}, expected HOST:PORT, a number N and a number from 0 to N - 1"
         )
 
 
 def own_folder(workdir: Path) -> Path:
-    """Where this process writes what it alone has: of process 0 the workdir itself."""
+    """This process's own folder for its files: process 0 uses the workdir itself."""
     index = jax.process_index()
     return workdir / f"process_{index}" if index else workdir
 
 
 @contextlib.contextmanager
 def ends_with_the_others() -> Iterator[None]:
-    """Of several processes, end at once where this one or another cannot go on.
+    """With several processes, end at once if this one or another fails.
 
-    The others wait in an exchange for one that has ended; so does Python at its end,
-    for minutes, for one that has not.
+    Otherwise the others would wait in an exchange for the failed process, and Python's
+    exit would wait for the others for minutes.
     """
     try:
         yield
@@ -81,17 +81,17 @@ def ends_with_the_others() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         _end(
-            f"an exchange with another process failed ({reason}): ending; the same "
-            "commands go on from the newest checkpoint",
+            f"an exchange with another process failed ({reason}), so this process "
+            "ends: run the same commands again to resume from the newest checkpoint",
             EXIT_STATUS,
         )
 
 
 def end_alone(error: UserError) -> None:
-    """End this one of several processes, which alone cannot go on, at once.
+    """With several processes, end this one at once; with one process, return.
 
-    The others then end too. To save, and to close what all share, it would wait for
-    them, who wait for it in the next step. One process alone returns.
+    The others then end too. This process cannot save or close shared things first: it
+    would wait for the others, which wait for it in the next step.
     """
     if jax.distributed.is_initialized():
         _end(str(error), 2)
@@ -103,14 +103,14 @@ def _end(line: str, status: int) -> None:
 
 
 def counted_together(ids: Collection[str], other: int) -> tuple[int, int]:
-    """How many ids all processes have, each counted once, and the sum of their `other`.
+    """The number of distinct ids of all processes, and the sum of their `other`.
 
-    Every process asks at the same steps, and waits for the others.
+    All processes must call this after the same step; it waits for them.
     """
     if jax.process_count() == 1:
         return len(ids), other
     counts, others = multihost_utils.process_allgather(np.int32([len(ids), other])).T
-    # Texts cannot be exchanged: 64 bits of their digests can.
+    # Strings cannot be exchanged, so exchange 64 bits of their digests.
     digests = np.zeros((counts.max(), 2), np.uint32)
     for row, name in zip(digests, ids, strict=False):
         encoded = name.encode(errors="surrogateescape")  # file names are any bytes
@@ -125,11 +125,11 @@ def counted_together(ids: Collection[str], other: int) -> tuple[int, int]:
 
 
 class StopTogether:
-    """Whether to stop after this step, the same for all processes at every step.
+    """Decides whether to stop after a step, the same way in all processes.
 
-    One alone stops as soon as it is asked to. Of several each says at every step
-    whether it was, and what they said is looked at a step later, so that nobody waits.
-    signal: what was agreed upon, or None.
+    A single process stops as soon as it gets a signal. Several processes exchange their
+    signals at every step and read the result one step later, so that none waits.
+    signal: the signal they agreed on, or None.
     """
 
     def __init__(self, stop: StopRequest, mesh: jax.sharding.Mesh):
@@ -148,11 +148,11 @@ class StopTogether:
         return self._agreed if self._several else self._stop.signal
 
     def asked(self) -> bool:
-        """In the midst of a step or an evaluation: of several, never."""
+        """True if a stop is agreed on. Several processes agree between steps only."""
         return self.signal is not None
 
     def after_step(self) -> bool:
-        """Whether to stop now; every process asks after every step."""
+        """True if the run stops now. Every process must call it after every step."""
         if self._several:
             said, self._said = self._said, self._largest(self._own())
             if said is not None:
@@ -160,7 +160,7 @@ class StopTogether:
         return self.signal is not None
 
     def after_all(self) -> bool:
-        """As `after_step`, of what has been asked until now; the processes wait."""
+        """Like `after_step`, with the signals up to now; waits for all processes."""
         if self._several and self._agreed is None:
             asked = multihost_utils.process_allgather(np.int32(self._stop.signal or 0))
             self._agreed = int(asked.max()) or None

@@ -1,4 +1,4 @@
-"""The kNN accuracy of a run's features as it goes, and that of its controls."""
+"""Measures the kNN accuracy of a run's features, and of its controls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xsmae.run.hooks import Done, Hook, due_every
 from xsmae.run.run import Run
 from xsmae.train_state import TrainState
 
-PARTS = ("train", "test")  # of the kNN monitor
+PARTS = ("train", "test")  # the parts of the kNN monitor
 
 
 def create_monitors(
@@ -27,9 +27,9 @@ def create_monitors(
     *,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[KnnMonitor | None, KnnMonitor | None]:
-    """The kNN monitor during the run, and the one over all images at its end.
+    """The kNN monitor during the run, and the one for all images at its end.
 
-    None where there are no labels, or where `config.knn` does not want it.
+    Either is None if there are no labels or if `config.knn` switches it off.
     """
     knn = config.knn
     if len(source.class_names) < 2 or knn.every < 0:
@@ -38,8 +38,8 @@ def create_monitors(
         train, test = (build_source({**config.data, **knn[n]}) for n in PARTS)
     except UserError as error:
         raise UserError(
-            f"the kNN monitor's images (config.knn.train, config.knn.test): {error}; "
-            "or switch it off with --config.knn.every=-1"
+            f"the kNN monitor cannot read its images (config.knn.train, "
+            f"config.knn.test): {error}; or switch it off with --config.knn.every=-1"
         ) from None
     devices = jax.device_count()
     create = functools.partial(
@@ -57,9 +57,9 @@ def create_monitors(
 
 
 class Knn(Hook):
-    """Measures the run's features by a monitor, at the end by a monitor of all images.
+    """Measures the run's features: with `during` on the way, with `full` at the end.
 
-    during, full: as `create_monitors` gives them.
+    during, full: from `create_monitors`.
     """
 
     def __init__(self, run: Run, during: KnnMonitor | None, full: KnnMonitor | None):
@@ -67,14 +67,14 @@ class Knn(Hook):
         self.during, self.full = during, full
 
     def begin(self, state: TrainState) -> None:
-        """The controls where the run has none yet; the accuracy a stop left out."""
+        """Measure the controls if missing, and an accuracy that a stop skipped."""
         run = self.run
         if self.during is None:
             return
         rows = read_jsonl(run.workdir / "metrics.jsonl")
-        # A resumed run has none where the monitor was off until now.
+        # A resumed run has no controls if the monitor was off before.
         if run.start == 0 or not any("knn/image_statistics" in row for row in rows):
-            # Not of `state`, which may hold the weights of `config.init`.
+            # Do not use `state`: it may have the weights of `config.init`.
             controls = self.during.controls(self._encoder(run.trainer.initial_params()))
             run.writer.write(run.start, _named("knn/", controls))
         if run.start > 0 and self.due(run.start):
@@ -91,20 +91,20 @@ class Knn(Hook):
         self._measure(done.state, done.step)
 
     def end(self, state: TrainState) -> None:
-        """The accuracy of all labelled images and its controls, once."""
+        """Measure accuracy and controls on all labelled images, once per run."""
         run = self.run
         rows = read_jsonl(run.workdir / "metrics.jsonl")
         if self.full is None or any("knn_full/accuracy_cls" in row for row in rows):
             return
         LOG.info("kNN with all labelled images")
         accuracy = self.full.accuracy(self._encoder(state.params))
-        untrained = run.trainer.initial_params()  # as it was before step 1
+        untrained = run.trainer.initial_params()  # the weights before step 1
         controls = self.full.controls(self._encoder(untrained))
         values = _named("knn_full/accuracy_", accuracy) | _named("knn_full/", controls)
         run.writer.write(run.num_steps, values)
 
     def _measure(self, state: TrainState, step: int) -> None:
-        """Measure now; where a signal stops it, the next start makes up for it."""
+        """Measure now. If a signal stops it, the next start measures instead."""
         run = self.run
         try:
             accuracy = self.during.accuracy(self._encoder(state.params))

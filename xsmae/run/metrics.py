@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, W&B, the terminal."""
+"""Writes the numbers of a run: `metrics.jsonl`, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SCHEMA = 1
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to `metrics.jsonl`, and the same to TensorBoard.
+    """Appends JSON lines to `metrics.jsonl`, and the same values to TensorBoard.
 
-    `resume_step` is the step that the run goes on from: later lines, which a killed run
-    left behind, are dropped, since they will be written again.
+    resume_step: the step that the run resumes from. Later lines, left by a killed run,
+    are removed, because they will be written again.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class MetricsWriter:
             self.events = SummaryWriter(str(workdir), purge_step=purge_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line for `step`; it is on disk when this returns.
+        """Write one line for `step`; it is on disk when this returns.
 
-        Where it cannot be written, which is said, it is written before the next one.
+        If writing fails, a warning appears, and the line is written with the next one.
         """
         values = {name: _plain(value) for name, value in metrics.items()}
         line = json.dumps({"schema": SCHEMA, "step": step, **values}) + "\n"
@@ -71,18 +71,21 @@ class MetricsWriter:
             os.fsync(self.file.fileno())
             self._unwritten.clear()
         except OSError as error:
-            os.ftruncate(self.file.fileno(), end)  # half a line
-            LOG.warning(f"{self.path} cannot be written ({error.strerror}), yet")
+            os.ftruncate(self.file.fileno(), end)  # remove an incomplete line
+            LOG.warning(
+                f"{self.path} cannot be written ({error.strerror}): trying again with "
+                "the next line"
+            )
 
     def _takes_events(self) -> bool:
-        """Whether TensorBoard's thread is there: it ends where the disk is full.
+        """True while TensorBoard's thread is alive. It dies when the disk is full.
 
-        Its queue then fills, and the next event would wait for ever.
+        Its queue then fills up, and the next event would block forever.
         """
         if self.events is not None:
             worker = self.events._get_file_writer().event_writer._worker
             if not worker.is_alive():
-                LOG.warning("TensorBoard's file ends here: it could not be written")
+                LOG.warning("TensorBoard's file cannot be written and ends here")
                 self.events = None
         return self.events is not None
 
@@ -97,7 +100,7 @@ class MetricsWriter:
 
 
 def _plain(value) -> float | int | None:
-    """A JSON number; null for NaN and infinity, which JSON does not have."""
+    """A JSON number; null for NaN and infinity, which JSON cannot express."""
     if isinstance(value, int):
         return value
     value = float(value)
@@ -111,7 +114,7 @@ def _start_wandb(workdir: Path, config: Mapping):
         raise UserError(
             "--config.wandb=true, but wandb is not installed: pip install wandb"
         ) from None
-    # The same workdir is the same run, also after a restart.
+    # The same workdir continues the same W&B run, also after a restart.
     name = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
     return wandb.init(
         project="xsmae", id=name, dir=str(workdir), config=dict(config), resume="allow"

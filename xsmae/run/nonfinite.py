@@ -1,4 +1,4 @@
-"""The batches whose loss or gradient was not finite, and the end of a run of them."""
+"""Records batches with a non-finite loss or gradient; ends a run with too many."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FILE = "nonfinite.jsonl"
 class NonfiniteBatches:
     """Lists the images of such batches in `<workdir>/nonfinite.jsonl`.
 
-    A step of theirs changes neither parameters nor optimiser (`train_step`); after
-    `limit` of them in a row `check` raises. `resume_step` is the step that the run goes
-    on from: what later steps of a killed run found they will find again.
+    Such a step changes neither parameters nor optimiser (`train_step`). After `limit`
+    of them in a row, `check` raises. resume_step: the step that the run resumes from.
+    Later rows, left by a killed run, are removed.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class NonfiniteBatches:
     def check(
         self, metrics: Mapping[str, Any], indices: np.ndarray, *, step: int
     ) -> None:
-        """Of a step its metrics, for which it waits, and its images' indices [batch].
+        """Check a step's metrics. Waits for them. indices: [batch], its images.
 
-        Raises UserError after too many steps in a row that were not finite.
+        Raises UserError after too many non-finite steps in a row.
         """
         if step <= self._checked:
             return
@@ -54,7 +54,7 @@ class NonfiniteBatches:
         if count >= self.limit:
             raise UserError(
                 f"the loss or its gradient was not finite in {count} steps in a row, "
-                f"up to step {step}; their images are listed in {self.path}: in a new "
-                "--workdir, lower --config.optim.learning_rate or set "
-                "--config.optim.clip_norm=1.0; the checkpoints are as they were"
+                f"up to step {step}; {self.path} lists their images; the checkpoints "
+                "are unchanged: start in a new --workdir with a lower "
+                "--config.optim.learning_rate or with --config.optim.clip_norm=1.0"
             )

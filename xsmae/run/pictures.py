@@ -1,4 +1,4 @@
-"""The pictures that a run draws of itself as it goes: what it hands to `figures`."""
+"""Hooks that draw a run's figures."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from xsmae.run.workdir import goes_on_without
 from xsmae.train_state import TrainState
 from xsmae.trainer import STEP_FIELDS, first_samples
 
-GSD_SAMPLES = 2000  # in the histogram of GSDs, enough for a smooth one
+GSD_SAMPLES = 2000  # in the histogram of GSDs; enough to look smooth
 
 
 class Crops(Hook):
-    """The boxes of the views of the first batch's first samples on their sources."""
+    """Draws the first samples of the first batch: sources, boxes and views."""
 
     def due(self, step: int) -> bool:
         return step == self.run.start + 1
 
     def __call__(self, done: Done) -> None:
-        with goes_on_without("the picture of the crops"):
+        with goes_on_without("the figure of the crops"):
             self.draw(done.batch)
 
     def draw(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -44,7 +44,7 @@ class Crops(Hook):
 
 
 class Reconstructions(Hook):
-    """The loss curves, and reconstructions of the run's first samples."""
+    """Draws the loss curves, and reconstructions of the run's first samples."""
 
     def due(self, step: int) -> bool:
         every = self.run.config.figures.every
@@ -60,13 +60,13 @@ class Reconstructions(Hook):
         batch = first_samples(config, run.source, run.sampler, config.figures.samples)
         unreadable = np.count_nonzero(batch["index"] < 0)
         batch = {name: batch[name] for name in STEP_FIELDS}
-        # All processes predict together, also where one of them cannot read an image.
+        # All processes must predict together, even if one cannot read an image.
         pictures = jax.device_get(run.trainer.predict(state, batch))
         rows = read_jsonl(run.workdir / "metrics.jsonl")
         figures.loss_curves(folder / "losses.png", rows)
         if unreadable:
             raise BadImageError(
-                f"{unreadable} of {len(batch['image'])} images cannot be read any more"
+                f"{unreadable} of {len(batch['image'])} images can no longer be read"
             )
         figures.reconstructions(
             folder / f"reconstructions_{step:07}.png",
@@ -77,9 +77,9 @@ class Reconstructions(Hook):
 
 
 class GsdHistogram(Hook):
-    """Which GSDs the run sees, as its first batches show: drawn once.
+    """Draws a histogram of the GSDs in the run's first batches, once.
 
-    After each step until there are enough samples, or no more will come.
+    Collects samples after each step until there are enough or the run ends.
     """
 
     def __init__(self, run: Run):
@@ -96,7 +96,7 @@ class GsdHistogram(Hook):
             seen.append(np.array(done.batch[name]))
         samples = len(self._seen["gsd"]) * self.run.config.batch_size
         if samples >= GSD_SAMPLES or done.step == self.run.num_steps:
-            with goes_on_without("the picture of the GSDs"):
+            with goes_on_without("the figure of the GSDs"):
                 self.draw()
 
     def draw(self) -> None:

@@ -1,4 +1,4 @@
-"""The account of the images that a run could not use."""
+"""Records the images that a run could not use."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from xsmae.process.files import keep_rows
 
 
 class TooManyRejected(UserError):
-    """More images of a run cannot be used than it allows."""
+    """A run has found more unusable images than it allows."""
 
 
 class RejectedImages:
-    """Which images of a source could not be used, in memory and in `rejected.jsonl`.
+    """The unusable images of a source, in memory and in `rejected.jsonl`.
 
-    `resume_step` is the step that the run goes on from: what later steps of a killed
-    run found is dropped, since they will find it again.
+    resume_step: the step that the run resumes from. Later rows, left by a killed run,
+    are removed, because they will be found again.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class RejectedImages:
         return len(self.reasons)
 
     def check(self, batch: dict[str, np.ndarray], *, step: int) -> int:
-        """Account for the replaced images of a step's batch; returns how many it holds.
+        """Record the replaced images of a step's batch; returns their number.
 
-        Raises TooManyRejected where more images are bad than `allowed_rejections`, by
-        what this process has seen.
+        Raises TooManyRejected if this process alone has found more bad images than
+        `allowed_rejections`.
         """
         replaced = np.flatnonzero(batch["index"] != batch["requested"])
         for row in replaced:
             index, used = int(batch["requested"][row]), int(batch["index"][row])
-            # A replaced image is read again for its reason: rare, and it spares every
-            # batch a column of texts.
+            # Read a replaced image again to learn the reason. That is rare, and batches
+            # need no column of strings.
             while index != used:
                 self._reject(index, step)
                 self.check_limit(len(self))
@@ -67,18 +67,18 @@ class RejectedImages:
         except BadImageError as error:
             self.reasons[identifier] = str(error)
         else:
-            self.reasons[identifier] = "could not be read at first, later it could"
+            self.reasons[identifier] = "the first read failed, a second one did not"
         row = {"schema": 1, "step": step, "id": identifier}
         row["reason"] = self.reasons[identifier]
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def check_limit(self, number: int) -> None:
-        """Raises TooManyRejected where so many bad images, of all processes, are."""
+        """Raise TooManyRejected if `number` bad images are too many."""
         allowed = allowed_rejections(len(self.source), self.max_fraction)
         if number <= allowed:
             return
-        # Those of this process; the others' are in their own files.
+        # Name this process's images; the other processes have their own files.
         named = [f"{name} ({reason})" for name, reason in self.reasons.items()][:SHOWN]
         more = number - len(named)
         if more > 0:
@@ -86,7 +86,7 @@ class RejectedImages:
         raise TooManyRejected(
             f"{number} of {len(self.source)} images cannot be used, more than the "
             f"{allowed} allowed (--config.input.max_rejected_fraction="
-            f"{self.max_fraction:g}): {', '.join(named)}. Mend or remove the files "
-            f"listed in {self.path.name}, xsmae check-data finds all others "
-            "too; or raise --config.input.max_rejected_fraction"
+            f"{self.max_fraction:g}): {', '.join(named)}. Repair or remove the files "
+            f"listed in {self.path.name} (xsmae check-data finds all others too), or "
+            "raise --config.input.max_rejected_fraction"
         )

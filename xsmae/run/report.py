@@ -1,4 +1,4 @@
-"""What a run says about itself: before it starts, at its end, and instead of it."""
+"""Reports about a run: before it starts, at its end, and of a dry run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from xsmae.trainer import (
     create_trainer,
 )
 
-DRAWS = 500  # positions of a run
-SHOWN_SHARE = 0.01  # of the views
+DRAWS = 500  # samples drawn to estimate how many views are upsampled
+SHOWN_SHARE = 0.01  # smallest share of upsampled views that is reported
 
 
 def describe(
     config: ml_collections.ConfigDict, trainer: Trainer, source: Source
 ) -> str:
-    """What a run is about to do and how, in a few lines."""
+    """What a run is about to do, in a few lines."""
     total = count_parameters(jax.eval_shape(trainer.initial_state).params)
     schedule = trainer.schedule
     return (
@@ -46,7 +46,7 @@ def describe(
 
 
 def execution(config: ml_collections.ConfigDict, trainer: Trainer) -> str:
-    """The devices and how each computes its part of a batch, in one line."""
+    """One line about the devices and how they compute."""
     model, mesh = config.model, trainer.mesh
     device = mesh.devices.flat[0]
     part = config.batch_size // mesh.size
@@ -59,7 +59,7 @@ def execution(config: ml_collections.ConfigDict, trainer: Trainer) -> str:
 
 
 def _attention(config: ml_collections.ConfigDict, samples: int) -> str:
-    """The implementation that the encoder's attention runs with, and why."""
+    """The implementation of the encoder's attention, and the reason for it."""
     model = config.model
     if model.attention != "auto":
         return f"attention {model.attention}"
@@ -81,9 +81,9 @@ def _attention(config: ml_collections.ConfigDict, samples: int) -> str:
 
 
 def finer_views(config: ml_collections.ConfigDict, source: Source) -> str:
-    """A line if views are finer than the images they are cut from, else nothing.
+    """A line if views are finer than their source images, otherwise "".
 
-    By the draws of the first positions of the run, on the sizes of some images.
+    Estimated from the run's first samples and the sizes of some images.
     """
     sampler, shapes = create_sampler(config), image_shapes(source)
     finer = np.zeros(sampler.num_views)
@@ -97,8 +97,9 @@ def finer_views(config: ml_collections.ConfigDict, source: Source) -> str:
     if finer.max() / DRAWS < SHOWN_SHARE:
         return ""
     return (
-        f"\nfiner than their images, so upsampled: {' and '.join(shares)}; fewer with "
-        "a smaller --config.views.size or a larger --config.views.area"
+        f"\nupsampled, because finer than their images: {' and '.join(shares)}; to "
+        "have fewer, give a smaller --config.views.size or a larger "
+        "--config.views.area"
     )
 
 
@@ -107,7 +108,7 @@ def summary(workdir: Path) -> str:
     rows = read_jsonl(workdir / "metrics.jsonl")
     losses = [row for row in rows if "loss" in row]
     lines = []
-    if losses:  # none are left if the file was lost or damaged
+    if losses:  # empty if the file was lost or damaged
         lines += ["", f"{'':32}{'first':>10}{'last':>10}"]
         for name in losses[-1]:
             if name == "loss" or (name.startswith("loss/") and "_view" not in name):
@@ -130,16 +131,16 @@ def summary(workdir: Path) -> str:
             cells = [_percent(knn.get(f"{name}_{f}")) for f in ("cls", "mean")]
             lines.append(f"{title:32}{cells[0]:>10}{cells[1]:>10}")
         cell = _percent(knn.get("image_statistics"))
-        lines.append(f"{'image statistics alone':32}{cell:>10}")
+        lines.append(f"{'image statistics only':32}{cell:>10}")
     lines += ["", "figures:"]
     lines += [f"  {path}" for path in sorted((workdir / "figures").glob("*.png"))]
     return "\n".join([*lines, f"encoder: {workdir / 'encoder'}"])
 
 
 def dry_run(config: ml_collections.ConfigDict) -> str:
-    """Build and compile everything and train nothing; returns the report.
+    """Build and compile everything without training; returns a report.
 
-    Data that is not given yet is left out, and said to be.
+    Works without data. The report then says which data fields are not set.
     """
     missing = missing_arguments(config.data)
     source = None if missing else build_source(config.data)
@@ -148,7 +149,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
     config, chosen = settle(config, source)
     sampler = create_sampler(config)
     unknown = config.num_steps is None and source is None
-    # Without data the number of steps is not known; the step's program is the same.
+    # Without data the number of steps is unknown, but the step compiles the same.
     num_images = len(source) if source else 1000 * config.batch_size
     trainer = create_trainer(config, num_images=num_images)
     state = jax.eval_shape(trainer.initial_state)
@@ -160,7 +161,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
     lines = [
         *chosen,
         f"method: {config.method}",
-        f"parameters: {count_parameters(state.params) / 1e6:.2f} M in all",
+        f"parameters: {count_parameters(state.params) / 1e6:.2f} M in total",
         f"  {parts['encoder'] / 1e6:.2f} M encoder, {parts['decoder'] / 1e6:.2f} M "
         f"decoder: {(parts['encoder'] + parts['decoder']) / 1e6:.2f} M in encoder + "
         "decoder",
@@ -180,7 +181,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
         batch = next(batches_of(config, source, sampler, 0, 1))
     schedule = trainer.schedule
     if unknown:
-        lines.append(f"steps: {config.num_epochs:g} epochs of the data, when it is set")
+        lines.append(f"steps: {config.num_epochs:g} epochs of data that is not set yet")
     else:
         lines.append(
             f"steps: {schedule.num_steps}, {schedule.warmup_steps} of them warm-up; "
@@ -201,7 +202,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
 
 
 def count_parameters(params: nnx.State) -> int:
-    """The number of numbers in a state."""
+    """The number of parameters in a state."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a pretraining run share."""
+"""The objects that the parts of a pretraining run share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from xsmae.trainer import Trainer
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the loop and its hooks share.
+    """The objects that the loop and its hooks share.
 
-    workdir: this process's own folder. start: the step that this start resumes from, 0
-    at the beginning.
+    workdir: this process's own folder. start: the step that the run resumes from; 0 for
+    a new run.
     """
 
     config: ml_collections.ConfigDict
@@ -50,7 +50,7 @@ class Run:
         return self.trainer.schedule.num_steps
 
     def gsd_seen(self, gsd: np.ndarray) -> np.ndarray:
-        """What the model is told of crops of `gsd`, which may be finer targets."""
+        """The GSD that the model gets; crops of `gsd` may be finer targets."""
         return gsd * (self.sampler.size // self.config.views.size)
 
 
@@ -66,9 +66,9 @@ def create_run(
     stop: StopTogether,
     watchdog: Watchdog,
 ) -> Run:
-    """A run that resumes from `resume_step`, None where it begins.
+    """Create a run that resumes from `resume_step`; None for a new run.
 
-    Its writer is open; what later steps of a killed run have written is dropped.
+    Opens its writer, and removes rows that later steps of a killed run have written.
     """
     first = jax.process_index() == 0
     start = resume_step or 0

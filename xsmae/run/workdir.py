@@ -1,4 +1,4 @@
-"""What a run leaves besides its numbers: its config and the environment it ran in."""
+"""The workdir of a run: its config, its environment, and errors of its disk."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from xsmae.process.environment import describe_environment
 from xsmae.process.files import write_json
 from xsmae.process.log import LOG
 
-# Fields that change neither the batches nor, except for rounding, the numbers: they may
-# differ on resuming. A name that ends with a dot is a whole group of fields. What the
-# kNN accuracy is of (k, temperature, the images) may not change within one run's curve.
+# Fields that may change on resuming: they do not change the batches, nor the numbers
+# except for rounding. A name that ends with a dot is a whole group of fields. The kNN
+# settings that decide the accuracy (k, temperature, images) must stay within one curve.
 FREE_FIELDS = (
     *EXECUTION_FIELDS,
     "mesh",
@@ -46,12 +46,12 @@ FREE_FIELDS = (
     "wandb",
 )
 
-# What a disk says that takes nothing more, also where it does not say for which file.
+# Errors of a disk that accepts no more data, even if they name no file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What of `new` differs from `old`, one text a field, free fields left out."""
+    """The fields of `new` that differ from `old`, one text each; no free fields."""
     old, new = flatten(old), flatten(new)
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
@@ -67,10 +67,10 @@ def _is_free(name: str) -> bool:
 
 
 def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Make the folder and its `config.json`, or check that it is the same run's.
+    """Create the folder and its `config.json`, or check that the config is the same.
 
-    A run that has saved no checkpoint yet may be begun anew with another config.
-    Raises UserError where the folder cannot be written to or is of another config.
+    A run without a checkpoint may start again with another config. Raises UserError if
+    the folder cannot be written to, or if its run has another config.
     """
     resolved = json.loads(config.to_json())
     path = workdir / "config.json"
@@ -83,15 +83,15 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             found = differences(saved, resolved)
             if found:
                 raise UserError(
-                    f"{workdir} holds a run of another config: {'; '.join(found)}. "
-                    "Give that config to go on with it, or a new --workdir"
+                    f"{workdir} has a run with another config: {'; '.join(found)}. "
+                    "Give the old config to resume it, or a new --workdir"
                 )
         write_json(path, resolved)
         write_json(workdir / "environment.json", describe_environment())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is not JSON ({error}): give a new --workdir, or remove the file "
-            "to go on with this one"
+            "to resume this run"
         ) from None
     except OSError as error:
         raise UserError(
@@ -103,10 +103,11 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 def check_outside_data(
     path: Path, data: Mapping[str, Any], ids: Iterable[str] = (), *, flag: str
 ) -> None:
-    """Raise UserError if pictures written to `path` would be images of `data`.
+    """Raise UserError if figures written to `path` would become images of `data`.
 
-    Only a folder is listed again and again. ids: its images, whose folders may be links
-    that lead out of it. A hidden folder is not listed. flag: what gave `path`.
+    This can happen only if the data is a folder, because its files are listed at every
+    start. Hidden folders are not listed. ids: the images; their folders may be links
+    that lead elsewhere. flag: the flag that gave `path`.
     """
     if data["source"] != "folder" or data.get("root") is None:
         return
@@ -122,14 +123,14 @@ def check_outside_data(
             continue
         if not any(part.startswith(".") for part in real.relative_to(listed).parts):
             raise UserError(
-                f"{path} lies in the data's folder {root / folder}, of which its "
-                f"pictures would become images: give {flag} outside of it"
+                f"{path} is inside the data folder {root / folder}, so its figures "
+                f"would become training images: give a {flag} outside of it"
             )
 
 
 @contextlib.contextmanager
 def goes_on_without(what: str) -> Iterator[None]:
-    """Say in one line what could not be drawn or written inside, and go on."""
+    """Warn in one line, and continue, if `what` cannot be drawn or written."""
     try:
         yield
     except BadImageError as error:
@@ -140,7 +141,7 @@ def goes_on_without(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_in_one_line(workdir: Path) -> Iterator[None]:
-    """A disk that is full, read-only or gone, as the user's error."""
+    """Turn errors of a full, read-only or missing disk into a UserError."""
     try:
         yield
     except OSError as error:
@@ -149,6 +150,6 @@ def told_in_one_line(workdir: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"cannot write to the workdir {workdir} ({error.strerror}: "
-            f"{error.filename or 'a file of it'}); mend that, and the same command "
-            "goes on from the newest checkpoint"
+            f"{error.filename or 'a file in it'}): fix the disk, then run the same "
+            "command to resume from the newest checkpoint"
         ) from error
