@@ -1,5 +1,5 @@
-# `make quickstart` and `make test` need a Python 3.11 or newer and nothing else.
-# Another Python: `make test PYTHON=python3.12`; it gets a virtual environment of its own.
+# `make quickstart` and `make test` only need Python 3.11 or newer.
+# For another Python use `make test PYTHON=python3.12`; it gets its own virtual environment.
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
@@ -8,8 +8,8 @@ COMPILER := $(VENV)-compiler
 WORKDIR ?= runs/quickstart
 DATA ?= ../shared/data
 
-# XLA's large temporary arrays in huge pages that stay mapped (Linux, glibc): steps on a
-# CPU take up to a quarter less processor time.
+# Keep XLA's large temporary arrays in mapped huge pages (Linux, glibc). Steps on a CPU
+# then take up to a quarter less processor time.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456
 
@@ -20,20 +20,20 @@ quickstart: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) \
 		$(BIN)/python -m xsmae.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-# Both anew, with the outputs that are kept: ten minutes or so on two cores.
+# Run both notebooks and store their outputs: about ten minutes on two cores.
 notebooks: $(VENV)/installed-test
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m tests.support.execute_notebooks
 
-# docs/study.md, from the first run that is not finished; DATA holds the zips and splits.
+# Run the rest of the study in docs/study.md; DATA has the zips and splits.
 study: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m studies.head_to_head --data=$(DATA)
 	$(BIN)/python -m studies.report
 
-# What `xsmae plan` needs: XLA's compilers for NVIDIA GPUs and TPUs, of jax's own version,
-# with nothing to run on them. Linux; then .venv-compiler/bin/xsmae plan ...
+# The compilers for `xsmae plan`: XLA for NVIDIA GPUs and TPUs in jax's own version,
+# without runtime libraries. Linux only. Then run .venv-compiler/bin/xsmae plan ...
 compiler: $(COMPILER)/installed
 
-# The memory that attention takes on an H200, compiled for one on any Linux machine:
+# The memory of attention on an H200, compiled on any Linux machine:
 # benchmarks/RESULTS.md. Half a minute on two idle cores, after the installation.
 bench-attention: $(COMPILER)/installed
 	$(COMPILER)/bin/python -m benchmarks.attention --compile_for=h200
@@ -42,7 +42,7 @@ test: lint
 	$(BIN)/python -m pytest -n logical --dist worksteal --durations=10 \
 		--cov=xsmae --cov-report=term --cov-fail-under=90
 
-# What depends most on the versions of jax and flax.
+# The tests that depend most on the versions of jax and flax.
 test-core: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n logical --dist worksteal \
 		tests/test_models.py tests/test_methods.py \
@@ -57,7 +57,7 @@ test-faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "slow or fuzz" -n logical --maxschedchunk=1 \
 		--durations=10 --hypothesis-profile=faults
 
-# Our networks and exports against Hugging Face transformers and timm, on PyTorch.
+# Compare our networks and exports with Hugging Face transformers and timm, on PyTorch.
 test-peers: $(PEERS)/installed
 	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest --durations=5 tests/peers
 
@@ -93,8 +93,8 @@ $(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml constraints.txt
 		--constraint constraints.txt --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
-# timm asks for torchvision besides, whose wheels fit torch's builds for CUDA alone;
-# tests/peers/test_timm.py says why it does without.
+# timm also requires torchvision, but its wheels only fit torch's builds for CUDA.
+# tests/peers/test_timm.py explains why it is not needed.
 $(PEERS)/installed: $(PEERS)/bin/python pyproject.toml constraints.txt \
 		constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \

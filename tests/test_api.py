@@ -1,4 +1,4 @@
-"""The public API: what it lists, what it imports, and its use from an empty folder."""
+"""The public API: its names, its imports, and its use from an empty folder."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_importing_it_imports_nothing_heavy(tmp_path):
     imported = json.loads(run(code, tmp_path))
     heavy = {"jax", "flax", "numpy", "absl", "ml_collections", "PIL", "orbax"}
     assert not heavy & {name.partition(".")[0] for name in imported}
-    # Nor a module of our own.
+    # It imports none of our own modules either.
     assert [name for name in imported if name.startswith("xsmae.")] == []
 
 
@@ -90,7 +90,7 @@ def test_ten_lines_from_an_empty_folder(image_folder, tmp_path):
     printed = run(USE, folder, image_folder, json.dumps(SMALL))
     (count, _), kinds = json.loads(printed.splitlines()[-1])
     assert count == 6
-    # Two features each of the encoder and its random control; two from pixels.
+    # Two features each from the encoder and its random control, and two from pixels.
     assert kinds == ["encoder"] * 2 + ["random"] * 2 + ["statistics", "thumbnail"]
     assert {path.name for path in folder.iterdir()} == {"runs", "rows.jsonl", "timm"}
 
@@ -100,7 +100,7 @@ def test_ten_lines_from_an_empty_folder(image_folder, tmp_path):
 
 @pytest.fixture
 def exported(tmp_path):
-    """A small encoder that was never trained, in a folder."""
+    """A folder with a small untrained encoder."""
     config = common.get_common("corrected", "tiny")
     config.model.update(embed_dim=16, depth=1, num_heads=2, patch_size=4)
     info = {
@@ -189,7 +189,7 @@ def test_a_source_by_name_by_fields_and_of_a_config(image_folder):
     [
         ("nothing", {}, "data.source='nothing', expected one of csv,"),
         ("folder", {"gsd": 1.0}, r"data.root not set: .* with root="),
-        ("folder", {"metres": 1}, "source folder has no metres, expected of root, gsd"),
+        ("folder", {"metres": 1}, r"source folder has no .*metres, .*root, gsd"),
         ({"root": "images"}, {}, "names no source"),
     ],
 )
@@ -225,7 +225,7 @@ def test_fields_and_their_sources_give_the_same_rows(world, tmp_path, capsys):
     named = rows_of("statistics", *sources, **options, data_name="synthetic")
     assert named == rows
     assert capsys.readouterr().out == ""
-    # What is kept changes nothing, and is not computed again.
+    # Cached features change nothing and are not computed again.
     kept = {"results": tmp_path / "rows.jsonl", "cache": tmp_path / "features"}
     for _ in range(2):
         assert rows_of("statistics", *world, **options, **kept) == rows
@@ -298,7 +298,7 @@ def test_a_stopped_run_is_an_interrupt(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt, match="15"):
         xsmae.pretrain(config, str(tmp_path))
     assert seen == [Path(tmp_path)]
-    assert config.seed == 0  # the caller's config stays
+    assert config.seed == 0  # the caller's config does not change
 
 
 def test_weights_to_start_from_decide_but_for_what_is_kept(monkeypatch, tmp_path):

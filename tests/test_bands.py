@@ -1,4 +1,4 @@
-"""Bands: one normalisation, of stored values and of fractions, there and back."""
+"""Bands: normalisation of stored values and of fractions, and its inverse."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def test_zeros_and_ones_that_are_stored_are_not_fractions():
 
 
 def test_what_training_computes_to_the_bit():
-    """The formula of every run until now; another rounding would be another run."""
+    """All earlier runs used this formula; other rounding would change their results."""
     mean, std = (
         255 * jnp.array(x, jnp.float32).reshape(1, 1, 1, -1)
         for x in (OURS.mean, OURS.std)
@@ -72,6 +72,6 @@ def test_images_of_some_bands_are_completed_with_the_means():
 
 
 def test_sources_read_bands_without_jax():
-    """The workers that read images start in the time that JAX's import takes."""
+    """Reader processes must start quickly, so they must not import JAX."""
     code = "import sys, xsmae.bands, xsmae.data.folder; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -952,11 +952,11 @@ def test_no_import(content, expected, tmp_path, capsys):
 
 
 def test_no_checkpoints(imports, tmp_path):
-    with pytest.raises(UserError, match="holds no checkpoints"):
+    with pytest.raises(UserError, match="no checkpoint"):
         load_weights(tmp_path, None)
     (tmp_path / "checkpoints").mkdir()
     config, _ = config_of("method=mae", imports("mae"))
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint"):
         load_weights(tmp_path, abstract_state(config))
 
 

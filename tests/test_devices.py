@@ -1,4 +1,4 @@
-"""One device, or several that share the batch, and the state too: the same run."""
+"""Runs on one device equal runs that share the batch and the state over several."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,13 @@ def alone():
     [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8],
 )
 def test_one_device_equals_several(alone, devices):
-    """The same losses, parameters and features to rounding, of every method, with the
-    batch over all devices, and with the state over up to four."""
+    """Every method has the same losses, parameters and features, to rounding.
+
+    The batch is divided over all devices, the state over up to four.
+    """
     found = run_on_devices("tests.support.steps_on_devices", devices)
     assert (alone["devices"], found["devices"]) == (1, devices)
-    # The rows of the similarities are divided: the vectors alone are on each device.
+    # The rows of similarities are divided; each device has only the whole vectors.
     rows = 4 * (2 * alone["batch"]) ** 2
     for one, several in zip(alone["contrastive"], found["contrastive"], strict=True):
         assert rows <= one
@@ -31,14 +33,14 @@ def test_one_device_equals_several(alone, devices):
         assert one["kernel"] == [2, 16, 64]
         assert several["kernel"] == [2, 16, 64 // shared]
         if shared > 1:
-            # Weights are gathered, for both passes; no product is divided as they are.
+            # Weights are gathered for both passes; no product is divided like them.
             exchanged = several["exchanged"]
             assert f"all-to-all {shared}" not in exchanged
             gathered = exchanged[f"all-gather {shared}"] / exchanged["parameters"]
             assert 1 / 2 < gathered <= 2
         for name in one.keys() - {"kernel", "exchanged"}:
-            # Adam's first updates are signs, which rounding can turn where a gradient
-            # is all but zero: hence the absolute part.
+            # Adam's first updates are signs. Rounding can flip them if a gradient is
+            # almost zero, so the tolerance has an absolute part.
             np.testing.assert_allclose(
                 one[name], several[name], rtol=2e-4, atol=1e-4, err_msg=f"{run} {name}"
             )

@@ -1,4 +1,4 @@
-"""Runs that are killed again and again end as one that is not: `make test-faults`."""
+"""Killed and resumed runs end like an uninterrupted one: `make test-faults`."""
 
 import random
 import re
@@ -66,7 +66,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
                 command(workdir), cwd=ROOT, stdout=file, stderr=file
             )
         try:
-            if kills % 4 == 3:  # while it starts, restores, compiles
+            if kills % 4 == 3:  # during start, restore or compilation
                 wait_in_the_start(rng.uniform(0, 8), log)
             else:
                 wait_for_step(newest + rng.randint(1, 25), process, log)
@@ -79,15 +79,15 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
         kills += 1
         printed = log.read_text()
         begun = re.search(r"resuming from step (\d+)", printed)
-        if begun:  # otherwise it was killed before that
+        if begun:  # otherwise it was killed before this line
             assert int(begun[1]) == newest
         if number == signal.SIGKILL:
             assert status == -number
             continue
         assert status in (128 + number, -number), printed
-        if "stopped; the same command goes on" in printed:
+        if "stopped; the same command resumes" in printed:
             assert status == 128 + number
-            # What has been done is saved; the last row is of the step saved.
+            # All finished steps are saved; the last row is for the saved step.
             assert max(steps_saved(workdir), default=0) == last_step(workdir) >= seen
     assert subprocess.run(command(workdir), cwd=ROOT).returncode == 0
     assert comparable(workdir) == comparable(uninterrupted)
@@ -102,7 +102,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_other(
 
 
 def wait_in_the_start(seconds, log):
-    """So many seconds, but no longer than until the first step is made."""
+    """Waits for `seconds`, or until the first step if that is sooner."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and "\nstep " not in log.read_text():
         time.sleep(0.02)

@@ -1,6 +1,6 @@
-"""The rule of the rooms: imports go down, never in a circle; files stay short.
+"""The import rule: imports go down and have no cycles; files stay short.
 
-`python -m tests.test_imports` prints the rooms and whatever breaks the rule.
+`python -m tests.test_imports` prints the rooms and everything that breaks the rule.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From the bottom up. A module imports from its own line and from those before it.
+# From bottom to top. A module may import from its own line and from earlier lines.
 LINES = (
     ("errors", "ranges", "bands", "process", "ops"),
     ("models", "losses", "optim", "sharding"),
@@ -33,7 +33,7 @@ MAX_LINES = 350
 
 
 def read_sources():
-    """The text of every module by its name without `xsmae.`; a package has no end."""
+    """Module name without `xsmae.` -> text; packages without `.__init__`."""
     found = {}
     for folder in (ROOT / "xsmae", ROOT / "configs"):
         base = ROOT if folder.name == "configs" else folder
@@ -44,13 +44,13 @@ def read_sources():
 
 
 def read_packages():
-    """What pyproject.toml installs."""
+    """The packages that pyproject.toml installs."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     return set(settings["tool"]["setuptools"]["packages"])
 
 
 def imports(text, modules):
-    """Which of the modules a text imports, within functions too."""
+    """The modules that a text imports, inside functions too."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -67,7 +67,7 @@ def _inner(name):
 
 
 def violations(sources, packages):
-    """One line for each thing that breaks the rule."""
+    """One line for each violation of the rule."""
     graph = {n: {*imports(text, sources)} - {n} for n, text in sources.items()}
     for name, imported in sorted(graph.items()):
         room = name.partition(".")[0]
@@ -128,7 +128,7 @@ def test_what_breaks_the_rule_is_found(sources, found):
 
 
 def main():
-    """Prints the rooms, and what breaks the rule; the exit status says if any does."""
+    """Prints the rooms and all violations; returns 1 if there are any."""
     for rooms in LINES:
         print("  " + "  ".join(rooms))
     found = list(violations(read_sources(), read_packages()))

@@ -324,7 +324,7 @@ def test_a_diverging_run_stops(tmp_path, capsys):
         (["--config.model.depht=3"], "depht"),
         (
             ["--config.mesh.fsdp=8", "--config.model.depth=3"],
-            "xsmae: --config.mesh.fsdp=8: there is no such field, mesh holds a value",
+            "xsmae: --config.mesh.fsdp=8: there is no such field, mesh is a value",
         ),
         (["--config.batch_size=many"], "many"),
         (["--config.batch_size=1e3"], "1e3"),

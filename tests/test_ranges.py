@@ -1,4 +1,4 @@
-"""Every number of a config outside of what it may be is refused, by name."""
+"""Every config number outside its range is refused by name."""
 
 import math
 
@@ -21,7 +21,7 @@ PRESETS = [
 RANGES = dict(COMMON)
 for method in METHODS.values():
     RANGES |= method.ranges
-# What may be any whole number, or is checked where it is read.
+# Fields that may be any whole number, or that other code checks.
 ELSEWHERE = {"model.channel_groups", "bands"}
 
 
@@ -32,13 +32,13 @@ def config_of(preset="corrected", method="cross_scale_mae"):
 
 
 def holds(name):
-    """A config that has the field."""
+    """A config with the field."""
     configs = (config_of(*preset) for preset in PRESETS)
     return next(c for c in configs if name in flatten(c.to_dict()))
 
 
 def refusal(config, name, value):
-    """The line that the field's value is refused with; None where it is not."""
+    """The error message for the field's value; None if it is accepted."""
     with config.ignore_type():
         config.update_from_flattened_dict({name: value})
     try:
@@ -91,7 +91,7 @@ def test_out_of_range(name):
         ),
         ("model.num_heads", 5, "model.num_heads=5: change one of them"),
         ("model.decoder_num_heads", 7, "multiple of model.decoder_num_heads=7"),
-        ("loss.contrastive.groups", 5, "divide into loss.contrastive.groups=5"),
+        ("loss.contrastive.groups", 5, "loss.contrastive.groups=5"),
         ("views.area", (0.0, 1.0), "views.area=(0.0, 1.0), expected above 0 and at"),
         ("optim.b2", 1.0, "optim.b2=1.0, expected 0 or more and below 1"),
         ("std", (0.2, 0.0, 0.2), "std=(0.2, 0.0, 0.2), expected above 0"),
@@ -99,14 +99,14 @@ def test_out_of_range(name):
         ("loss.contrastive.weight", -1.0, "weight=-1.0, expected 0 or more"),
         ("batch_size", True, "batch_size=True, expected 1 or more"),
         ("views.size", 100, "not a multiple of model.patch_size"),
-        ("optim.accumulation_steps", 3, "does not divide into"),
+        ("optim.accumulation_steps", 3, "optim.accumulation_steps=3 times"),
         ("model.reference_gsd", None, "model.reference_gsd is not set"),
         ("mean", (0.5, 0.5), "has 2 values, expected 3"),
-        ("std", (0.5,) * 4, "has 4 values, expected 3, one for each of bands=red,"),
+        ("std", (0.5,) * 4, "has 4 values, expected 3, one per band in bands=red,"),
         (
             "bands",
             ("red", "nir"),
-            "has 3 values, expected 2, one for each of bands=red",
+            "has 3 values, expected 2, one per band in bands=red",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which devices hold what: the mesh of a config, and how the state is divided."""
+"""The mesh of a config, and how batch and state are divided over devices."""
 
 import json
 
@@ -12,8 +12,8 @@ from xsmae.errors import UserError
 from xsmae.sharding import MIN_DIVIDED, create_mesh, of_state
 from xsmae.trainer import create_trainer
 
-# Programs on eight devices that share the one core of a worker take minutes, so that
-# all meshes of eight are made by one process on all cores.
+# Programs on eight devices that share a worker's single core take minutes. So one
+# process on all cores makes all meshes of eight devices.
 MESHES = {
     "data:-1": (8, 1),
     "data:8": (8, 1),
@@ -34,7 +34,7 @@ REFUSED = (
 
 @pytest.fixture(scope="module")
 def on_eight():
-    """What becomes of (axes, batch size) on eight devices."""
+    """The results for each (axes, batch size) on eight devices."""
     cases = [(axes, 16) for axes in (*MESHES, *REFUSED)] + [("data:-1", 12)]
     found = run_on_devices("tests.support.meshes_on_devices", 8, json.dumps(cases))
     return dict(zip(cases, found, strict=True))
@@ -45,7 +45,7 @@ def test_axes_of_a_mesh_of_eight(axes, on_eight):
     found = on_eight[axes, 16]
     sizes = dict(zip(("data", "fsdp"), MESHES[axes], strict=True))
     assert found["sizes"] == [list(item) for item in sizes.items()]
-    # Whichever the axes, each device has its own part of the batch.
+    # With any axes, each device has its own part of the batch.
     assert found["parts"] == [[2 * i, 2 * i + 1] for i in range(8)]
 
 
@@ -88,7 +88,7 @@ def test_axes_that_cannot_be(axes):
 
 
 def test_the_state_of_a_huge_network_is_divided():
-    """ViT-H, corrected, over 4: what is not divided is too small to matter."""
+    """ViT-H, corrected, over 4 devices: the undivided rest is too small to matter."""
     config = common.get_common("corrected", "huge")
     config.model.reference_gsd = 1.0
     config.batch_size = 8 * jax.device_count()
@@ -102,7 +102,7 @@ def test_the_state_of_a_huge_network_is_divided():
         a_device += leaf.size // (4 if "fsdp" in place.spec else 1)
         if leaf.size >= MIN_DIVIDED:
             axis = list(place.spec).index("fsdp")
-            # The stacked layers stay together: each is gathered when it is its turn.
+            # The layer axis is not divided: layers are gathered one after the other.
             assert leaf.shape[axis] == max(leaf.shape)
-    assert whole > 3 * 600e6  # parameters and two moments
+    assert whole > 3 * 600e6  # the parameters and two moments
     assert a_device < whole / 4 * 1.005

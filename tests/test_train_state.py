@@ -1,4 +1,4 @@
-"""The step: learning, accumulation, skipped updates, devices, precision, the rates."""
+"""The training step: learning, accumulation, skipped updates, precision, rates."""
 
 import dataclasses
 import functools
@@ -112,7 +112,7 @@ def test_total_is_the_weighted_sum_and_views_add_up():
 
 def test_a_term_of_weight_0_cannot_spoil_the_total():
     step, state = trainer(weights=(1.0, 0.0, 1.0))
-    batch = some_batch(1)  # no negatives: the contrastive loss is 0, or not a number
+    batch = some_batch(1)  # without negatives, the contrastive loss is 0 or not finite
     published_step, published = trainer(weights=(1.0, 0.0, 1.0), published=True)
     for run, before in ((step, state), (published_step, published)):
         after, metrics = run(before, batch)
@@ -133,7 +133,7 @@ def test_masks_differ_from_step_to_step_and_repeat_with_the_seed():
 
 @pytest.mark.parametrize("method", ["mae", "cross_scale_mae"])
 def test_accumulation_equals_the_large_batch(method):
-    """Where the losses are means over samples: the contrastive one is left out."""
+    """For losses that are means over samples, so without the contrastive one."""
     options = {"weights": (1.0, 0.0, 1.0), "optimizer_kind": "sgd"}
     num_views = METHODS[method].num_views
     batch = some_batch(8, num_views)
@@ -153,7 +153,7 @@ def test_accumulation_equals_the_large_batch(method):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_accumulates_in_float32(name):
-    """Where no cast lies between a parameter and what is made of it."""
+    """In float32 there is no cast between a parameter and its use."""
     config = common.get_common("published", "tiny", name)
     config.batch_size = 8
     config.optim.accumulation_steps = 2
@@ -170,7 +170,7 @@ def test_every_method_accumulates_in_float32(name):
 
 
 def test_accumulation_holds_one_gradient():
-    """The parts' are added where the sum lies: 1.2 times the parameters otherwise."""
+    """Gradients of parts are added in place; else it takes 1.2x the parameters."""
     step, state = trainer(
         "mae", accumulation_steps=4, optimizer_kind="sgd", embed_dim=128, depth=16
     )
@@ -260,7 +260,7 @@ def test_bfloat16_step_is_near_float32():
 
 
 def test_nnx_definition_survives_the_round_trip():
-    """The compiled step depends on the definition alone: equal ones compile once."""
+    """The compiled step depends only on the definition; equal ones compile once."""
     build = functools.partial(_build, "cross_scale_mae", tuple(MODEL.items()))
     first, _, _ = nnx.split(build(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
     second, _, _ = nnx.split(build(nnx.Rngs(1)), nnx.Param, nnx.BatchStat)

@@ -1,4 +1,4 @@
-"""Classifiers trained on crops: what they compute, learn, and how they are resumed."""
+"""Classifiers trained on crops: results, learning, resuming."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ FINETUNE = fields_of(recipe.finetuning, learning_rate=0.05)
 
 
 def training(tmp_path, *, test=None, kind="probe", scores=None, calls=None, **changes):
-    """A measurement by a training; the test scores go to `scores`."""
+    """A measurement that trains; appends the test scores to `scores`."""
     create, fields, encoder, feature, base = {
         "probe": (
             published_probe.create_learner, PROBE,
@@ -88,7 +88,7 @@ def training(tmp_path, *, test=None, kind="probe", scores=None, calls=None, **ch
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Of each kind the measurement, its rows and its test scores, made once."""
+    """For each kind: the measurement, its rows and its test scores, cached."""
 
     @functools.cache
     def make(kind):
@@ -121,7 +121,7 @@ def test_a_stopped_training_ends_as_the_other_bit_for_bit(
         except KeyboardInterrupt:
             stops += 1
     assert stops == (3 if kind == "probe" else 1)
-    assert sum("going on from step" in line for line in said) == stops
+    assert sum("from step" in line for line in said) == stops
     _, expected, expected_scores = uninterrupted(kind)
     np.testing.assert_array_equal(np.concatenate(scores)[:15], expected_scores)
     assert comparable(rows) == comparable(expected)
@@ -153,13 +153,13 @@ def test_labels_of_the_test_images_reach_no_training(tmp_path, uninterrupted):
 
 
 def test_the_encoder_is_told_the_gsd_of_each_crop(tmp_path):
-    """Images of 12 x 16 px of 1 + index metres; the crop's area decides."""
+    """Images of 12 x 16 px with a GSD of 1 + index metres; the crop scales it."""
     calls = []
     measure(training(tmp_path, calls=calls))
     told = np.concatenate(calls)
-    crops = told[1 : 1 + 8]  # behind the blank image that tells the width
+    crops = told[1 : 1 + 8]  # after the blank image that measures the width
     assert len(np.unique(crops[:, 0])) == 8
-    # A crop of 8 % of the area at least, of a ratio up to 4/3.
+    # A crop has at least 8% of the area and a ratio up to 4/3.
     low, high = np.sqrt(0.08 * 192 * 3 / 4) / 12, 16 / 12
     everything = told[1:-16]
     assert (everything >= low - 1e-6).all()
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_is_told(tmp_path, monkeypatch):
 
 
 def comparable(rows):
-    """Rows without what tells when and how fast they were made."""
+    """Rows without time and speed."""
     left_out = dict.fromkeys(("run", "seconds", "images_per_second"))
     return [dataclasses.replace(row, **left_out) for row in rows]
 
@@ -227,7 +227,7 @@ BINARIES = {
     "finetune": [
         "--encoder=random:tiny,embed_dim=16,depth=2,num_heads=2,patch_size=8",
         "--recipe.epochs=30",
-        # Slow to compile; resumed in the test above.
+        # Slow to compile; the test above resumes with them.
         "--recipe.mixup=0",
         "--recipe.cutmix=0",
     ],
@@ -238,7 +238,7 @@ BINARIES = {
 def test_killed_binaries_end_with_the_row_of_the_uninterrupted(
     name, tmp_path, monkeypatch, capsys
 ):
-    """SIGKILL at one moment, SIGTERM at another: the same row, nothing left behind."""
+    """SIGKILL once, SIGTERM once: the same row, and no files left behind."""
     arguments = [*BINARIES[name], *DATA]
     main = {"probe": linear_probe, "finetune": finetune}[name].main
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -263,7 +263,7 @@ def test_killed_binaries_end_with_the_row_of_the_uninterrupted(
         assert not (killed / "results.jsonl").exists()
     capsys.readouterr()
     assert main(["xsmae", *arguments]) == 0
-    assert "going on from step" in capsys.readouterr().out
+    assert "from step" in capsys.readouterr().out
     assert not list(killed.rglob("training-*"))
     monkeypatch.chdir(whole)
     assert main(["xsmae", *arguments]) == 0
@@ -273,7 +273,7 @@ def test_killed_binaries_end_with_the_row_of_the_uninterrupted(
     assert options["epochs"] == {"probe": 40.0, "finetune": 30.0}[name]
     task = {"probe": "linear_probe_published", "finetune": "finetune"}[name]
     assert {row.protocol.task for row in found} == {task}
-    # Rows that are there are not computed again, and can be drawn.
+    # Existing rows are not computed again, and can be drawn.
     capsys.readouterr()
     assert main(["xsmae", *arguments]) == 0
     assert "epoch" not in capsys.readouterr().out
@@ -285,14 +285,14 @@ def test_killed_binaries_end_with_the_row_of_the_uninterrupted(
 
 
 def newest(folder):
-    """The newest step that is saved whole of any training."""
+    """The newest saved step of any training."""
     places = folder.glob(".cache/xsmae/features/*/training-*")
     names = [name for place in places for name in os.listdir(place)]
     return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def test_a_row_for_the_encoder_and_one_for_its_control(tmp_path, monkeypatch):
-    """An exported encoder has a random one of its architecture beside it."""
+    """An exported encoder gets a random control of the same architecture."""
     Encoder.random(tiny_encoder().info, seed=5).save(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     short = ["--recipe.epochs=1", "--recipe.warmup_epochs=0", "--encoder=mine"]

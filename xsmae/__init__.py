@@ -8,7 +8,7 @@
     train, test = (xsmae.open_source(config, split=part) for part in ("train", "test"))
     rows = xsmae.evaluate(encoder, train, test, task="knn")
 
-Nothing is imported before it is used.
+Each name is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
     "read_results",
 ]
 
-# Name -> the module that has it.
+# Name -> the module that defines it.
 _HOMES = {
     "Encoder": "xsmae.weights.encoder",
     "evaluate": "xsmae.evaluation.evaluate",
@@ -58,7 +58,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `import xsmae.models` needs nothing beyond jax and flax.
+    # Lazy imports, so that `import xsmae.models` only needs jax and flax.
     if name not in _HOMES:
         raise AttributeError(f"module 'xsmae' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
@@ -74,12 +74,12 @@ def pretrain(
     *,
     keep: Iterable[str] = (),
 ) -> Path:
-    """Train as a config says, and return the workdir, which `load_encoder` takes.
+    """Trains as a config says, and returns the workdir for `load_encoder`.
 
-    A run that was stopped in the workdir resumes. Where `config.init` names weights,
-    the network is as they have it; the fields in `keep`, dotted, are as the config has
-    them. Raises UserError for what the user can mend. Raises KeyboardInterrupt where a
-    signal stopped the run, once its state is saved: the same call resumes it.
+    Resumes a run that was stopped in the workdir. If `config.init` names weights, the
+    network's fields change to match them, except the dotted fields in `keep`. Raises
+    UserError for an error that the user can fix. If a signal stops the run, saves the
+    state and raises KeyboardInterrupt; the same call then resumes the run.
     """
     from absl import logging
 
@@ -93,7 +93,7 @@ def pretrain(
 
     workdir, config = Path(workdir), config.copy_and_resolve_references()
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
+    logging.set_verbosity(logging.FATAL)  # Orbax logs every file and every error
     try:
         with shown(), ends_with_the_others(), memory_shortage(LESS_MEMORY):
             if config.init:

@@ -1,4 +1,4 @@
-"""Configs: find and load one, change its fields, check what numbers they have."""
+"""Finds and loads configs, changes their fields and checks their numbers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 from xsmae.errors import UserError
 from xsmae.ranges import BELOW_1, LARGE, SMALL, Ranges, check_numbers
 
-# Field -> the smallest and the largest; of a tuple, each number. Where a field is not
-# set, or the method has none, it is left out. What else is wrong with the views, the
-# losses and the networks is said by those that read it.
+# Field -> smallest and largest value; for a tuple they limit each number. Fields that
+# are not set, or that the method lacks, are skipped. The code that reads views, losses
+# and networks checks the rest.
 RANGES = {
     "seed": (0, 2**32 - 1),
     "batch_size": (1, LARGE),
@@ -77,24 +77,24 @@ RANGES = {
 }
 
 
-DTYPES = ("float32", "bfloat16")  # of the products; parameters are float32
+DTYPES = ("float32", "bfloat16")  # for matrix products; parameters are float32
 
 
 def check_ranges(
     config: ml_collections.ConfigDict, devices: int, *, of_method: Ranges
 ) -> None:
-    """Raise UserError for numbers out of range, or that do not fit together.
+    """Raises UserError for numbers that are out of range or do not fit together.
 
     of_method: the ranges of the method's own fields, `Method.ranges`.
     """
     flat = flatten(config.to_dict())
     check_numbers(flat, {**RANGES, **of_method})
-    profile = tuple(config.get("profile", ()))  # configs of older runs lack it
+    profile = tuple(config.get("profile", ()))  # missing in configs of older runs
     whole = all(isinstance(step, int) for step in profile)
     if len(profile) not in (0, 2) or not whole or list(profile) != sorted(profile):
         raise UserError(
-            f"profile={profile}, expected the first step and the last, such as "
-            "(10, 15), or () for none"
+            f"profile={profile}, expected the first and the last step, such as "
+            "(10, 15), or () for no profile"
         )
     model, views = config.model, config.views
     if views.size % model.patch_size:
@@ -116,41 +116,41 @@ def check_ranges(
     parts = config.optim.accumulation_steps
     if config.batch_size % (parts * devices):
         raise UserError(
-            f"batch_size={config.batch_size} does not divide into "
-            f"optim.accumulation_steps={parts} parts on {devices} device(s)"
+            f"batch_size={config.batch_size}, expected a multiple of "
+            f"optim.accumulation_steps={parts} times {devices} device(s): change one"
         )
     groups = flat.get("loss.contrastive.groups", 1)
     if config.batch_size // parts % groups:
         raise UserError(
-            f"batch_size={config.batch_size} in {parts} part(s) does not divide into "
-            f"loss.contrastive.groups={groups}"
+            f"batch_size={config.batch_size} in {parts} part(s), expected a multiple "
+            f"of loss.contrastive.groups={groups} in each part: change one"
         )
     if model.position == "gsd" and not model.reference_gsd:
         raise UserError(
-            "model.reference_gsd is not set: give the metres per pixel that a patch "
-            "index is counted in, about the images' usual GSD, with "
+            "model.reference_gsd is not set: give the GSD that patch positions refer "
+            "to, about the usual GSD of the images, with "
             "--config.model.reference_gsd=METRES"
         )
     if not any(term["weight"] for term in config.loss.to_dict().values()):
         raise UserError(
-            f"every weight in config.loss is 0 ({', '.join(config.loss)}): nothing "
-            "would be learned; set one above 0"
+            f"every weight in config.loss is 0 ({', '.join(config.loss)}), so nothing "
+            "would be learned: set one above 0"
         )
     for name in ("mean", "std"):
         if len(config[name]) != len(config.bands):
             raise UserError(
                 f"{name}={config[name]} has {len(config[name])} values, expected "
-                f"{len(config.bands)}, one for each of bands={', '.join(config.bands)}:"
+                f"{len(config.bands)}, one per band in bands={', '.join(config.bands)}:"
                 " change one of them"
             )
 
 
-# How the network is run: numbers are the same to rounding.
+# Fields that change how the network runs, but its numbers only by rounding.
 EXECUTION_FIELDS = ("model.attention", "model.remat", "model.scan")
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one, with dotted names."""
+    """Flattens nested dicts to one dict with dotted names."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -160,18 +160,18 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Config files that come with the package are found by their name from any folder.
+# Installed config files are found by name from any folder.
 INSTALLED_CONFIGS = Path(importlib.util.find_spec("xsmae.configs").origin).parent
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-    """Load a config and change some of its fields.
+    """Loads a config and changes some of its fields.
 
-    name: `folder` or `configs/folder.py`, which is installed, or the path of any config
-    file; an argument follows a colon, as in `fmow:mae,size=large`. overrides: dotted
-    field -> value, as in {"data.root": "images", "num_steps": 5}; a text is read as on
-    the command line, and None empties a field that may be empty. Raises UserError for
-    an unknown config, argument or field, and for a value of another type.
+    name: `folder` or `configs/folder.py` for an installed config, or the path of any
+    config file. An argument follows a colon, as in `fmow:mae,size=large`. overrides:
+    dotted field -> value, as in {"data.root": "images", "num_steps": 5}. Strings are
+    parsed as on the command line; None clears a field that may be empty. Raises
+    UserError for an unknown config, argument or field, and for a value of another type.
     """
     config = read_config(name, f"config {name!r}")
     overrides = flatten(dict(overrides or {}))
@@ -180,10 +180,10 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
         group, last = _owner(config, field, told)
         if value is None:
             if not isinstance(_references(group).get(last), FieldReference):
-                raise UserError(f"{told}: this field may not be empty, give a value")
+                raise UserError(f"{told}: the field may not be empty; give a value")
             group[last] = None
         elif group.get_type(last) is str and not isinstance(value, str | os.PathLike):
-            raise UserError(f"{told}, expected a text")
+            raise UserError(f"{told}, expected a string")
     given = [f"--config.{n}={_text(v)}" for n, v in overrides.items() if v is not None]
     try:
         return override(config, given, "config")
@@ -192,29 +192,29 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 
 def _references(group: ConfigDict) -> dict[str, Any]:
-    """The fields of a group; those that may be empty are FieldReferences."""
+    """The fields of a group; fields that may be empty are FieldReferences."""
     return dict(group.items(preserve_field_references=True))
 
 
 def _text(value: Any) -> str:
-    """A value as the command line has it."""
+    """A value as written on the command line."""
     if isinstance(value, str | os.PathLike):
         return os.fspath(value)
     return repr(_plain(value))
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, and NumPy's numbers as Python's."""
+    """Converts lists to tuples, and NumPy numbers to Python numbers."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def read_config(name: str, told: str) -> ConfigDict:
-    """What the config file `name` returns, locked against new fields.
+    """The config that the file `name` returns, locked against new fields.
 
-    told: how messages call it, such as `--config=folder`. Raises UserError, in one
-    line, for a wrong argument; for an error in the file with its line.
+    told: its name in messages, such as `--config=folder`. Raises a one-line UserError
+    for a wrong argument, and for an error in the file, with its line number.
     """
     path, argument = find_config(name, told)
     loader = SourceFileLoader("xsmae_config", str(path))
@@ -231,13 +231,13 @@ def read_config(name: str, told: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"{told}: get_config returned a {type(config).__name__}, expected a "
-            "ConfigDict: begin with xsmae.configs.common.get_common"
+            "ConfigDict: start from xsmae.configs.common.get_common"
         )
     return config.lock()
 
 
 def _place(error: Exception, path: Path) -> str:
-    """The line of a config file that an error comes from, and the error."""
+    """The line of a config file that raised an error, and the error."""
     what = f"{type(error).__name__}: {error}"
     lines = [
         frame.lineno
@@ -252,10 +252,10 @@ def _place(error: Exception, path: Path) -> str:
 
 
 def find_config(name: str, told: str) -> tuple[Path, list[str]]:
-    """The file of a config, and the argument after its colon, if there is one.
+    """The file of a config, and the argument after the colon, if there is one.
 
-    `folder` stands for configs/folder.py, and a file that is not here for the
-    installed one of that name.
+    `folder` means configs/folder.py. If the file does not exist here, the installed
+    file of that name is used.
     """
     name, colon, argument = name.partition(":")
     path = Path(name)
@@ -267,8 +267,8 @@ def find_config(name: str, told: str) -> tuple[Path, list[str]]:
         if not ours or path.name not in known:
             listed = ", ".join(f"configs/{n}" for n in sorted(known))
             raise UserError(
-                f"{told}: there is no config {path}{_nearest(path.name, known)}; those "
-                f"that come with xsmae: {listed}"
+                f"{told}: there is no config {path}{_nearest(path.name, known)}; "
+                f"expected a config file or one of {listed}"
             )
         path = INSTALLED_CONFIGS / path.name
     return path, [argument] if colon else []
@@ -280,7 +280,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def override(config: ConfigDict, given: Sequence[str], name: str) -> ConfigDict:
-    """Set the fields of `config` that `given` sets by --NAME.FIELD=VALUE; returns it.
+    """Applies the arguments --NAME.FIELD=VALUE in `given` to `config`; returns it.
 
     Raises UserError for an unknown field and for a value of another type.
     """
@@ -289,8 +289,8 @@ def override(config: ConfigDict, given: Sequence[str], name: str) -> ConfigDict:
         if (name, field) == ("config", "method"):
             method = argument.partition("=")[2] or "METHOD"
             raise UserError(
-                f"{argument}: the method decides which fields there are: give it with "
-                f"the config's name, --config=NAME:method={method}"
+                f"{argument}: the method decides which fields exist, so give it with "
+                f"the config's name: --config=NAME:method={method}"
             )
         _owner(config, field, argument)
     values = flags.FlagValues()
@@ -313,14 +313,14 @@ def override(config: ConfigDict, given: Sequence[str], name: str) -> ConfigDict:
 
 
 def _owner(config: ConfigDict, field: str, told: str) -> tuple[ConfigDict, str]:
-    """The group that holds a dotted field, and the field's name in it."""
+    """The group that contains a dotted field, and the field's name in the group."""
     names = re.sub(r"\[.*?\]", "", field).split(".")
     owner = config
     for depth, name in enumerate(names, 1):
         if not isinstance(owner, ConfigDict):
             raise UserError(
                 f"{told}: there is no such field, "
-                f"{'.'.join(names[: depth - 1])} holds a value and no fields"
+                f"{'.'.join(names[: depth - 1])} is a value and has no fields"
             )
         if name not in owner:
             raise UserError(
@@ -333,5 +333,5 @@ def _owner(config: ConfigDict, field: str, told: str) -> tuple[ConfigDict, str]:
 
 
 def of_flags(error: Exception) -> str:
-    """What absl says of a wrong flag, in one line."""
+    """absl's message about a wrong flag, in one line."""
     return " ".join(str(error).split()).removeprefix("flag ")

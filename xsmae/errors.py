@@ -1,46 +1,46 @@
-"""The ways in which a user's input, or what keeps it, can be wrong, and be told."""
+"""Errors in user input and files, with messages for the user."""
 
 import contextlib
 from collections.abc import Iterator
 
-# How XLA says that memory is short: for its arrays, and where a CPU's product could not
-# have what it needs beside them (jax 0.10).
+# XLA's messages when memory runs out: for arrays, and for the workspace of a product on
+# a CPU (jax 0.10).
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed")
 
 
 def printable(text: str) -> str:
-    """As any file and terminal takes it: with the codes of bytes that are no UTF-8.
+    """Escapes bytes that are not UTF-8, so that any file or terminal accepts the text.
 
-    File names may have them; Python's stderr writes the same.
+    File names may contain such bytes. Python's stderr escapes them in the same way.
     """
     return text.encode(errors="backslashreplace").decode()
 
 
 class UserError(ValueError):
-    """Input that the user can mend: a flag, a config field, a folder, a table.
+    """An error in input that the user can fix: a flag, a config field, a folder, a CSV.
 
-    The message is ONE line: what was found, what was expected, how to mend it. The
-    binaries print it without a traceback and exit with status 2.
+    The message is ONE line: what was found, what was expected, how to fix it. The
+    commands print it without a traceback and exit with status 2.
     """
 
 
 class DamagedError(UserError):
-    """A checkpoint that is not as it was saved. The message names the file or leaf."""
+    """A checkpoint that changed after it was saved; the message names the part."""
 
 
 class OutsideTrainingWarning(UserWarning):
-    """An encoder is given images of a GSD that its training did not show it."""
+    """An encoder gets images with a GSD outside the range of its training."""
 
 
 class SaveError(UserError):
-    """A checkpoint that could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
 @contextlib.contextmanager
 def memory_shortage(advice: str) -> Iterator[None]:
-    """Too little memory, of a device or of the host, as a UserError that says `advice`.
+    """Turns lack of device or host memory into a UserError with `advice`.
 
-    Linux may end a process that takes too much without a word; that cannot be told.
+    Linux may kill a process that uses too much memory; no error can report that.
     """
     try:
         yield
@@ -49,14 +49,12 @@ def memory_shortage(advice: str) -> Iterator[None]:
         short = any(text in reason for text in _OUT_OF_MEMORY)
         if not short and not isinstance(error, MemoryError):
             raise
-        raise UserError(
-            f"there is too little memory ({reason[:200]}): {advice}"
-        ) from None
+        raise UserError(f"too little memory ({reason[:200]}): {advice}") from None
 
 
 class BadImageError(ValueError):
-    """One record of a source that cannot be used (unreadable, wrong mode, ...).
+    """One record of a source cannot be used (unreadable, wrong mode, ...).
 
-    The message is one line, the reason. The pipeline replaces such a record by the
+    The message is the reason, in one line. The pipeline replaces the record with the
     next good one, counts it and lists it in `rejected.jsonl`.
     """

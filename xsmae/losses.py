@@ -1,4 +1,4 @@
-"""The loss terms: functions of tensors, in float32, one scalar each."""
+"""The loss terms: functions of tensors that compute in float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VIEW_REDUCTIONS = ("mean", "sum")
 def patch_statistics(
     target: Float[Array, "... patches values"],
 ) -> tuple[Float[Array, "... patches 1"], Float[Array, "... patches 1"]]:
-    """Mean and standard deviation of each patch, as `norm_pix_loss` uses them.
+    """Mean and standard deviation of each patch, for `norm_pix_loss`.
 
     The variance is the unbiased one, plus 1e-6 (official models_mae.py, forward_loss).
     """
@@ -38,12 +38,12 @@ def reconstruction(
     channel_groups: tuple[tuple[int, ...], ...] = (),
     channels: int = 1,
 ) -> Float[Array, " views"]:
-    """Mean squared error on the hidden patches, a value per view.
+    """Mean squared error on the hidden patches, one value per view.
 
-    `target` holds the patches of the normalised images; with `norm_pix_loss` each is
-    compared after its own mean and standard deviation are taken out. With
-    `channel_groups` the mask is [batch, views, groups, patches], of the error that is
-    the mean over a group's bands; `channels` is then how many bands there are, the
+    `target` contains the patches of the normalised images. With `norm_pix_loss`, each
+    target patch is first normalised by its own mean and standard deviation. With
+    `channel_groups`, the error is averaged over the bands of each group and the mask is
+    [batch, views, groups, patches]. `channels` is the number of bands; they are the
     fastest axis of the values.
     """
     pred, target = pred.astype(jnp.float32), target.astype(jnp.float32)
@@ -68,10 +68,10 @@ def frequency_band(
     absolute: bool,
     grid: tuple[int, int],
 ) -> Float[Array, " views"]:
-    """Squared (or absolute) error on the pixels of hidden patches, a value per view.
+    """Squared (or absolute) error on the pixels of hidden patches, one value per view.
 
-    Scale-MAE's: the SUM over the bands, the mean over the pixels (official
-    models_mae.py, forward_loss). `grid` is that of the mask, (rows, columns).
+    As in Scale-MAE, it is the SUM over bands and the mean over pixels (official
+    models_mae.py, forward_loss). `grid` is the mask's (rows, columns).
     """
     error = pred.astype(jnp.float32) - target.astype(jnp.float32)
     error = (jnp.abs(error) if absolute else jnp.square(error)).sum(axis=-1)
@@ -81,13 +81,13 @@ def frequency_band(
 
 
 def _masked_mean(error, mask):
-    """Of [batch, views, ...], over all axes but the views', where the mask is 1."""
+    """The mean per view of [batch, views, ...] where the mask is 1."""
     axes = (0, *range(2, error.ndim))
     return (error * mask).sum(axes) / mask.sum(axes)
 
 
 def over_views(per_view: Float[Array, " views"], reduction: str) -> Float[Array, ""]:
-    """`sum` (the official code) or `mean` (the paper) of a loss over the views."""
+    """Reduces a loss over views: `sum` (the official code) or `mean` (the paper)."""
     if reduction not in VIEW_REDUCTIONS:
         raise ValueError(f"views={reduction!r}, expected one of {VIEW_REDUCTIONS}")
     return per_view.sum() if reduction == "sum" else per_view.mean()
@@ -103,24 +103,25 @@ def contrastive(
     """NT-Xent between the two views of each sample (Chen et al. 2020, equation 1).
 
     Without `positive_in_denominator` it is the official Cross-Scale MAE variant: the
-    denominator holds the 2B - 2 negatives + 1e-8, so the loss can be negative. The
-    negatives come from the whole global batch; with `groups` > 1 from the sample's own
-    of that many equal parts, as on that many devices that do not gather.
+    denominator is the sum over the 2B - 2 negatives + 1e-8, so the loss can be
+    negative. The negatives come from the whole global batch. With `groups` > 1, the
+    batch has that many equal parts and negatives come from the sample's own part, as on
+    devices that do not gather.
     """
     batch = embedding.shape[0]
     if batch % groups:
-        raise ValueError(f"a batch of {batch} does not divide into {groups} groups")
+        raise ValueError(f"a batch of {batch}, expected a multiple of groups={groups}")
     z = embedding.astype(jnp.float32)
-    # torch.nn.functional.normalize's 1e-12, squared under the root.
+    # 1e-24 is the square of torch.nn.functional.normalize's 1e-12.
     z = z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-24))
     z = rearrange(z, "(g b) v d -> g b v d", g=groups)
-    # Samples stay an axis of their own, first: with the batch divided over devices each
-    # computes the rows of its samples, and gathers the vectors, not the products.
+    # Samples stay a separate first axis. If the batch is sharded, each device computes
+    # the rows of its own samples and gathers vectors instead of products.
     logits = jnp.einsum("gbvd,gcud->gbvcu", z, z, preferred_element_type=jnp.float32)
     logits = logits / temperature
     positive = (z[:, :, 0] * z[:, :, 1]).sum(-1)[..., None] / temperature
     sample = jnp.eye(z.shape[1], dtype=bool)[:, None, :, None]
-    excluded = sample & jnp.eye(2, dtype=bool)[None, :, None]  # itself
+    excluded = sample & jnp.eye(2, dtype=bool)[None, :, None]  # the vector itself
     if positive_in_denominator:
         logits = jnp.where(excluded, -jnp.inf, logits)
         denominator = jax.nn.logsumexp(logits, axis=(-2, -1))
@@ -140,10 +141,10 @@ def cross_prediction(
 ) -> Float[Array, ""]:
     """Mean squared error between view 2's prediction and view 1's decoder tokens.
 
-    Without `box`, token i is compared with token i (the official code). With `box`,
-    view 2's (top, left, bottom, right) in fractions of view 1, and the `grid` (rows,
-    columns) of patches, a token is compared with what view 1 holds at the ground that
-    it shows; patches whose centre lies outside view 1 do not count.
+    Without `box`, token i is compared with token i (the official code). `box` is view
+    2's (top, left, bottom, right) in fractions of view 1, and `grid` the (rows,
+    columns) of patches. With them, a token is compared with view 1's tokens at the same
+    ground; patches with a centre outside view 1 do not count.
     """
     predicted, target = predicted.astype(jnp.float32), target.astype(jnp.float32)
     if stop_gradient:
@@ -161,10 +162,10 @@ def sample_tokens(
     *,
     grid: tuple[int, int],
 ) -> tuple[Float[Array, "batch patches width"], Bool[Array, "batch patches"]]:
-    """A token map read, bilinearly, at the centres of the patches of a box in it.
+    """Samples a token map bilinearly at the patch centres of a box in it.
 
-    Returns the values on a `grid` over the box, and which centres lie inside the map.
-    Between the outermost patch centres and the map's edge the edge's value holds.
+    Returns the values on a `grid` over the box, and a mask of the centres inside the
+    map. Between the outermost patch centres and the map's edge, the value is constant.
     """
     rows, columns = grid
     weight_y, inside_y = _linear_weights(box[:, 0], box[:, 2], rows)

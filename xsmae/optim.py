@@ -1,4 +1,4 @@
-"""AdamW as the masked autoencoders use it."""
+"""AdamW with the settings of masked autoencoders."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import optax
 def decay_mask(
     params: optax.Params, *, exempt: Collection[str] = ("bias", "scale")
 ) -> optax.Params:
-    """Which parameters are decayed: all but biases and the scales of norms.
+    """True for parameters with weight decay: all except biases and scales of norms.
 
-    `exempt` are the names that are not. By name rather than by rank, since stacked
-    blocks give every leaf a layer axis.
+    `exempt` are the names without decay. Names decide, not ranks, since stacked blocks
+    give every leaf a layer axis.
     """
 
     def decayed(path, _):
@@ -43,7 +43,7 @@ def warmup_cosine(
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """The gradient transformation and the learning rate it follows, by update."""
+    """The gradient transformation, and its learning rate for each update."""
 
     transform: optax.GradientTransformation
     learning_rate: optax.Schedule
@@ -61,12 +61,12 @@ def create_optimizer(
 ) -> Optimizer:
     """AdamW with a linear warm-up from 0, then a cosine to 0 at `num_steps`.
 
-    `clip_norm` bounds the global norm of the gradient; 0 leaves it as it is.
+    `clip_norm` limits the global norm of the gradient; 0 means no limit.
     """
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
             f"a warm-up of {warmup_steps} steps in a run of {num_steps}, expected "
-            "fewer: lower --config.optim.warmup_steps or warmup_epochs"
+            "fewer warm-up steps: lower --config.optim.warmup_steps or warmup_epochs"
         )
     schedule = warmup_cosine(
         learning_rate, num_steps=num_steps, warmup_steps=warmup_steps

@@ -1,4 +1,4 @@
-"""Which numbers a field may have, and the one message for a number that it may not."""
+"""Checks numbers against ranges, with one message for all fields."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from xsmae.errors import UserError
 
-# Ends of a range that are open: above 0, finite, below 1.
+# Limits for "above 0", "finite" and "below 1".
 SMALL, LARGE, BELOW_1 = 1e-8, sys.float_info.max, math.nextafter(1, 0)
 
 Ranges = Mapping[str, tuple[float, float]]
 
 
 def check_numbers(values: Mapping[str, Any], ranges: Ranges, prefix: str = "") -> None:
-    """Raise UserError for the first value outside its range.
+    """Raises UserError for the first value outside its range.
 
-    ranges: the smallest and largest number of a field; of a tuple, each number. Fields
-    that `values` lacks, or that are None, are not checked.
+    ranges: the smallest and largest number of a field; for a tuple they limit each
+    number. Fields that are None or missing in `values` are not checked.
     """
     for name, (low, high) in ranges.items():
         found = values.get(name)

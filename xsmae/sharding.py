@@ -1,4 +1,4 @@
-"""The devices of a run: the batch is divided over all, the state over `fsdp` alone."""
+"""Sharding: the batch is divided over all devices, the state only over `fsdp`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from xsmae.errors import UserError
 
 AXES = ("data", "fsdp")
-# Arrays with fewer numbers are on every device: biases and norms, of ViT-H's 32 blocks
-# too, of which a gather each would be most of the gathers and none of the bytes.
+# Smaller arrays are replicated: biases and norms, even those of ViT-H's 32 stacked
+# blocks. Gathering them would add most of the gathers but almost no bytes.
 MIN_DIVIDED = 2**18
 
 
@@ -27,46 +27,46 @@ def create_mesh(
 ) -> Mesh:
     """A mesh of all devices, or of `devices`, with the axes `data` and `fsdp`.
 
-    `axes` is `NAME:SIZE,...`; -1 is what the others leave, an axis that is not named is
-    1. Raises UserError where it is not so, where the sizes do not make up the devices,
-    or where `batch_size` does not divide over them.
+    `axes` is `NAME:SIZE,...`; -1 means all remaining devices, a missing axis has size
+    1. Raises UserError for any other format, if the product of the sizes is not the
+    number of devices, or if `batch_size` is not a multiple of it.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _sizes(axes, len(devices))
     if batch_size % len(devices):
         raise UserError(
-            f"batch_size={batch_size} does not divide over {len(devices)} devices: use "
-            f"a multiple of {len(devices)}"
+            f"batch_size={batch_size}, expected a multiple of the {len(devices)} "
+            "devices: change batch_size"
         )
-    # Auto axes: under the Explicit default, z @ z.T of a batch-sharded z is an error.
+    # With the default Explicit axes, z @ z.T of a batch-sharded z is an error.
     return jax.make_mesh(
         sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """A sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis is divided over the devices."""
+    """A sharding that divides the leading axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def of_state(mesh: Mesh, shapes: Any) -> Any:
-    """Where each array of a state lies: its longest axis divided over `fsdp`.
+    """The sharding of each array of a state: its longest axis divided over `fsdp`.
 
-    An array too small, or without an axis that `fsdp` divides, is on every device.
+    Arrays that are small, or have no axis divisible by `fsdp`, are replicated.
     """
     return jax.tree.map(lambda x: NamedSharding(mesh, _divided(mesh, x.shape)), shapes)
 
 
 def whole_where_used(weight: Any) -> Any:
-    """A weight that every device has at this point, gathered over `fsdp` where divided.
+    """Gathers a weight that is divided over `fsdp`; its gradient is divided again.
 
-    Its gradient is divided again. Without being told, XLA may divide the products as
-    the weights are. Within `on_mesh`; elsewhere, and without `fsdp`, it is `weight`.
+    Without this, XLA may divide the products in the same way as the weights. Outside
+    `on_mesh` and without `fsdp`, it returns `weight` unchanged.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("fsdp", 1) == 1:
@@ -88,7 +88,7 @@ _whole.defvjp(lambda weight: (_whole(weight), None), _divided_gradient)
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The function, traced where `whole_where_used` knows the mesh."""
+    """The function, traced with the mesh that `whole_where_used` needs."""
 
     @functools.wraps(function)
     def traced(*args, **kwargs):
@@ -99,14 +99,14 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def put_whole(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has to the devices, each its own part."""
+    """Puts an array that every process has on the devices, each with its own part."""
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def put_batch(
     batch: dict[str, np.ndarray], sharding: NamedSharding
 ) -> dict[str, jax.Array]:
-    """This process's part of a batch to its devices, as one global array a field."""
+    """Puts this process's part of a batch on its devices; one global array a field."""
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
@@ -124,7 +124,7 @@ def _divided(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
 
 def _sizes(axes: str, devices: int) -> list[int]:
     """The size of each of `AXES`."""
-    hint = "expected data:SIZE,fsdp:SIZE, one of them -1 for what is left"
+    hint = "expected data:SIZE,fsdp:SIZE (-1 in one means all remaining devices)"
     try:
         parts = [part.split(":") for part in axes.split(",")]
         given = {name: int(size) for name, size in parts}

@@ -1,4 +1,4 @@
-"""The run: from a config to checkpoints, curves, pictures and an encoder."""
+"""A training run: from a config to checkpoints, curves, pictures and an encoder."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from xsmae.weights.warm_start import keep_config, load_weights
 
 @shown()
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
-    """Train to the end, from the newest checkpoint in `workdir` if there is one.
+    """Trains to the end, from the newest checkpoint in `workdir` if there is one.
 
     Returns the exit status: 0 when the run is complete, 128 + n when signal n stopped
-    it (after a step, the state is saved). Raises UserError for what the user can mend,
-    also where another process has the workdir, or where too many saves have failed.
+    it (after a step, with the state saved). Raises UserError for errors that the user
+    can fix, if another process uses the workdir, or after too many failed saves.
     """
-    # All that can be wrong with the input comes first, and leaves no trace.
+    # Check all input first, so that an error leaves no files behind.
     source = build_source(config.data)
     ids = map(source.id, range(len(source)))
     check_outside_data(workdir, config.data, ids, flag="--workdir")
@@ -71,7 +71,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     folder = own_folder(workdir)
     watchdog = Watchdog(folder / "hang.log", minutes=config.watchdog_minutes)
 
-    def should_stop() -> bool:  # asked between the batches of an evaluation
+    def should_stop() -> bool:  # called between the batches of an evaluation
         watchdog.feed()
         return stop.asked()
 
@@ -105,7 +105,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
             watchdog=watchdog,
         )
         stack.enter_context(contextlib.closing(run.writer))
-        # In the order in which they are called.
+        # They are called in this order.
         hooks = [
             Log(run),
             Crops(run),
@@ -113,7 +113,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
             Reconstructions(run),
             GsdHistogram(run),
             WriteEncoder(run),
-            Profile(run),  # last, so that it begins behind the others of a step
+            Profile(run),  # last, so that it starts after the other hooks of a step
         ]
         for hook in hooks:
             stack.callback(hook.close)
@@ -129,7 +129,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         if stop.signal is None:
             checkpoints.remove_damaged(feed=watchdog.feed)
     if stop.signal is not None:
-        LOG.info(f"stopped; the same command goes on from {workdir}")
+        LOG.info(f"stopped; the same command resumes the run in {workdir}")
         return 128 + stop.signal
     if jax.process_index() == 0:
         LOG.info(summary(workdir))
@@ -143,7 +143,7 @@ def _first_state(
     trainer: Trainer,
     checkpoints: Checkpoints,
 ) -> tuple[int | None, TrainState]:
-    """The state to resume from and its step, None where the run begins."""
+    """The step to resume from (None for a new run) and the state."""
     found = checkpoints.restore_newest(
         trainer.state_shapes(), fingerprint=source.fingerprint
     )
@@ -164,24 +164,24 @@ def _first_state(
 def train(run: Run, hooks: Sequence[Hook], state: TrainState) -> TrainState:
     """The loop over the steps after `run.start`; returns the last state.
 
-    What has an order, which all processes keep, stands here; the rest are hooks:
+    Actions that all processes must take in the same order are here; the rest are hooks:
 
-    1. Images that cannot be used are accounted for before the step: where there are too
-       many, the state of the step before is saved. What all processes have met together
-       the log counts, and then the state of this step is saved.
-    2. Whether a step was finite is checked one step late, so that the devices do not
-       wait for the host; before a save at once.
-    3. Hooks see the state of the step that is done, whether it is saved or not.
-    4. All processes stop after the same step, and the last thing is to save it.
+    1. Before a step, rejected images are counted. If this process has too many, the
+       state of the previous step is saved. The log hook counts the rejected images of
+       all processes; if those are too many, the state of this step is saved.
+    2. Each step is checked for non-finite numbers one step late, so that the devices do
+       not wait for the host. Before a save, the check happens at once.
+    3. Hooks see the state of the finished step, saved or not.
+    4. All processes stop after the same step and save it last.
     """
     config, num_steps = run.config, run.num_steps
     for hook in hooks:
         hook.begin(state)
         if run.stop.asked():
-            return state  # as it was saved; the next start makes up for the kNN
+            return state  # already saved; the next start repeats the kNN
     sharding = by_batch(run.trainer.mesh)
     batches = batches_of(config, run.source, run.sampler, run.start, num_steps)
-    previous, save_due = None, False  # previous: a step's metrics and images
+    previous, save_due = None, False  # previous: metrics and images of the last step
     for step, batch in enumerate(run.progress.receive(batches), run.start + 1):
         replaced = _account_for(run, batch, step, state)
         arrays = put_batch({name: batch[name] for name in STEP_FIELDS}, sharding)
@@ -191,7 +191,7 @@ def train(run: Run, hooks: Sequence[Hook], state: TrainState) -> TrainState:
         if previous is not None:
             run.nonfinite.check(*previous, step=step - 1)
         previous = metrics, np.array(batch["index"])
-        if step == run.start + 1:  # it compiles: the rates count from here
+        if step == run.start + 1:  # this step compiles, so rates start after it
             jax.block_until_ready(metrics)
             run.progress.restart(step)
         try:
@@ -205,7 +205,7 @@ def train(run: Run, hooks: Sequence[Hook], state: TrainState) -> TrainState:
             save_due |= final or due_every(step, config.checkpoint.every)
             if save_due:
                 run.nonfinite.check(*previous, step=step)
-            # Steps that have changed nothing must not push out one that is good.
+            # A skipped update must not replace a good checkpoint.
             if save_due and (final or not run.nonfinite.in_a_row):
                 run.saver.save(step, state)
                 save_due = False
@@ -217,9 +217,10 @@ def train(run: Run, hooks: Sequence[Hook], state: TrainState) -> TrainState:
 def _account_for(
     run: Run, batch: dict[str, np.ndarray], step: int, state: TrainState
 ) -> int:
-    """How many images of the batch of `step` could not be used; `state` is before it.
+    """Counts the rejected images in the batch of `step`; `state` precedes the step.
 
-    Of several processes, the one that meets too many alone ends: to save takes all.
+    With several processes, only the process with too many ends, without a save: a save
+    needs all processes.
     """
     try:
         return run.rejected.check(batch, step=step)

@@ -1,4 +1,4 @@
-"""The state of a run and the step from one to the next: pure functions of arrays."""
+"""The state of a run and the training step: pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run carries from step to step.
+    """Everything that a run carries from step to step.
 
-    step: the number of batches seen, which is the position in the data too.
-    params, batch_stats: the model's variables. opt_state: optax's.
+    step: the number of batches seen, also the position in the data.
+    params, batch_stats: the model's variables. opt_state: the state of optax.
     key: the key of the run; step i draws from `fold_in(key, i)`.
-    nonfinite, nonfinite_in_a_row: updates skipped in all, and since the last good one.
+    nonfinite, nonfinite_in_a_row: updates skipped in total, and since the last good
+    one.
     """
 
     step: Int[Array, ""]
@@ -46,7 +47,7 @@ class TrainState:
 def create_train_state(
     build: Callable[[nnx.Rngs], nnx.Module], optimizer: Optimizer, key: Key[Array, ""]
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """A new model's definition and the state before the first step."""
+    """The definition of a new model, and the state before the first step."""
     params_key, run_key = jax.random.split(key)
     graphdef, params, batch_stats = nnx.split(
         build(nnx.Rngs(params=params_key)), nnx.Param, nnx.BatchStat
@@ -66,10 +67,10 @@ def create_train_state(
 def prepare_views(
     batch: Mapping[str, Array], *, bands: Bands, target_scale: int = 1
 ) -> Views:
-    """What the pipeline read, as the model takes it: normalised, boxes relative.
+    """Turns a pipeline batch into model input: normalised images, relative boxes.
 
-    With `target_scale` > 1 what was read is the target, and the model's images are its
-    means over that many pixels.
+    With `target_scale` > 1, the batch's images are the target, and the model reads
+    their means over `target_scale` x `target_scale` pixels.
     """
     images, target = bands.normalize(batch["image"]), None
     if target_scale > 1:
@@ -86,7 +87,7 @@ def prepare_views(
 def draw_noise(
     key: Key[Array, ""], views: Views, noise_size: int
 ) -> Float[Array, "batch views numbers"]:
-    """The uniform numbers whose order decides the masks, independent for each view."""
+    """Uniform numbers, independent for each view; their order decides the masks."""
     return jax.random.uniform(key, (*views.images.shape[:2], noise_size))
 
 
@@ -105,26 +106,26 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update from one global batch, and its metrics.
 
-    `losses(output, views)` gives the terms and the reported extras; the total is the
-    sum of the terms times `weights`. `noise_size` and `target_scale` are the model's.
-    With `accumulation_steps` > 1 the gradient is the mean over that many parts of the
-    batch. The masks are those of the whole batch, so for losses that are means over
-    samples it equals the large batch's gradient. Not so where samples meet: the
-    contrastive loss finds its negatives, and batch norm its statistics, in one part
-    alone.
+    `losses(output, views)` gives the terms and extra values to report. The total is the
+    sum of the terms times `weights`. `noise_size` and `target_scale` come from the
+    model. With `accumulation_steps` > 1, the gradient is the mean over that many parts
+    of the batch. The masks are drawn for the whole batch. So for losses that are means
+    over samples, the gradient equals that of the whole batch. It differs where samples
+    interact: the negatives of the contrastive loss and the statistics of batch norm
+    come from one part only.
 
-    A total or a gradient that is not finite leaves parameters, optimiser and batch
-    statistics as they were, and is counted.
+    If the total or the gradient is not finite, parameters, optimiser and batch
+    statistics do not change, and the step is counted as skipped.
     """
     views = prepare_views(batch, bands=bands, target_scale=target_scale)
     noise = draw_noise(jax.random.fold_in(state.key, state.step), views, noise_size)
 
     def loss_fn(params, batch_stats, views, noise):
-        # Variables may only be written to in the trace that made them: make them here.
+        # Variables may be written only in the trace that created them: copy them here.
         batch_stats = jax.tree.map(lambda x: x, batch_stats)
         model = nnx.merge(graphdef, params, batch_stats)
         terms, extras = losses(model(views, noise), views)
-        # A term of weight 0 is reported alone: 0 times infinity would not be 0.
+        # A term of weight 0 is only reported, since 0 times infinity is not 0.
         weighted = [weights[n] * term for n, term in terms.items() if weights[n]]
         total = sum(weighted, jnp.zeros(()))
         metrics = {"loss": total}
@@ -160,7 +161,7 @@ def updated(
     finite: Bool[Array, ""],
     optimizer: Optimizer,
 ) -> TrainState:
-    """The state after a step; where not `finite` it is as it was, and that counted."""
+    """The state after a step; unchanged and counted as skipped if not `finite`."""
     updates, opt_state = optimizer.transform.update(
         grads, state.opt_state, state.params
     )
@@ -181,10 +182,10 @@ def updated(
 def _accumulate(loss_fn, state: TrainState, inputs: Any, parts: int):
     """Mean gradient and metrics over `parts` of the batch, one after the other.
 
-    The backward passes add to one gradient where it lies. Added up outside of them,
-    each part's would be whole for a moment beside the sum of those before it.
+    The backward passes add to one gradient in place. Adding outside would need memory
+    for a second gradient: that of the current part beside the sum.
     """
-    # Every parts-th sample: each device of a batch-sharded array divides its own rows.
+    # A part has every parts-th sample, so each device divides its own rows.
     inputs = jax.tree.map(
         lambda x: rearrange(x, "(b parts) ... -> parts b ...", parts=parts), inputs
     )

@@ -1,4 +1,4 @@
-"""A config built: the mesh, the model, the optimiser, the compiled functions."""
+"""Builds a config: the mesh, the model, the optimiser, the compiled functions."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from xsmae.train_state import (
     train_step,
 )
 
-# What of a batch the step reads; the rest is the host's account of the images.
+# The fields of a batch that the step reads; the host uses the others.
 STEP_FIELDS = ("image", "gsd", "box", "flip")
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The lengths of a run in steps, and its peak learning rate."""
+    """The length of a run and its warm-up in steps, and the peak learning rate."""
 
     num_steps: int
     warmup_steps: int
@@ -58,14 +58,14 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A config built: the step as a function of arrays, and what it starts from.
+    """Compiled functions and sizes of a run.
 
-    step(state, batch) -> (state, metrics). initial_state() -> the state of step 0;
-    initial_params() -> its parameters alone, in the memory of those alone;
+    step(state, batch) -> (state, metrics). initial_state() -> the state of step 0.
+    initial_params() -> only its parameters, without memory for the rest.
     state_shapes() -> its shapes and placement.
     predict(state, batch) -> the `Pictures` of the batch.
     encode(params, images, gsd) -> {"cls", "mean"} features of whole uint8 images,
-    computed as the exported encoder does: in float32, whatever `config.model.dtype`.
+    computed like the exported encoder: in float32, whatever `config.model.dtype`.
     """
 
     mesh: Mesh
@@ -80,7 +80,7 @@ class Trainer:
 
 
 def create_sampler(config: ml_collections.ConfigDict) -> ViewSampler:
-    """The views of `config.views`; raises UserError where a field is off."""
+    """The sampler for `config.views`; raises UserError for a wrong field."""
     num_views = _method(config).num_views
     views = config.views.to_dict() | {"size": crop_size(config)}
     try:
@@ -90,12 +90,12 @@ def create_sampler(config: ml_collections.ConfigDict) -> ViewSampler:
 
 
 def crop_size(config: ml_collections.ConfigDict) -> int:
-    """The pixels of a crop: a view's, or those of the larger target of the method."""
+    """The side of a crop in pixels: that of a view, or of the larger target."""
     return config.views.size * _method(config).target_scale(config.model)
 
 
 def create_schedule(config: ml_collections.ConfigDict, *, num_images: int) -> Schedule:
-    """Epochs to steps, and the learning rate scaled by the batch."""
+    """Converts epochs to steps, and scales the learning rate by the batch size."""
     per_epoch = num_images / config.batch_size
     num_steps, warmup = config.num_steps, config.optim.warmup_steps
     if num_steps is None:
@@ -119,7 +119,7 @@ def create_trainer(
     num_images: int,
     devices: Sequence[jax.Device] | None = None,
 ) -> Trainer:
-    """Everything of a run but its data, from a config, for all devices or `devices`."""
+    """Builds everything of a run except its data, for all devices or `devices`."""
     method = _method(config)
     count = jax.device_count() if devices is None else len(devices)
     check_ranges(config, count, of_method=method.ranges)
@@ -182,7 +182,7 @@ def create_trainer(
         out_shardings=(placed, replicated(mesh)),
         donate_argnums=0,
     )
-    with _as_user_error():  # what does not fit is found before any image is read
+    with _as_user_error():  # find mismatches before reading any image
         step.eval_shape(shapes, batch_shapes(config))
     return Trainer(
         mesh=mesh,
@@ -190,7 +190,7 @@ def create_trainer(
         graphdef=graphdef,
         step=step,
         initial_state=jax.jit(initial_state, out_shardings=placed),
-        # One program, so that XLA leaves out what is not returned: the moments.
+        # In one program, so that XLA leaves out the moments, which are not returned.
         initial_params=jax.jit(
             lambda: initial_state().params, out_shardings=placed.params
         ),
@@ -211,7 +211,7 @@ def create_trainer(
 def batch_shapes(
     config: ml_collections.ConfigDict,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The fields of a batch that the step reads: shapes and dtypes."""
+    """Shapes and dtypes of the batch fields that the step reads."""
     views = (config.batch_size, _method(config).num_views)
     size, channels = crop_size(config), len(config.bands)
     return {
@@ -229,7 +229,7 @@ def batches_of(
     start: int,
     stop: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of the steps `start` to `stop` of a run, see `make_batches`."""
+    """The batches of steps `start` to `stop` of a run; see `make_batches`."""
     return make_batches(
         source,
         sampler,
@@ -272,12 +272,12 @@ def _method(config: ml_collections.ConfigDict) -> Method:
 
 @contextlib.contextmanager
 def _as_user_error() -> Iterator[None]:
-    """What the networks and losses say of their arguments, as the user's error."""
+    """Turns errors of networks and losses about their arguments into UserErrors."""
     try:
         yield
     except (ValueError, TypeError) as error:
         message = " ".join(str(error).split())
-        raise UserError(f"the config does not fit together: {message}") from None
+        raise UserError(f"the config's fields do not fit together: {message}") from None
 
 
 def _optimizer(config: ml_collections.ConfigDict, schedule: Schedule) -> Optimizer:
