@@ -1,4 +1,4 @@
-"""Every implementation of attention against one reference in float32."""
+"""Every implementation of attention compared with one reference in float32."""
 
 import functools
 import importlib
@@ -21,7 +21,8 @@ ON_GPU = jax.default_backend() == "gpu"
 BATCH = 2
 
 # (tokens, heads, head_dim, dtype): all lengths, all widths, and both kinds of kernel
-# with a width that is no power of two. benchmarks/attention.py compiles all with all.
+# with a width that is not a power of two. benchmarks/attention.py compiles all
+# combinations.
 CASES = [
     *((tokens, 2, 32, "bfloat16") for tokens in (1, 17, 50, 65, 127, 197, 256, 1025)),
     *((65, 2, head_dim, "bfloat16") for head_dim in (16, 64, 80)),
@@ -35,13 +36,13 @@ CASES = [
 ]
 names = functools.partial("{0[0]}x{0[1]}x{0[2]} {0[3]}".format)
 
-# Of the largest number. bfloat16 has 8 bits: a unit in its last place is 0.8 %.
+# Relative to the largest number. bfloat16 has 8 bits: its last place is 0.8%.
 TOLERANCE = {"float32": 5e-6, "bfloat16": 8e-3}
 
 
 @pytest.fixture(autouse=True)
 def all_bits_of_a_product():
-    """A GPU keeps 10 of a float32's by default, which is not what is compared."""
+    """By default a GPU keeps only 10 mantissa bits of a float32 in a product."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -76,7 +77,7 @@ def with_gradient(attend, qkv, out_bar):
 
 
 def compiled(function, *arrays):
-    # Compiled in half the time on a CPU, and what the interpreter does stays the same.
+    # This halves the compile time on a CPU and does not change the interpreter.
     options = {} if ON_GPU else {"xla_backend_optimization_level": 0}
     return jax.jit(function).lower(*arrays).compile(options)
 
@@ -111,7 +112,7 @@ IMPLEMENTATION = pytest.mark.parametrize(
 @IMPLEMENTATION
 @pytest.mark.parametrize("case", CASES, ids=names)
 def test_equals_the_reference(implementation, case):
-    """Forward and gradient; the same bits again; and no sample sees its neighbour."""
+    """Forward and gradient are correct and repeatable; samples do not mix."""
     tokens, num_heads, _, dtype = case
     if implementation == "cudnn" and dtype == "float32":
         pytest.skip("cuDNN has 16-bit kernels only")
@@ -124,7 +125,7 @@ def test_equals_the_reference(implementation, case):
     for ours, theirs in zip(found, expected_of(case), strict=True):
         assert ours.dtype == dtype
         if tokens == 1 and ours.shape == qkv.shape:
-            # One token's weight is 1: of queries and keys the gradient is rounding.
+            # A single token has weight 1, so queries and keys have no gradient.
             np.testing.assert_allclose(
                 np.asarray(ours)[..., : 2 * width(case)], 0, atol=1e-6
             )
@@ -133,8 +134,8 @@ def test_equals_the_reference(implementation, case):
     for ours, again in zip(found, run(qkv, out_bar), strict=True):
         np.testing.assert_array_equal(ours, again)
 
-    # What is beyond a block's sample is a neighbour's: it is masked, not multiplied by
-    # zero, which would let its NaN through.
+    # Numbers beyond a block's sample belong to a neighbour. They must be masked, not
+    # multiplied by zero, which would keep a NaN.
     for hidden in range(BATCH):
         spoilt = run(spoil(qkv, hidden), spoil(out_bar, hidden))
         for ours, theirs in zip(found, spoilt, strict=True):
@@ -150,7 +151,7 @@ def width(case):
     "case", [(17, 3, 80, "float32"), (300, 2, 80, "float32")], ids=names
 )
 def test_no_head_sees_its_neighbour(case):
-    """The columns beyond head_dim are the next head's, or a key after a query."""
+    """Columns beyond head_dim belong to the next head, or to a key after a query."""
     num_heads, head_dim = case[1:3]
     qkv, out_bar = inputs(case, 1)
     attend = functools.partial(attention, num_heads=num_heads, implementation="pallas")
@@ -176,7 +177,7 @@ def test_no_head_sees_its_neighbour(case):
 
 
 def test_scores_far_from_zero():
-    """Scores of plus and minus 400, whose exponential float32 does not hold."""
+    """Scores of plus and minus 400; their exponential overflows float32."""
     case = (17, 1, 16, "float32")
     qkv, out_bar = inputs(case, BATCH)
     attend = functools.partial(attention, num_heads=1, implementation="pallas")
@@ -196,7 +197,7 @@ def test_scores_far_from_zero():
 
 @IMPLEMENTATION
 def test_vmap_is_a_loop(implementation):
-    """Of the gradient too, and with an argument that has no mapped axis."""
+    """For the gradient too, and with an argument without a mapped axis."""
     case = (17, 2, 16, "bfloat16" if implementation == "cudnn" else "float32")
     qkv, out_bar = inputs(case, 3, BATCH)
     attend = functools.partial(
@@ -216,18 +217,18 @@ def test_vmap_is_a_loop(implementation):
 
 
 def test_each_device_attends_to_its_own_samples():
-    """With the batch over eight devices: the same numbers, and nothing is sent."""
+    """With the batch on eight devices: the same numbers and no communication."""
     found = run_on_devices("tests.support.attention_on_devices", 8)
     assert found.keys() == {"pallas", "auto"}
     for name, implementation in found.items():
         assert implementation["collectives"] == []
         assert implementation["of a device"] == [2, 2]
-        # `auto` is compared in bfloat16: a unit in the last place of numbers to 2.
+        # `auto` runs in bfloat16: the last place of numbers up to 2.
         assert implementation["error"] < (1e-5 if name == "pallas" else 0.01)
 
 
 def lower_for_cuda(function, *arrays) -> str:
-    # From jax 0.11 on a kernel is lowered for a device, which need not be there.
+    # Since jax 0.11, a kernel is lowered for a device, which need not be present.
     device = {"device_kind": "NVIDIA H200", "num_cores": 132}
     if "platform" in AbstractDevice.__dataclass_fields__:
         device["platform"] = "gpu"
@@ -249,7 +250,7 @@ def lower_for_cuda(function, *arrays) -> str:
     "case", [*CASES, (4096, 16, 128, "bfloat16"), (4096, 16, 128, "float32")], ids=names
 )
 def test_lowers_for_cuda(case):
-    """On any machine. All scores stay on chip: no array of them is in the program."""
+    """On any machine. The program has no array of scores: they stay on chip."""
     tokens, num_heads, _, dtype = case
     qkv, out_bar = (
         jax.ShapeDtypeStruct((BATCH, tokens, columns), dtype)
@@ -291,7 +292,7 @@ def test_what_auto_chooses(shape, dtype, platform, expected, reason):
     chosen, why = choose(shape, jnp.dtype(dtype), num_heads=16, platform=platform)
     assert chosen == expected
     assert reason in why
-    # And it does: the program for CUDA has a kernel, or the products of XLA.
+    # The program for CUDA has a kernel or the products of XLA, as chosen.
     if platform == "cuda":
         attend = functools.partial(attention, num_heads=16, implementation="auto")
         module = lower_for_cuda(attend, jax.ShapeDtypeStruct(shape, dtype))
@@ -313,7 +314,7 @@ def test_auto_is_of_gpus_that_the_kernel_was_compiled_for(capability, expected):
 @pytest.mark.parametrize("implementation", ["pallas", "auto"])
 @pytest.mark.parametrize(("remat", "kernels"), [("elementwise", 2), ("full", 3)])
 def test_what_a_rematerialised_block_runs(implementation, remat, kernels):
-    """The forward kernel again, backward, only where nothing is to be kept."""
+    """The backward pass repeats the forward kernel only with `remat=full`."""
     blocks = vit.stacked_blocks(
         3,
         64,
@@ -349,7 +350,7 @@ def test_what_a_rematerialised_block_runs(implementation, remat, kernels):
             "cudnn",
             (1, 17, 96),
             "bfloat16",
-            "cpu, expected an NVIDIA GPU; auto or xla can",
+            "cpu, expected an NVIDIA GPU; use auto or xla",
             marks=pytest.mark.skipif(ON_GPU, reason="has a GPU"),
         ),
     ],
@@ -362,7 +363,7 @@ def test_what_is_refused(implementation, shape, dtype, expected):
 
 
 def test_a_jax_without_triton(monkeypatch):
-    """It is to be dropped: what is not the kernel goes on."""
+    """JAX will remove this dialect; everything except the kernel must still work."""
     dialect = "jax.experimental.pallas.triton"
     for name in ("flash_kernels", "flash", "api"):
         monkeypatch.delitem(sys.modules, f"xsmae.ops.attention.{name}")
@@ -376,15 +377,15 @@ def test_a_jax_without_triton(monkeypatch):
             without.attention(qkv, num_heads=2, implementation=name),
             attention(qkv, num_heads=2, implementation="xla"),
         )
-    with pytest.raises(ValueError, match="a JAX without Pallas's Triton dialect; auto"):
+    with pytest.raises(ValueError, match="a JAX without Pallas's Triton dialect; use"):
         without.attention(qkv, num_heads=2, implementation="pallas")
     chosen, why = without.choose(qkv.shape, qkv.dtype, num_heads=2, platform="cuda")
     assert chosen == "xla"
-    assert why.endswith("does not serve a JAX without Pallas's Triton dialect")
+    assert why.endswith("a JAX without Pallas's Triton dialect")
 
 
 def test_tiles_pad_little():
-    """Of every length the tiles hold all tokens, in order, and fewer than 16 more."""
+    """For every length, tiles hold all tokens in order and pad by less than 16."""
     for tokens in range(1, 257):
         plan = Plan(1, tokens, 12, 64, 2, backward=False)
         stop = 0

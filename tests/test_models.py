@@ -1,4 +1,4 @@
-"""Masks, positions, blocks, encoder, decoder, the cross-scale heads."""
+"""Masks, positions, blocks, encoder, decoder, cross-scale heads."""
 
 import functools
 
@@ -83,7 +83,7 @@ def test_patchify_is_inverted_and_ordered_by_row():
 
 
 def test_sincos_by_hand():
-    # embed_dim 8: x then y, of each two sines then two cosines, frequencies 1, 1/100.
+    # embed_dim 8: x then y, each with two sines and two cosines, frequencies 1, 1/100.
     grid = sincos_2d(jnp.array([0.0, 1.0]), jnp.array([0.0, 1.0, 2.0]), 8)
     x, y = 2.0, 1.0
     expected = [
@@ -103,7 +103,7 @@ def test_gsd_positions_scale_and_agree_on_the_ground():
 
     fixed = patch_positions((4, 4), 16)
     np.testing.assert_allclose(positions([10.0, 10.0]), fixed, atol=1e-6)
-    # Half the GSD, shifted by one patch of 10 m: patches 0 and 2 lie on patches 1, 2.
+    # Half the GSD, shifted by one patch of 10 m: patches 0, 2 match patches 1, 2.
     fine = positions([5.0, 5.0], [1.0, 1.0]).reshape(4, 4, 16)
     coarse = fixed.reshape(4, 4, 16)
     np.testing.assert_allclose(fine[::2, ::2], coarse[1:3, 1:3], atol=1e-5)
@@ -187,7 +187,7 @@ def test_scan_and_remat_change_nothing(scan, remat):
 
 
 def test_what_is_computed_again_is_not_kept():
-    """In a loop by itself; out of it XLA must not take it for a repetition."""
+    """In a loop this is automatic; unrolled, XLA must not merge repeated values."""
     blocks = stacked_blocks(4, 64, 2, rngs=nnx.Rngs(0))
     x = jnp.ones((8, 32, 64))
     graphdef, state = nnx.split(blocks)
@@ -204,7 +204,7 @@ def test_what_is_computed_again_is_not_kept():
         return lowered(remat=remat).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary("full") < 0.8 * temporary("elementwise") < 0.7 * temporary("none")
-    # On a CPU the compiler drops what keeps the two apart; on a GPU it does not.
+    # The CPU compiler drops these barriers; the GPU compiler keeps them.
     kept_apart = lowered(remat="full", scan=False).as_text()
     assert kept_apart.count("optimization_barrier") == 4 + 8  # blocks and their norms
 
@@ -261,7 +261,7 @@ def test_both_views_in_one_batch_equal_each_alone():
 
 
 def test_view_2_is_placed_in_view_1_by_its_box():
-    """View 1 spans 16 x 32 m; view 2 begins a half and a quarter of the way in."""
+    """View 1 spans 16 x 32 m; view 2 starts at 1/2 of its height, 1/4 of its width."""
     model = build(position="gsd", mask_ratio=0.0, reference_gsd=0.5).mae
     images = jax.random.normal(jax.random.key(0), (1, 2, 16, 16, 3))
     gsd = jnp.array([[[1.0, 2.0], [0.5, 1.0]]])
@@ -269,7 +269,7 @@ def test_view_2_is_placed_in_view_1_by_its_box():
     noise = some_noise(1)
     tokens = model(Views(images, gsd, box), noise).encoder_tokens
     order = jnp.argsort(noise[:, 1], axis=1)
-    # A patch is 4 px, of 0.5 m at the reference: 8 m down are 4 of them, and 8 across.
+    # A reference patch is 4 px of 0.5 m, so 8 m down and 8 m across are 4 patches each.
     for offset, same in (([4.0, 4.0], True), ([4.0, 8.0], False)):
         expected = model.encoder(
             images[:, 1], gsd=gsd[:, 1], offset=jnp.array([offset]), ids_keep=order
@@ -317,7 +317,7 @@ def test_position_batch_norm_by_hand():
 
 def test_layer_norm_is_float32_inside():
     norm = LayerNorm(64, epsilon=1e-6, out_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    # Both vanish in bfloat16, which has 8 bits: the scale's excess and the mean's size.
+    # bfloat16 has 8 bits, so it loses both: the scale's excess over 1 and the bias.
     norm.scale[...] = jnp.full(64, 1 + 2.0**-10)
     norm.bias[...] = jnp.full(64, 2.0**-10)
     x = 10 + jax.random.normal(jax.random.key(0), (4, 64))
@@ -341,7 +341,7 @@ def test_bfloat16_is_near_float32():
     ("size", "millions"), [("base", 111.66), ("large", 329.24), ("huge", None)]
 )
 def test_published_parameter_counts(size, millions):
-    """Cross-Scale MAE, NeurIPS 2023: encoder + decoder, positions not counted."""
+    """Cross-Scale MAE, NeurIPS 2023: encoder + decoder without positions."""
     from xsmae.configs import common
 
     config = common.get_common("published", size)
@@ -377,7 +377,7 @@ def test_gelu_and_its_gradient(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_layer_norm_and_its_gradient(dtype):
-    """Against the formula in float64, of rows far from zero."""
+    """Compared with the formula in float64, for rows far from zero."""
     rng = np.random.default_rng(0)
     x, out_bar = rng.normal(5, 3, (4, 7, 24)), rng.normal(size=(4, 7, 24))
     x, out_bar = (jnp.asarray(a, dtype) for a in (x, out_bar))
@@ -407,7 +407,7 @@ def test_layer_norm_and_its_gradient(dtype):
 
 
 def test_a_block_keeps_its_hidden_layer_once():
-    """Of what is four times as wide, the backward pass is given one array a block."""
+    """The backward pass keeps one array of the hidden layer's width per block."""
     batch, tokens, width = 3, 5, 8
     blocks = stacked_blocks(2, width, 2, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(blocks)

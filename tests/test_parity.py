@@ -1,6 +1,6 @@
-"""The official cases in `../shared/parity`, and that the check notices what is wrong.
+"""The official cases in `../shared/parity`, and checks that detect differences.
 
-They skip where that folder is absent.
+The tests skip if that folder does not exist.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from tests.support import parity
 
 CASES = Path(__file__).parent.parent.parent / "shared" / "parity"
 pytestmark = pytest.mark.skipif(
-    not CASES.is_dir(), reason=f"no official cases: {CASES} is not there"
+    not CASES.is_dir(), reason=f"no official cases: {CASES} does not exist"
 )
 NAMES = sorted(path.stem for path in CASES.glob("*.json"))
 

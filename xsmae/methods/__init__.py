@@ -1,4 +1,4 @@
-"""The pretraining methods: a file each, and a line in `METHODS`."""
+"""The pretraining methods: one file each, and one line in `METHODS`."""
 
 from xsmae.methods.cross_scale_mae import CROSS_SCALE_MAE
 from xsmae.methods.mae import MAE

@@ -46,13 +46,13 @@ def fields(
 ) -> dict[str, dict[str, Any]]:
     """View 2, the two heads, and the three loss terms.
 
-    `published` is what the official code computes, `corrected` what the paper
-    describes with its gaps closed.
+    `published` follows the official code, `corrected` follows the paper with its gaps
+    closed.
     """
     published = preset == "published"
     return {
         "views": {
-            # log_uniform draws the effective GSD log-uniformly.
+            # log_uniform makes the effective GSD log-uniform.
             "area_distribution": "uniform" if published else "log_uniform",
             "area2": (0.25, 0.75),  # view 2, as a fraction of view 1
             "view2_from": "view1" if published else "source",  # pixels it is cut from
@@ -60,15 +60,15 @@ def fields(
             "interpolation2": "bilinear" if published else "bicubic",
         },
         "model": {
-            # Post-norm with 1e-5 is the xFormers setting of the released weights; the
-            # official code with timm's blocks is pre-norm with 1e-6.
+            # The released weights use xFormers' post-norm with 1e-5. The official code
+            # with timm's blocks uses pre-norm with 1e-6.
             "norm_style": "post" if published else "pre",
             "norm_epsilon": 1e-5 if published else 1e-6,
             "encoder_norm": not published,
             "position": "fixed" if published else "gsd",
             "predictor_norm": "batch_norm" if published else "layer_norm",
             "predictor_hidden_dim": 4 * model["decoder_embed_dim"],
-            # 0: no projection head. 128 is SimCLR's.
+            # 0: no projection head. 128: SimCLR's size.
             "projection_dim": 0 if published else 128,
         },
         "loss": {
@@ -79,12 +79,12 @@ def fields(
             },
             "contrastive": {
                 "weight": 1.0,
-                # 0.1: SimCLR's best (Chen et al. 2020, table 5); 0.5 costs `corrected`
-                # four points of kNN, docs/study.md.
+                # 0.1 is SimCLR's best (Chen et al. 2020, table 5). With 0.5,
+                # `corrected` loses four points of kNN accuracy (docs/study.md).
                 "temperature": 0.5 if published else 0.1,
                 "positive_in_denominator": not published,
-                # Negatives from the global batch (1) or from its own n-th part of it
-                # (n): what the official code computes on n GPUs, each with its local
+                # 1: negatives from the global batch. n: negatives from the sample's own
+                # n-th part of it, like the official code on n GPUs with local
                 # negatives.
                 "groups": 1,
             },
@@ -101,7 +101,7 @@ def fields(
 def build(
     model: Config, *, channels: int, view_size: int, rngs: nnx.Rngs
 ) -> CrossScaleMAE:
-    """The MAE and its heads, for views of `view_size` pixels."""
+    """Builds the MAE and its heads, for views of `view_size` pixels."""
     dtype = jnp.dtype(model["dtype"])
     predictor = Predictor(
         model["decoder_embed_dim"],

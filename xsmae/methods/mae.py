@@ -1,4 +1,4 @@
-"""MAE (He et al. 2022): the reconstruction of hidden patches of one view."""
+"""MAE (He et al. 2022): reconstructs the hidden patches of one view."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ RANGES = {"loss.reconstruction.weight": (0, LARGE)}
 def fields(
     preset: str, *, size: str, model: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """MAE has no fields but its loss term's."""
+    """MAE adds only its loss term."""
     return {"loss": {"reconstruction": {"weight": 1.0, "norm_pix_loss": True}}}
 
 
 def mae_losses(
     output: MAEOutput, views: Views, *, model: Config, loss: Config
 ) -> tuple[Terms, Terms]:
-    """The reconstruction of the one view; SatMAE's where there are groups."""
+    """The reconstruction loss of the view; SatMAE's if there are groups of bands."""
     per_view = reconstruction_per_view(output, views, model=model, loss=loss)
     return {"reconstruction": per_view[0]}, {}
 
@@ -49,8 +49,8 @@ def mae_pictures(
 ) -> Pictures:
     """The prediction in place of the hidden patches, in image space.
 
-    With `norm_pix_loss` the prediction lacks each patch's mean and standard deviation,
-    which are taken from the patch that it is of.
+    With `norm_pix_loss`, the prediction lacks each patch's mean and standard deviation.
+    They are taken from the true patch.
     """
     grid, patch = grid_of(views, model), model["patch_size"]
     pred = output.pred.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What a pretraining method is, and what the methods share."""
+"""The interface of a pretraining method, and functions that methods share."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from xsmae.ranges import Ranges
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-    # The terms that the total is made of, or what is only reported.
+    # Loss terms that add up to the total, or values that are only reported.
     Terms = dict[str, Float[Array, ""]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """What a figure shows of a batch, in normalised image space.
+    """The images of a figure of a batch, in normalised image space.
 
-    images: [batch, views, height, width, channels], what the model was given.
-    hidden: of the same shape, whether a value was hidden from the encoder.
-    panels: what the model makes of it; images of any size, with their titles.
+    images: [batch, views, height, width, channels], the model's input.
+    hidden: the same shape, True for values hidden from the encoder.
+    panels: the model's results, images of any size; titles: one per panel.
     """
 
     images: Float[Array, "batch views height width channels"]
@@ -43,21 +43,21 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One pretraining method: everything that is its own, in one place.
+    """One pretraining method: everything specific to it.
 
     num_views: how many views of a sample the model reads.
     presets: the names of its settings, the default first.
     fields(preset, size=, model=) -> its config fields by group (`views`, `model`,
-        `loss`, `optim`), added to those that all methods have; `size` is the name of
-        the network's size and `model` holds the fields that the size decides.
+        `loss`, `optim`), added to the fields of all methods. `size` is the name of the
+        network's size and `model` contains the fields that depend on the size.
     build(config.model, channels=, view_size=, rngs=) -> the model.
     losses(output, views, model=, loss=) -> the loss terms, each with a `weight` in
-        `config.loss.<name>`, and what is only reported.
+        `config.loss.<name>`, and values that are only reported.
     pictures(output, views, model=, loss=) -> `Pictures`.
     units: the unit of each loss term, for the figures.
     ranges: the smallest and largest value of its own config fields, by dotted name.
-    target_scale(config.model) -> the side of the crops that the model predicts, in
-        views; 1 for a model of what it reads.
+    target_scale(config.model) -> the side of the predicted crops divided by the side of
+        a view; 1 if the model predicts its input.
     """
 
     num_views: int
@@ -74,7 +74,7 @@ class Method:
 def reconstruction_per_view(
     output: MAEOutput, views: Views, *, model: Config, loss: Config
 ) -> Float[Array, " views"]:
-    """The reconstruction loss of every view; SatMAE's where there are groups."""
+    """The reconstruction loss of every view; SatMAE's if there are groups of bands."""
     return losses.reconstruction(
         output.pred,
         patches_of(views.images, model["patch_size"]),
@@ -88,14 +88,14 @@ def reconstruction_per_view(
 def patches_of(
     images: Float[Array, "batch views height width channels"], patch_size: int
 ) -> Float[Array, "batch views patches values"]:
-    """Every view cut into patches."""
+    """Cuts every view into patches."""
     batch = images.shape[0]
     merged = rearrange(images, "b v ... -> (b v) ...")
     return rearrange(patchify(merged, patch_size), "(b v) ... -> b v ...", b=batch)
 
 
 def grid_of(views: Views, model: Config) -> tuple[int, int]:
-    """Patches of a view, (rows, columns)."""
+    """The (rows, columns) of patches in a view."""
     height, width = views.images.shape[2:4]
     return height // model["patch_size"], width // model["patch_size"]
 
@@ -103,7 +103,7 @@ def grid_of(views: Views, model: Config) -> tuple[int, int]:
 def hidden_values(
     mask: Float[Array, "batch views ..."], views: Views, model: Config
 ) -> Bool[Array, "batch views height width channels"]:
-    """True where a value of the images belongs to a hidden patch."""
+    """True for image values that belong to a hidden patch."""
     rows, columns = grid_of(views, model)
     channels, groups = views.images.shape[-1], channel_groups(model)
     if groups:

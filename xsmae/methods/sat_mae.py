@@ -1,4 +1,4 @@
-"""SatMAE (Cong et al. 2022): MAE whose patches have a token for each group of bands."""
+"""SatMAE (Cong et al. 2022): an MAE with a token per patch and group of bands."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ RANGES = {
 def fields(
     preset: str, *, size: str, model: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """The groups of bands, and how they are encoded and masked."""
+    """The groups of bands, their encoding and their masks."""
     return {
         **mae.fields(preset, size=size, model=model),
         "model": {
-            # Groups of bands by index, ((0,), (1, 2)); none is the plain MAE, which is
-            # what SatMAE trains on RGB.
+            # Groups of bands by index, such as ((0,), (1, 2)). Without groups it is the
+            # plain MAE, which SatMAE uses for RGB.
             "channel_groups": (),
-            # Channels of the encoding of the group; official B and L: 256 and 128.
+            # Channels that encode the group; official B and L: 256, decoder 128.
             "group_dim": 256 if model["embed_dim"] >= 768 else model["embed_dim"] // 4,
             "decoder_group_dim": model["decoder_embed_dim"] // 4,
             "spatial_mask": False,  # True: one mask for all groups
-            # `concatenated` compares a group's prediction with another group's bands
-            # where the groups are not in order, as the official code does.
+            # If the groups are not in order, `concatenated` compares a group's
+            # prediction with another group's bands, like the official code.
             "band_order": "concatenated",
         },
     }
 
 
 def build(model: Config, *, channels: int, view_size: int, rngs: nnx.Rngs) -> MAE:
-    """With `channel_groups` SatMAE's groups of bands; without them the plain MAE."""
+    """Builds SatMAE with `channel_groups`, the plain MAE without."""
     groups = channel_groups(model)
     if not groups:
         return build_mae(model, channels=channels, view_size=view_size, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Scale-MAE (Reed et al. 2023): two frequency bands of a larger image are predicted."""
+"""Scale-MAE (Reed et al. 2023): predicts two frequency bands of a larger image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fields(
         "model": {
             "position": "gsd",
             "decoder_depth": 3,
-            "target_scale": 2,  # the predicted image's sides, in the view's
+            "target_scale": 2,  # side of the predicted image / side of the view
             "head_dim": 64 if size == "tiny" else 512,  # channels; official: 512
             "head_depth": 2,
             "independent_heads": True,
@@ -54,15 +54,15 @@ def fields(
         "loss": {
             "low_frequency": {
                 "weight": 1.0,
-                # Pixels a side that the low band's target is averaged to first; 0:
-                # none. The official code does so where its second band_config is 224.
+                # Side in pixels that the low band's target is first averaged to; 0: not
+                # averaged. The official code does this if its second band_config is
+                # 224.
                 "through": 0,
             },
             "high_frequency": {
                 "weight": 1.0,
                 "absolute": True,  # L1; False: L2
-                # The low-pass image's side, as a fraction of the target's: official 14
-                # of 448.
+                # Side of the low-pass image / side of the target; official: 14 / 448.
                 "cutoff": 1 / 32,
             },
         },
@@ -70,7 +70,7 @@ def fields(
 
 
 def build(model: Config, *, channels: int, view_size: int, rngs: nnx.Rngs) -> MAE:
-    """The MAE whose decoder predicts two frequency bands of a larger image."""
+    """Builds an MAE whose decoder predicts two frequency bands of a larger image."""
     head = ScaleHead(
         embed_dim=model["decoder_embed_dim"],
         width=model["head_dim"],
@@ -90,7 +90,7 @@ def build(model: Config, *, channels: int, view_size: int, rngs: nnx.Rngs) -> MA
 
 @dataclasses.dataclass(frozen=True)
 class FrequencyTargets:
-    """What Scale-MAE's two heads should predict, and the low-pass image's side."""
+    """The targets of Scale-MAE's two heads, and the side of the low-pass image."""
 
     low: Float[Array, "batch views half_height half_width channels"]
     high: Float[Array, "batch views height width channels"]
@@ -98,13 +98,13 @@ class FrequencyTargets:
 
 
 def frequencies_of(views: Views, loss: Config) -> FrequencyTargets:
-    """The two bands of the views' target (official forward_loss of Scale-MAE)."""
+    """Splits the views' target into two bands (official Scale-MAE, forward_loss)."""
     target = views.target
     size = target.shape[2:4]
     half = (size[0] // 2, size[1] // 2)
     through = loss["low_frequency"]["through"]
     low = resize.area(target, (through, through)) if through else target
-    # The config has a fraction of the target's side.
+    # The config gives the cutoff as a fraction of the target's side.
     cutoff = max(1, round(size[0] * loss["high_frequency"]["cutoff"]))
     return FrequencyTargets(
         low=resize.area(low, half),
@@ -116,7 +116,7 @@ def frequencies_of(views: Views, loss: Config) -> FrequencyTargets:
 def scale_mae_losses(
     output: MAEOutput, views: Views, *, model: Config, loss: Config
 ) -> tuple[Terms, Terms]:
-    """The two frequency bands of the one view's target (Reed et al. 2023, 3.2)."""
+    """The losses of the two frequency bands of the target (Reed et al. 2023, 3.2)."""
     target, grid = frequencies_of(views, loss), grid_of(views, model)
     terms = {
         "low_frequency": losses.frequency_band(
@@ -136,7 +136,7 @@ def scale_mae_losses(
 def scale_mae_pictures(
     output: MAEOutput, views: Views, *, model: Config, loss: Config
 ) -> Pictures:
-    """The two bands as they are predicted, their sum, and what they should be."""
+    """The predicted bands, their sum, and the targets."""
     pred, target = output.pred, frequencies_of(views, loss)
     panels = {
         "low, predicted": pred.low,

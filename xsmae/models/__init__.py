@@ -1,1 +1,1 @@
-"""The networks. They return tensors; losses are in `xsmae.losses`."""
+"""The networks. They return tensors; the losses are in `xsmae.losses`."""

@@ -1,4 +1,4 @@
-"""The networks that `config.model` describes."""
+"""Builds the networks that `config.model` describes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xsmae.models.vit import Block, Encoder, PatchEmbed, stacked_blocks
 
 Config = Mapping[str, Any]
 
-# How an exported encoder computes, whatever its training did.
+# Exported encoders run with these settings, whatever the settings of training.
 EXECUTION = {
     "attention": "xla", "remat": "elementwise", "scan": True, "dtype": "float32",
 }  # fmt: skip
@@ -42,7 +42,7 @@ def build_encoder(model: Config, *, channels: int, rngs: nnx.Rngs) -> Encoder:
 
 
 def build_mae(model: Config, *, channels: int, view_size: int, rngs: nnx.Rngs) -> MAE:
-    """Encoder and decoder; `view_size` does not matter to them."""
+    """Builds the encoder and the decoder; `view_size` has no effect."""
     head = PatchHead(
         patch_size=model["patch_size"],
         channels=channels,
@@ -56,12 +56,12 @@ def build_mae(model: Config, *, channels: int, view_size: int, rngs: nnx.Rngs) -
 
 
 def channel_groups(model: Config) -> tuple[tuple[int, ...], ...]:
-    """SatMAE's; the other methods have no such field."""
+    """The groups of SatMAE; empty for other methods."""
     return tuple(tuple(group) for group in model.get("channel_groups", ()))
 
 
 def build_blocks(model: Config, part: str, rngs: nnx.Rngs) -> Block:
-    """The encoder's blocks, or with `part="decoder_"` the decoder's."""
+    """The blocks of the encoder (`part=""`) or of the decoder (`part="decoder_"`)."""
     return stacked_blocks(
         model[f"{part}depth"],
         model[f"{part}embed_dim"],
@@ -101,6 +101,6 @@ def build_decoder(
 
 
 def execution_of(model: Config) -> dict[str, Any]:
-    """How the blocks are run; it changes no number beyond rounding."""
+    """Settings of how the blocks run; they change numbers only by rounding."""
     dtype = jnp.dtype(model["dtype"])
     return {"remat": model["remat"], "scan": model["scan"], "dtype": dtype}

@@ -22,11 +22,11 @@ PREDICTOR_NORMS = ("batch_norm", "layer_norm")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CrossScaleMAEOutput(MAEOutput):
-    """What Cross-Scale MAE computes besides the MAE's outputs.
+    """The outputs of Cross-Scale MAE, in addition to those of the MAE.
 
     embedding: [batch, 2, dim], one vector per view for the contrastive loss.
-    predicted_tokens: [batch, patches, decoder_embed_dim], what view 2 predicts of view
-        1's decoder tokens.
+    predicted_tokens: [batch, patches, decoder_embed_dim], the prediction of view 1's
+        decoder tokens from view 2.
     """
 
     embedding: Float[Array, "batch two dim"]
@@ -37,9 +37,9 @@ class PositionBatchNorm(nnx.Module):
     """Batch normalisation with one mean and variance per patch POSITION.
 
     The official predictor applies `BatchNorm1d(num_patches)` to [batch, patches,
-    features], so that the statistics run over batch and features. In training the
-    batch's own statistics are used and the running ones follow, by PyTorch's rule: the
-    running variance is the unbiased one, and `momentum` is the new value's weight.
+    features], so the statistics are over batch and features. Training uses the
+    statistics of the batch and updates the running ones by PyTorch's rule: the running
+    variance is unbiased, and `momentum` is the weight of the new value.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PositionBatchNorm(nnx.Module):
 
 
 class Predictor(nnx.Module):
-    """The perceptron that predicts view 1's decoder tokens from view 2's."""
+    """The MLP that predicts view 1's decoder tokens from view 2's."""
 
     def __init__(
         self,
@@ -113,8 +113,10 @@ class ProjectionHead(nnx.Module):
 
 
 class CrossScaleMAE(nnx.Module):
-    """An MAE shared by two views, a cross-prediction network, and, as an option, a
-    projection head (`projection=None`: the mean token itself is contrasted)."""
+    """An MAE for two views, a cross-prediction network and an optional projection head.
+
+    With `projection=None`, the contrastive loss uses the mean token itself.
+    """
 
     def __init__(
         self, mae: MAE, predictor: Predictor, projection: ProjectionHead | None = None
@@ -125,26 +127,26 @@ class CrossScaleMAE(nnx.Module):
 
     @property
     def encoder(self) -> Encoder:
-        """The part that is carried away."""
+        """The part that is exported."""
         return self.mae.encoder
 
     def parts(self) -> dict[str, nnx.Module]:
-        """The networks it is made of, by name."""
+        """The networks that it consists of, by name."""
         parts = {**self.mae.parts(), "predictor": self.predictor}
         if self.projection is not None:
             parts["projection"] = self.projection
         return parts
 
     def noise_size(self, height: int, width: int) -> int:
-        """How many uniform numbers decide the mask of a view."""
+        """The number of uniform numbers that decide the mask of a view."""
         return self.mae.noise_size(height, width)
 
     def __call__(
         self, views: Views, noise: Float[Array, "batch two patches"]
     ) -> CrossScaleMAEOutput:
-        """Views 1 and 2 through the MAE, then the two heads."""
+        """Runs the MAE on both views, then the two heads."""
         output = self.mae(views, noise)
-        # The mean of the visible patch tokens; the class token is left out.
+        # The mean of the visible patch tokens, without the class token.
         embedding = output.encoder_tokens[:, :, 1:].astype(jnp.float32).mean(axis=2)
         if self.projection is not None:
             embedding = self.projection(embedding.astype(output.encoder_tokens.dtype))

@@ -1,4 +1,4 @@
-"""Stochastic depth: which residuals of which samples a step leaves out."""
+"""Stochastic depth: drops residual branches of random samples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 def drop_path_scales(
     key: Key[Array, ""], *, rate: float, depth: int, batch: int
 ) -> Float[Array, "depth 2 batch"]:
-    """What stochastic depth (Huang et al. 2016) multiplies each residual by.
+    """The factors of all residual branches in stochastic depth (Huang et al. 2016).
 
-    0 with a probability that rises linearly from 0 in the first block to `rate` in the
-    last, else 1 / (1 - it), so that the expectation stays; independent for each sample
-    and for attention and MLP (timm's DropPath, MAE's models_vit.py).
+    A factor is 0 with a probability p that rises linearly from 0 in the first block to
+    `rate` in the last. Otherwise it is 1 / (1 - p), which keeps the expectation.
+    Factors are independent for each sample, and for attention and MLP (timm's DropPath,
+    MAE's models_vit.py).
     """
     keep = 1 - jnp.linspace(0.0, rate, depth)[:, None, None]
     kept = jax.random.bernoulli(key, keep, (depth, 2, batch))

@@ -1,4 +1,4 @@
-"""The masked autoencoder (He et al. 2022): one encoder, a light decoder, any views."""
+"""The masked autoencoder (He et al. 2022): an encoder and a light decoder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """What a pretraining model reads: V views of the ground of each sample.
+    """The input of a pretraining model: one or more views of each sample.
 
     images: [batch, views, height, width, channels], normalised.
     gsd: [batch, views, 2], metres per pixel of the view, (y, x).
     box: [batch, views, 4], the view's (top, left, bottom, right) as fractions of view 1
-        as it is displayed; (0, 0, 1, 1) for view 1.
+        after mirroring; (0, 0, 1, 1) for view 1.
     target: the same ground at a finer GSD, for methods that predict it.
     """
 
@@ -40,15 +40,15 @@ class Views:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MAEOutput:
-    """What a masked autoencoder computes for every view.
+    """The outputs of a masked autoencoder for every view.
 
-    pred: what the decoder's head predicts: [batch, views, patches, values], or what
-        the head of another method says of its own.
-    mask: [batch, views, patches], 1 = hidden; SatMAE has a mask a group of bands,
+    pred: the prediction of the decoder's head: [batch, views, patches, values], or
+        another structure that a method's head defines.
+    mask: [batch, views, patches], 1 = hidden; SatMAE has one mask per group of bands,
         [batch, views, groups, patches].
     encoder_tokens: [batch, views, 1 + kept, embed_dim], class token first.
     decoder_tokens: [batch, views, 1 + patches, decoder_embed_dim], after the norm; one
-        less where the decoder takes no class token.
+        token less if the decoder has no class token.
     """
 
     pred: PyTree[Float[Array, "batch views ..."]]
@@ -58,7 +58,7 @@ class MAEOutput:
 
 
 class PatchHead(nnx.Module):
-    """The values of each patch, in `patchify`'s order, by one dense layer."""
+    """Predicts the values of each patch, in `patchify`'s order, with a dense layer."""
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ class PatchHead(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The MAE decoder: visible tokens and mask tokens in, a prediction out.
+    """The MAE decoder: makes a prediction from visible tokens and mask tokens.
 
-    `head(tokens, grid=...)` makes the prediction of the patches' tokens. With
-    `use_cls_token=False` the class token is left out (Scale-MAE's decoder).
+    `head(tokens, grid=...)` turns the patches' tokens into the prediction.
+    `use_cls_token=False` drops the class token (Scale-MAE's decoder).
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
 
 
 class MAE(nnx.Module):
-    """Encoder and decoder. All views of all samples go through in one batch."""
+    """Encoder and decoder. They process all views of all samples in one batch."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, *, mask_ratio: float):
         self.encoder = encoder
@@ -147,25 +147,25 @@ class MAE(nnx.Module):
         self.mask_ratio = mask_ratio
 
     def parts(self) -> dict[str, nnx.Module]:
-        """The networks it is made of, by name."""
+        """The networks that it consists of, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     def noise_size(self, height: int, width: int) -> int:
-        """How many uniform numbers decide the mask of a view."""
+        """The number of uniform numbers that decide the mask of a view."""
         return math.prod(self.encoder.grid(height, width))
 
     def random_masking(self, noise: Float[Array, "batch numbers"]) -> Masking:
-        """Which tokens are seen, by the order of `noise`."""
+        """Chooses the visible tokens by the order of `noise`."""
         return random_masking(noise, self.mask_ratio)
 
     def __call__(
         self, views: Views, noise: Float[Array, "batch views numbers"]
     ) -> MAEOutput:
-        """Mask by the order of `noise`, encode what is left, predict every patch."""
+        """Masks by the order of `noise`, encodes visible patches, predicts all."""
         batch, num_views, height, width, _ = views.images.shape
         encoder = self.encoder
 
-        # Samples first: a batch sharded over devices stays where it is.
+        # The samples' axis comes first, so that a sharded batch stays in place.
         def merge(x):
             return rearrange(x, "b v ... -> (b v) ...")
 
@@ -174,7 +174,7 @@ class MAE(nnx.Module):
 
         gsd, offset = merge(views.gsd), None
         if encoder.positions.position == "gsd":
-            # From view 1's corner to the view's, in patches of the reference GSD.
+            # The offset from view 1's corner, in patches of the reference GSD.
             extent = views.gsd[:, :1] * jnp.array([[[height, width]]], jnp.float32)
             unit = encoder.patch_size * encoder.positions.reference_gsd
             offset = merge(views.box[..., :2] * extent / unit)

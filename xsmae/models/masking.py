@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """Which patches are seen.
+    """The visible and hidden patches.
 
-    ids_keep: [batch, kept], the visible patches in the order the encoder reads them.
-    ids_restore: [batch, patches], where each patch lies in (visible, hidden).
+    ids_keep: [batch, kept], the visible patches in the order of the encoder's input.
+    ids_restore: [batch, patches], the index of each patch in (visible, hidden).
     mask: [batch, patches] float32, 1 = hidden.
     """
 
@@ -28,10 +28,10 @@ class Masking:
 
 
 def random_masking(noise: Float[Array, "batch patches"], mask_ratio: float) -> Masking:
-    """Keep the `int(patches * (1 - mask_ratio))` patches with the smallest noise.
+    """Keeps the `int(patches * (1 - mask_ratio))` patches with the smallest noise.
 
-    This is MAE's rule (He et al. 2022, appendix A.1). Equal noise keeps the patch of
-    the smaller index.
+    This is MAE's rule (He et al. 2022, appendix A.1). For equal noise, it keeps the
+    patch with the smaller index.
     """
     patches = noise.shape[1]
     kept = int(patches * (1 - mask_ratio))
@@ -49,7 +49,7 @@ def random_masking(noise: Float[Array, "batch patches"], mask_ratio: float) -> M
 def take_tokens(
     tokens: Float[Array, "one_or_batch tokens width"], ids: Int[Array, "batch n"]
 ) -> Float[Array, "batch n width"]:
-    """The tokens at `ids`, sample by sample; one set of tokens may serve the batch."""
+    """The tokens at `ids` of each sample; a batch axis of 1 in `tokens` is shared."""
     if tokens.shape[0] == 1:
         return tokens[0][ids]
     return jnp.take_along_axis(tokens, ids[..., None], axis=1)

@@ -1,4 +1,4 @@
-"""From the tokens of an encoder to one vector per image."""
+"""Pools the tokens of an encoder to one vector per image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POOLINGS = ("cls", "mean")
 def pool(
     tokens: Float[Array, "batch tokens width"], pooling: str
 ) -> Float[Array, "batch width"]:
-    """The class token (`cls`), which is the first one, or the mean of the others."""
+    """`cls`: the class token, which comes first. `mean`: the mean of the others."""
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}, expected one of {', '.join(POOLINGS)}")
     return tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(axis=1)

@@ -35,9 +35,9 @@ def sincos_2d(
     x: Float[Array, "... grid_width"],
     embed_dim: int,
 ) -> Float[Array, "... patches embed_dim"]:
-    """Embeddings of a grid of patches, row by row; rows lie at `y`, columns at `x`.
+    """Embeddings of a grid of patches, row by row, with rows at `y`, columns at `x`.
 
-    The first half of the channels encodes x, the second half y, which is MAE's order.
+    The first half of the channels encodes x, the second half y, as in MAE.
     """
     if embed_dim % 4:
         raise ValueError(f"embed_dim={embed_dim}, expected a multiple of 4")
@@ -61,10 +61,11 @@ def patch_positions(
 ) -> Float[Array, "one_or_batch patches embed_dim"]:
     """Position embeddings of the patches of a `grid` (rows, columns).
 
-    `fixed`: the patch's index, whatever the scale (batch axis 1). `gsd`: the index
-    times `gsd / reference_gsd` per axis (Scale-MAE, Reed et al. 2023, equation 2), plus
-    `offset`: where the image's corner lies, in patches of the reference GSD. So two
-    images of the same ground share one frame. `gsd` is in metres per pixel, (y, x).
+    `fixed`: the patch's index, whatever the scale; the batch axis is 1. `gsd`: the
+    index times `gsd / reference_gsd` per axis (Scale-MAE, Reed et al. 2023, equation
+    2), plus `offset`, the position of the image's corner in patches of the reference
+    GSD. Two images of the same ground so share one frame. `gsd` is in metres per pixel,
+    (y, x).
     """
     y = jnp.arange(grid[0], dtype=jnp.float32)
     x = jnp.arange(grid[1], dtype=jnp.float32)
@@ -89,10 +90,10 @@ def _check_position(position: str) -> None:
 class TokenPositions:
     """The position embeddings of a network's tokens, of width `embed_dim`.
 
-    position, reference_gsd: as in `patch_positions`. With `groups` > 0 a patch has a
-    token per group of bands, all tokens of a group in a row; the last `group_dim` of
-    the channels then encode the group and the others the patch (SatMAE, Cong et al.
-    2022, section 3.3).
+    position, reference_gsd: see `patch_positions`. With `groups` > 0, a patch has one
+    token per group of bands, and the tokens of a group are contiguous. The last
+    `group_dim` channels then encode the group and the others the patch (SatMAE, Cong et
+    al. 2022, section 3.3).
     """
 
     embed_dim: int
@@ -111,7 +112,7 @@ class TokenPositions:
         gsd: Float[Array, "batch 2"] | None = None,
         offset: Float[Array, "batch 2"] | None = None,
     ) -> Float[Array, "one_or_batch tokens embed_dim"]:
-        """Those of the tokens of a `grid` (rows, columns), the class token left out."""
+        """Embeddings of the tokens of a `grid` (rows, columns), no class token."""
         of_patches = patch_positions(
             grid,
             self.embed_dim - self.group_dim,
@@ -131,7 +132,7 @@ class TokenPositions:
         return rearrange(jnp.concatenate(both, axis=-1), "b g l d -> b (g l) d")
 
     def of_class_token(self) -> Float[Array, "one one embed_dim"]:
-        """Zeros; in the channels of the groups the position after the last group."""
+        """Zeros; the group channels encode the position after the last group."""
         zeros = jnp.zeros((1, 1, self.embed_dim - self.group_dim))
         if not self.groups:
             return zeros
@@ -142,11 +143,11 @@ class TokenPositions:
 def relative_box(
     box: Float[Array, "batch views 4"], flip: Float[Array, "batch 2"]
 ) -> Float[Array, "batch views 4"]:
-    """Each view's box as fractions of view 1, in view 1 as it is displayed.
+    """Each view's box as fractions of view 1 after mirroring.
 
-    `box` is (top, left, bottom, right) in source pixels; `flip` is (vertical,
-    horizontal), 1 where the views were mirrored after they were cut. View 1 itself
-    comes out as (0, 0, 1, 1).
+    `box` is (top, left, bottom, right) in source pixels. `flip` is (vertical,
+    horizontal), 1 if the views were mirrored after they were cut. View 1's own box
+    becomes (0, 0, 1, 1).
     """
     corner, opposite = box[:, :1, :2], box[:, :1, 2:]
     size = opposite - corner

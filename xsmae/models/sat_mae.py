@@ -15,7 +15,7 @@ from xsmae.models.vit import Encoder, PatchEmbed
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-# The bands of a group, in the order in which its patch embedding reads them.
+# The bands of each group, in the order in which its patch embedding reads them.
 ChannelGroups = tuple[tuple[int, ...], ...]
 
 BAND_ORDERS = ("grouped", "concatenated")
@@ -32,7 +32,7 @@ def check_groups(groups: ChannelGroups, channels: int) -> None:
 
 
 class GroupPatchEmbed(nnx.Module):
-    """A patch embedding per group of bands; all tokens of a group in a row."""
+    """A patch embedding per group of bands; the tokens of a group are contiguous."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class GroupPatchEmbed(nnx.Module):
         images: Float[Array, "batch height width channels"],
         ids_keep: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """Groups times patches tokens; only those of `ids_keep` where it is given."""
+        """Groups x patches tokens, or only those in `ids_keep` if it is given."""
         tokens = [
             embed(images[..., jnp.array(bands)])
             for embed, bands in zip(self.groups, self.channel_groups, strict=True)
@@ -71,12 +71,12 @@ class GroupPatchEmbed(nnx.Module):
 
 
 class GroupHead(nnx.Module):
-    """The values of each patch, in `patchify`'s order, a dense layer per group.
+    """Predicts the values of each patch, in `patchify`'s order, one layer per group.
 
-    Side by side, the groups' predictions are as many as there are bands. `grouped`:
-    each is of the band that its group holds there. `concatenated`: the k-th is of band
-    k, though the token that predicts it may be of another group: so the official code
-    compares them (models_mae_group_channels.py, forward_loss).
+    The concatenated predictions of all groups have one entry per band. With `grouped`,
+    each entry is for its group's own band. With `concatenated`, entry k is for band k,
+    although the predicting token may belong to another group. The official code
+    compares them in this way (models_mae_group_channels.py, forward_loss).
     """
 
     def __init__(
@@ -123,9 +123,9 @@ class GroupHead(nnx.Module):
 
 
 class SatMAE(MAE):
-    """An MAE of groups of bands. Without groups SatMAE is `MAE`.
+    """An MAE for groups of bands. Without groups, SatMAE is `MAE`.
 
-    `spatial_mask`: one mask for all groups; else each token is hidden on its own.
+    `spatial_mask`: one mask for all groups; otherwise each token is masked on its own.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class SatMAE(MAE):
         self.num_groups = encoder.positions.groups
 
     def noise_size(self, height: int, width: int) -> int:
-        """How many uniform numbers decide the masks of a view."""
+        """The number of uniform numbers that decide the masks of a view."""
         groups = 1 if self.spatial_mask else self.num_groups
         return groups * super().noise_size(height, width)
 
     def random_masking(self, noise: Float[Array, "batch numbers"]) -> Masking:
-        """Which groups' tokens are seen; the mask is [batch, groups, patches]."""
+        """Chooses the visible tokens; the mask is [batch, groups, patches]."""
         masking = random_masking(noise, self.mask_ratio)
         groups = self.num_groups
         if not self.spatial_mask:
@@ -155,7 +155,7 @@ class SatMAE(MAE):
         group = jnp.arange(groups)[None, :, None]
         kept, patches = masking.ids_keep.shape[1], noise.shape[1]
         ids_keep = masking.ids_keep[:, None] + group * patches
-        # Where a patch lies in (visible, hidden) of its group, to where in all groups'.
+        # Convert indices in (visible, hidden) of one group to those of all groups.
         ids_restore = masking.ids_restore[:, None]
         ids_restore = jnp.where(
             ids_restore < kept,

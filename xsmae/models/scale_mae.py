@@ -1,4 +1,4 @@
-"""Scale-MAE (Reed et al. 2023): its decoder's head predicts two frequency bands."""
+"""Scale-MAE (Reed et al. 2023): a decoder head that predicts two frequency bands."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from xsmae.ops.gelu import gelu
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-# A head's two steps make STEP times `stride` pixels of one of the pyramid's, whose
-# finer level has PYRAMID times the patches' grid.
+# A head's two upsampling steps turn one pixel of the pyramid into STEP x `stride`
+# pixels per side. The pyramid's finer level has PYRAMID times the sides of the patch
+# grid.
 STEP, PYRAMID = 2, 4
 
-# What PyTorch starts its convolutions with.
+# PyTorch's initialisation of convolutions.
 torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frequencies:
-    """What is predicted of the target image.
+    """The two predicted bands of the target image.
 
     low: [..., height / 2, width / 2, channels], the image at half the target's size.
-    high: [..., height, width, channels], what a low-pass copy of the target lacks.
+    high: [..., height, width, channels], the target minus its low-pass copy.
     """
 
     low: Float[Array, "... half_height half_width channels"]
@@ -44,14 +45,14 @@ def low_pass(
     cutoff: int,
     size: tuple[int, int],
 ) -> Float[Array, "... new_height new_width channels"]:
-    """Averaged down to `cutoff` pixels a side, and drawn back up to `size`."""
+    """Averages images down to `cutoff` pixels per side and resizes them to `size`."""
     return resize.bilinear(resize.area(images, (cutoff, cutoff)), size)
 
 
 def combine(
     pred: Frequencies, cutoff: int
 ) -> Float[Array, "... height width channels"]:
-    """The target image that the two bands add up to (official split_pred)."""
+    """Adds the two bands up to the target image (official split_pred)."""
     return low_pass(pred.low, cutoff, pred.high.shape[-3:-1]) + pred.high
 
 
@@ -65,10 +66,10 @@ def mix(
 
 
 class GroupedConv(nnx.Module):
-    """A 3x3 convolution of groups of channels, one channel out of each, same size.
+    """A 3x3 convolution with one output channel per group of channels, same size.
 
-    Written as nine shifted products: XLA's own grouped convolution takes a hundred
-    times as long for its gradient on a CPU.
+    It is a sum of nine shifted products, because the gradient of XLA's own grouped
+    convolution takes 100 times as long on a CPU.
     """
 
     def __init__(
@@ -87,10 +88,10 @@ class GroupedConv(nnx.Module):
     def __call__(self, x: Float[Array, "batch rows columns in_features"]):
         rows, columns = x.shape[1:3]
         _, _, in_group, groups = self.kernel.shape
-        # JAX cannot add up gradients of slices that are taken of the parameter itself.
+        # JAX cannot sum the gradients of several slices of the parameter itself.
         kernel = self.kernel[...].astype(self.dtype)[:, :, None, None, None]
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        # The channels of a group lie side by side.
+        # The channels of a group are contiguous.
         x = rearrange(x, "b h w (g i) -> b h w g i", g=groups, i=in_group)
         products = [
             (x[:, i : i + rows, j : j + columns] * kernel[i, j].mT).sum(axis=-1)
@@ -101,10 +102,10 @@ class GroupedConv(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """A transposed convolution that makes `stride` pixels a side of each pixel.
+    """A transposed convolution that turns a pixel into `stride` x `stride` pixels.
 
-    Its kernel is as large as its stride, so that it is a dense layer whose outputs are
-    laid out as pixels; that is several times as fast on a CPU.
+    Its kernel is as large as its stride, so it is a dense layer with outputs arranged
+    as pixels. This is several times as fast on a CPU.
     """
 
     def __init__(
@@ -130,10 +131,10 @@ class Upsample(nnx.Module):
 
 
 class Pyramid(nnx.Module):
-    """The patches' tokens as maps of two and of four times the grid.
+    """Upsamples the patches' tokens to maps with 2 and 4 times the grid's sides.
 
-    `progressive`: the finer map continues from the coarser; else both start from the
-    tokens.
+    `progressive`: the finer map is computed from the coarser one; otherwise both are
+    computed from the tokens.
     """
 
     def __init__(
@@ -148,14 +149,14 @@ class Pyramid(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch rows columns width"]
     ) -> tuple[Float[Array, "batch ..."], Float[Array, "batch ..."]]:
-        """The coarser map, the finer map."""
+        """Returns the coarser and the finer map."""
         double = self.double(x)
         first = double if self.first is None else self.first(x)
         return double, self.second(gelu(self.norm(first)))
 
 
 class ConvBlock(nnx.Module):
-    """A grouped 3x3 and a 1x1 convolution beside a 1x1 shortcut."""
+    """A grouped 3x3 and a 1x1 convolution, with a 1x1 convolution as shortcut."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
@@ -168,7 +169,7 @@ class ConvBlock(nnx.Module):
 
 
 class ConvHead(nnx.Module):
-    """A map of the pyramid to an image of 2 * `stride` times its sides."""
+    """Turns a map of the pyramid into an image with 2 * `stride` times its sides."""
 
     def __init__(
         self,
@@ -199,10 +200,10 @@ class ConvHead(nnx.Module):
 
 
 class ScaleHead(nnx.Module):
-    """Decoder tokens to the two bands of an image `target_scale` times as large.
+    """Predicts the two bands of an image `target_scale` times as large as the view.
 
-    The low band is half as large. One convolutional head a band, or one for both
-    (`independent_heads=False`).
+    The low band has half that size. Each band has its own convolutional head, or both
+    share one (`independent_heads=False`).
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class ScaleHead(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        # 4 for patches of 16 px and twice the size: the official heads' constant.
+        # Patches of 16 px and target_scale 2 give 4, the constant of official heads.
         stride, rest = divmod(patch_size * target_scale, STEP * PYRAMID)
         if rest or not stride:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The vision transformer: blocks, the encoder, patches."""
+"""The vision transformer: patches, blocks and the encoder."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 NORM_STYLES = ("pre", "post")
 
-# Rematerialisation: what the backward pass finds kept, and does not compute again.
+# Rematerialisation: values to keep for the backward pass; the rest is recomputed.
 _products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
     "none": None,
-    # What is not a product is as cheap to compute as to write and read, or cheaper.
+    # Recomputing anything except products costs no more than writing and reading it.
     "elementwise": jax.checkpoint_policies.save_from_both_policies(
         _products, jax.checkpoint_policies.save_only_these_names(ATTENDED)
     ),
@@ -41,7 +41,7 @@ REMAT_POLICIES = {
 def patchify(
     images: Float[Array, "batch height width channels"], patch_size: int
 ) -> Float[Array, "batch patches values"]:
-    """Cut images into square patches, row by row; values in (row, column, channel)."""
+    """Cuts images into square patches, row by row; values as (row, column, channel)."""
     return rearrange(
         images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size
     )
@@ -64,13 +64,13 @@ def unpatchify(
 
 
 def _whole_in_dtype(arrays, *, dtype):
-    """Rows, kernel and bias for a product: gathered after the cast, half the bytes."""
+    """Casts rows, kernel and bias, then gathers the kernel: half the bytes."""
     rows, kernel, bias = promote_dtype(arrays, dtype=dtype)
     return rows, whole_where_used(kernel), bias
 
 
 class Linear(nnx.Linear):
-    """A dense layer as MAE starts it: Xavier-uniform weights, zero bias."""
+    """A dense layer with MAE's initialisation: Xavier-uniform weights, zero bias."""
 
     def __init__(
         self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -86,19 +86,19 @@ class Linear(nnx.Linear):
         )
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        # All but the last axis as one: the gradient of the weights is then one plain
-        # product, not a contraction over several axes, which XLA is slower at on CPUs.
+        # Merge all axes except the last. The gradient of the weights is then a plain
+        # product. XLA is slower on CPUs with a contraction over several axes.
         rows = super().__call__(x.reshape(-1, self.in_features))
         return rows.reshape(*x.shape[:-1], self.out_features)
 
 
 def token(width: int, *, rngs: nnx.Rngs) -> nnx.Param:
-    """A learned token; std 0.02 as in the official models_mae.py."""
+    """A learned token with std 0.02, as in the official models_mae.py."""
     return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width)))
 
 
 class LayerNorm(nnx.LayerNorm):
-    """LayerNorm in float32 throughout, whose result alone is of `out_dtype`."""
+    """LayerNorm that computes in float32 and casts the result to `out_dtype`."""
 
     def __init__(
         self, width: int, *, epsilon: float, out_dtype: jnp.dtype, rngs: nnx.Rngs
@@ -121,8 +121,8 @@ class LayerNorm(nnx.LayerNorm):
 class Block(nnx.Module):
     """A transformer block: attention, then two dense layers, each with a residual.
 
-    `norm_style` is `pre` (x + f(norm(x)), timm) or `post` (norm(x + f(x)), the xFormers
-    setting of the released Cross-Scale MAE weights).
+    `norm_style` is `pre` (x + f(norm(x)), as in timm) or `post` (norm(x + f(x)), the
+    xFormers setting of the released Cross-Scale MAE weights).
     """
 
     def __init__(
@@ -163,8 +163,7 @@ class Block(nnx.Module):
         x: Float[Array, "batch tokens width"],
         branch_scale: Float[Array, "2 batch"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """`branch_scale` multiplies what each of the two residuals adds, see
-        `drop_path_scales`."""
+        """`branch_scale` multiplies the two residual branches; see `drop_path`."""
 
         def scale(residual, branch):
             if branch_scale is None:
@@ -190,7 +189,7 @@ class Block(nnx.Module):
 
 
 def stacked_blocks(depth: int, *args, rngs: nnx.Rngs, **kwargs) -> Block:
-    """`depth` blocks in one module whose every parameter has a leading layer axis."""
+    """`depth` blocks in one module; every parameter has a leading layer axis."""
 
     @nnx.split_rngs(splits=depth)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -208,10 +207,11 @@ def run_blocks(
     remat: str = "elementwise",
     scan: bool = True,
 ) -> Float[Array, "batch tokens width"]:
-    """Apply stacked blocks one after the other, each with its `branch_scales`.
+    """Applies stacked blocks one after the other, each with its `branch_scales`.
 
     `scan=False` unrolls the loop: the same numbers, a longer compilation, and faster
-    steps on GPUs. On CPUs everything is kept then, whatever `remat` is.
+    steps on GPUs. On CPUs it keeps all values for the backward pass, whatever `remat`
+    is.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat={remat!r}, expected one of {tuple(REMAT_POLICIES)}")
@@ -223,8 +223,8 @@ def run_blocks(
         return nnx.merge(graphdef, params)(x, branch_scale), None
 
     if remat != "none":
-        # Out of a loop XLA would find what is computed again to be there, and keep it:
-        # on CPUs it does so all the same.
+        # Without a loop, XLA would merge recomputed values with the first ones and keep
+        # them. prevent_cse stops that, except on CPUs.
         apply = jax.checkpoint(
             apply, policy=REMAT_POLICIES[remat], prevent_cse=not scan
         )
@@ -236,7 +236,7 @@ def run_blocks(
 
 
 class PatchEmbed(nnx.Module):
-    """Square patches to tokens, by one dense layer."""
+    """Turns square patches into tokens with one dense layer."""
 
     def __init__(
         self,
@@ -257,19 +257,19 @@ class PatchEmbed(nnx.Module):
         images: Float[Array, "batch height width channels"],
         ids_keep: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """A token a patch, row by row; only those of `ids_keep` where it is given."""
+        """One token per patch, row by row, or only `ids_keep` if it is given."""
         patches = patchify(images, self.patch_size).astype(self.proj.dtype)
         if ids_keep is not None:
-            # Gathered before they are embedded: a quarter of the embedding's work.
+            # Gathering first leaves a quarter of the embedding's work.
             patches = take_tokens(patches, ids_keep)
         return self.proj(patches)
 
 
 class Encoder(nnx.Module):
-    """The ViT encoder on (visible) patches. Tokens come out with the class token first.
+    """The ViT encoder for (visible) patches. Its output has the class token first.
 
-    `use_norm=False` keeps the final LayerNorm's parameters but leaves it out, which is
-    what the official Cross-Scale MAE training does.
+    `use_norm=False` skips the final LayerNorm but keeps its parameters, like the
+    official Cross-Scale MAE training.
     """
 
     def __init__(
@@ -294,11 +294,11 @@ class Encoder(nnx.Module):
         self.patch_embed = patch_embed
         self.cls_token = token(self.embed_dim, rngs=rngs)
         self.blocks = blocks
-        # The official encoders keep 1e-6 here whatever the blocks' epsilon is.
+        # The official encoders use 1e-6 here, whatever the blocks' epsilon is.
         self.norm = LayerNorm(self.embed_dim, epsilon=1e-6, out_dtype=dtype, rngs=rngs)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """How many patches an image has, (rows, columns); ValueError if not whole."""
+        """The (rows, columns) of patches of an image; ValueError if not whole."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"an image of {height}x{width} px, expected multiples of the patch "
@@ -315,9 +315,9 @@ class Encoder(nnx.Module):
         ids_keep: Int[Array, "batch kept"] | None = None,
         branch_scales: Float[Array, "depth 2 batch"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
-        """Encode normalised images; only the tokens `ids_keep` where it is given.
+        """Encodes normalised images, or only the tokens `ids_keep` if it is given.
 
-        `branch_scales` are `drop_path_scales`, in fine-tuning.
+        `branch_scales` come from `drop_path_scales`, in fine-tuning.
         """
         grid = self.grid(*images.shape[1:3])
         position = self.positions(grid, gsd=gsd, offset=offset)

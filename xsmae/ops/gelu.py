@@ -1,4 +1,4 @@
-"""The exact GELU, with a gradient that needs its input alone."""
+"""The exact GELU, with a gradient that needs only its input."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @jax.custom_jvp
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
-    """x times the normal distribution's probability of less than x (Hendrycks 2016).
+    """x times the normal cumulative distribution at x (Hendrycks 2016).
 
-    Not the tanh that approximates it. Computed in the dtype of `x`, by erf, as PyTorch
-    does; jax.nn.gelu takes erfc, whose parts it keeps for the gradient.
+    This is not the tanh approximation. It uses erf in the dtype of `x`, like PyTorch.
+    jax.nn.gelu uses erfc and keeps intermediate values for the gradient.
     """
     return x * _cumulative(x)
 

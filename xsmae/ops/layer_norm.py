@@ -1,4 +1,4 @@
-"""LayerNorm with a gradient that is written out."""
+"""LayerNorm with a handwritten gradient."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def layer_norm(
     epsilon: float,
     out_dtype: jnp.dtype,
 ) -> Float[Array, "... width"]:
-    """Every row less its mean, divided by its deviation (Ba et al. 2016), times `scale`
-    plus `bias`; float32 throughout, the result alone is of `out_dtype`.
+    """Normalises rows by mean and deviation (Ba et al. 2016), then scales and shifts.
 
-    The gradient computes a row's two statistics again from `x`.
+    It computes in float32 and casts the result to `out_dtype`. The gradient recomputes
+    the two statistics of each row from `x`.
     """
     normed, _ = _normed(x, epsilon)
     scale, bias = _for_rows(scale, x), _for_rows(bias, x)
@@ -48,8 +48,8 @@ def _forward(x, scale, bias, epsilon, out_dtype):
 
 def _backward(epsilon, out_dtype, saved, out_bar):
     x, scale = saved
-    # With the statistics as arrays of their own XLA sums over the rows while it reads
-    # `x`; else, on GPUs, it writes all that is summed first, in float32.
+    # With the statistics as separate arrays, XLA sums over rows while it reads `x`.
+    # Without the barrier, on GPUs, it first writes all summands in float32.
     normed, deviation = _normed(x, epsilon, jax.lax.optimization_barrier)
     out_bar = out_bar.astype(jnp.float32)
     rows = tuple(range(x.ndim - 1))

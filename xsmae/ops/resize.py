@@ -1,4 +1,4 @@
-"""Resizing batches of images on the device, with the weights that PyTorch uses."""
+"""Resizes batches of images on the device, with PyTorch's weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 def area(
     images: Float[Array, "... height width channels"], size: tuple[int, int]
 ) -> Float[Array, "... new_height new_width channels"]:
-    """The mean over the pixels that each new pixel covers, to `size` (height, width).
+    """Resizes to `size` (height, width) by the mean over the pixels under each new one.
 
-    New pixel i covers the old ones from floor(i * old / new) to ceil((i + 1) * old /
-    new), all with equal weight: `torch.nn.functional.interpolate(mode="area")`.
+    New pixel i covers the old pixels from floor(i * old / new) to ceil((i + 1) * old /
+    new) with equal weights, like `torch.nn.functional.interpolate(mode="area")`.
     """
     weight_y, weight_x = (
         _area_weights(old, new)
@@ -30,7 +30,7 @@ def area(
 def bilinear(
     images: Float[Array, "... height width channels"], size: tuple[int, int]
 ) -> Float[Array, "... new_height new_width channels"]:
-    """Between pixel centres, without antialiasing, to `size` (height, width).
+    """Interpolates between pixel centres to `size` (height, width), no antialiasing.
 
     It is `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
     """
@@ -41,7 +41,7 @@ def bilinear(
 def nearest(
     images: Float[Array, "... height width channels"], size: tuple[int, int]
 ) -> Float[Array, "... new_height new_width channels"]:
-    """The old pixel that holds the new pixel's corner, to `size` (height, width)."""
+    """Takes the old pixel at each new pixel's corner, to `size` (height, width)."""
     height, width = images.shape[-3:-1]
     rows = np.arange(size[0]) * height // size[0]
     columns = np.arange(size[1]) * width // size[1]

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 IMPLEMENTATIONS = ("auto", "pallas", "cudnn", "xla")
-TIMED_TOKENS = 65  # up to which the fused kernel was timed against the others
-# Compute capabilities of NVIDIA GPUs that it was compiled for: A100, H100 and H200.
-# Others have less shared memory, or no Triton (before 8.0).
+TIMED_TOKENS = 65  # the fused kernel was timed against the others up to this length
+# Compute capabilities of GPUs that the fused kernel was compiled for: A100, H100, H200.
+# Other GPUs have less shared memory, or no Triton (before 8.0).
 CAPABILITIES = ("8.0", "9.0")
 
 
@@ -31,19 +31,19 @@ def attention(
 ) -> Float[Array, "batch tokens width"]:
     """Softmax attention of every token to every token, scaled by head_dim ** -0.5.
 
-    `qkv` holds queries, keys and values one after the other along its last axis, each
-    with its heads one after the other (timm's layout). The softmax is computed in
-    float32 whatever the dtype of `qkv`. `implementation` is one of `IMPLEMENTATIONS`:
+    `qkv` contains queries, keys and values, one after the other along its last axis,
+    each with its heads one after the other (timm's layout). The softmax is computed in
+    float32, whatever the dtype of `qkv`. `implementation` is one of `IMPLEMENTATIONS`:
 
-    - `xla`: `plain_attention`, anywhere; the scores lie in memory.
-    - `pallas`: `flash_attention`, on NVIDIA GPUs; on CPUs interpreted, for tests.
-    - `cudnn`: NVIDIA's, on their GPUs alone, 16-bit inputs.
-    - `auto`: what `choose` says for the platform that the program is compiled for.
-      That is known when the program is lowered, not when it is traced: a GPU machine
-      runs programs on its CPU too, and a CPU compiles them for a GPU that is elsewhere.
-      So both are traced, and the one that is not for the platform is dropped then.
+    - `xla`: `plain_attention`, on any platform; keeps the scores in memory.
+    - `pallas`: `flash_attention`, on NVIDIA GPUs; interpreted on CPUs, for tests.
+    - `cudnn`: NVIDIA's implementation, only on NVIDIA GPUs with 16-bit inputs.
+    - `auto`: the choice of `choose` for the platform of the compiled program. The
+      platform is known when a program is lowered, not when it is traced: a GPU machine
+      also runs programs on its CPU, and a CPU can compile for a remote GPU. So both
+      implementations are traced, and lowering drops the other one.
 
-    Raises ValueError where the implementation cannot serve what is asked.
+    Raises ValueError if the implementation does not support the arguments.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -67,19 +67,20 @@ def choose(
     platform: str,
     capability: str | None = None,
 ) -> tuple[str, str]:
-    """The implementation that `auto` is, and why, for a `qkv` of `shape` and `dtype`.
+    """The implementation that `auto` uses for a `qkv` of `shape` and `dtype`, and why.
 
-    `platform` is JAX's name of it: cuda, rocm, tpu, cpu; `capability` that of a GPU
-    that is there ("9.0"), None for one that is elsewhere. By what was timed on an H100
+    `platform` is JAX's name: cuda, rocm, tpu, cpu. `capability` is that of a local GPU
+    ("9.0"), None for a remote one. The choice follows timings on an H100
     (benchmarks/RESULTS.md): in bfloat16, at 17 to 65 tokens, the fused kernel takes
     0.28 to 0.53 of the time of the fastest other. Longer sequences were not timed
-    against the others; in float32, where it was not timed at all, it is not chosen.
+    against the others. The fused kernel was not timed in float32, so it is not chosen
+    there.
     """
     if platform != "cuda":
         return "xla", f"the fused kernel is not compiled for {platform}"
     reason = refusal(shape, dtype, num_heads)
     if reason is not None:
-        return "xla", f"the fused kernel does not serve {reason}"
+        return "xla", f"the fused kernel does not support {reason}"
     if capability is not None and capability not in CAPABILITIES:
         return "xla", (
             f"the fused kernel was compiled for compute capability "
@@ -121,7 +122,7 @@ def _pallas(qkv, *, num_heads):
 
 
 def _cudnn(qkv, *, num_heads):
-    # Its own checks are of versions and devices and raise what they please.
+    # Its own checks of versions and devices raise various errors.
     if jax.default_backend() != "gpu":
         reason = f"{jax.default_backend()}, expected an NVIDIA GPU"
         raise ValueError(_cannot_serve("cudnn", reason))
@@ -130,15 +131,15 @@ def _cudnn(qkv, *, num_heads):
         raise ValueError(_cannot_serve("cudnn", reason))
     try:
         return _of_cudnn(qkv, num_heads=num_heads)
-    except (RuntimeError, ValueError) as error:  # whatever of them its checks raise
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(_cannot_serve("cudnn", reason)) from error
 
 
 def _cannot_serve(implementation: str, reason: str) -> str:
     return (
-        f"attention: implementation={implementation!r} cannot serve this: {reason}; "
-        "auto or xla can"
+        f"attention: implementation={implementation!r} does not support this: {reason};"
+        " use auto or xla"
     )
 
 
@@ -146,8 +147,8 @@ def _of_cudnn(qkv, *, num_heads):
     batch, tokens, _ = qkv.shape
     lengths = None
     if tokens % 2:
-        # JAX (0.11.2) refuses the gradient of odd lengths, which MAE's all are, though
-        # cuDNN has it: one token more, which is told to be none.
+        # JAX (0.11.2) refuses the gradient of odd lengths although cuDNN supports it,
+        # and all lengths of MAE are odd. So add one token and mask it by length.
         qkv = jnp.pad(qkv, ((0, 0), (0, 1), (0, 0)))
         lengths = jnp.full(batch, tokens, jnp.int32)
     query, key, value = rearrange(

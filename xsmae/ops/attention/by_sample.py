@@ -1,4 +1,4 @@
-"""Functions that treat every sample of a batch alone, under vmap and sharding."""
+"""Makes functions that treat samples independently work under vmap and sharding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def by_sample(function: Callable[..., list[jax.Array]]) -> Callable:
-    """`function`, of arrays that all have the batch first, told to vmap and to XLA.
+    """Wraps a function of arrays that all have the batch as first axis.
 
-    A kernel is opaque to XLA: under `jit`, with the batch divided over devices, every
-    device would gather all of it. So told, each calls `function` on its own samples,
-    whose other axes are whole. A `vmap` puts its axis into the batch.
+    A kernel is opaque to XLA. With the batch divided over devices, every device would
+    gather the whole batch. With this wrapper, each device calls `function` on its own
+    samples; their other axes are not divided. `vmap` merges its axis into the batch.
     """
     divided = custom_partitioning(function)
     divided.def_partition(partition=_partitioned(function), sharding_rule=_rule)
@@ -44,7 +44,7 @@ def _partitioned(function):
 
 
 def _rule(mesh, arguments, results):
-    """The batch is one axis throughout; no other may be divided (Shardy's notation)."""
+    """Shardy's rule: all arrays share the batch axis; no other axis may be divided."""
     terms, whole = [], []
     for index, array in enumerate((*arguments, *results)):
         names = [f"x{index}_{axis}" for axis in range(1, len(array.shape))]

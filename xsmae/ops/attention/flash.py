@@ -1,13 +1,13 @@
 """Attention as one Pallas kernel forward and one backward, on the packed projection.
 
-Both read `[batch, tokens, 3 * heads * head_dim]` where it lies: a head of a sample is a
-block of its rows and columns, and what of a block is beyond the sample or the head is
-masked. Nothing of it is copied, transposed or padded in memory, and no scores are kept
-there. The backward kernel computes them again from the saved log-sum-exp. Every program
-writes rows of its own, without atomics: gradients are bit-equal from run to run.
+Both read `[batch, tokens, 3 * heads * head_dim]` in place. A head of a sample is a
+block of rows and columns; the part of a block outside the sample or the head is masked.
+Nothing is copied, transposed or padded in memory, and no scores are stored. The
+backward kernel recomputes them from the saved log-sum-exp. Every program writes its own
+rows without atomics, so gradients are bit-equal from run to run.
 
-The kernels themselves are in flash_kernels.py; to what length they hold whole rows of
-scores, and how they are cut, in flash_plan.py.
+The kernels are in flash_kernels.py. flash_plan.py chooses their block sizes, and the
+length up to which they hold whole rows of scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from xsmae.ops.attention.flash_plan import Plan
 
 try:
     from jax.experimental.pallas import triton as plgpu
-except ImportError:  # JAX says that it will drop this dialect: `refusal` says so then
+except ImportError:  # JAX will remove this dialect; `refusal` then reports it
     kernels = None
 else:
     from xsmae.ops.attention import flash_kernels as kernels
@@ -34,7 +34,7 @@ else:
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-ATTENDED = "attended"  # by it a rematerialisation knows attention's result
+ATTENDED = "attended"  # the checkpoint name of attention's result
 MAX_TOKENS = 4096
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 DTYPES = ("bfloat16", "float32")
@@ -43,11 +43,11 @@ DTYPES = ("bfloat16", "float32")
 def flash_attention(
     qkv: Float[Array, "batch tokens three_width"], *, num_heads: int
 ) -> Float[Array, "batch tokens width"]:
-    """Softmax attention of every token to every token, as `attention` says, fused.
+    """Fused softmax attention of every token to every token; see `attention`.
 
-    Compiled for CUDA, interpreted on a CPU (slow: for tests); a program for another
-    platform is refused when it is lowered. It can be differentiated once, in reverse.
-    Raises ValueError where `refusal` has a reason.
+    It is compiled for CUDA and interpreted on a CPU (slow, for tests). Lowering for
+    another platform is an error. It can be differentiated once, in reverse mode. Raises
+    ValueError if `refusal` gives a reason.
     """
     reason = refusal(qkv.shape, qkv.dtype, num_heads)
     if reason is not None:
@@ -56,7 +56,7 @@ def flash_attention(
 
 
 def refusal(shape: tuple[int, ...], dtype: jnp.dtype, num_heads: int) -> str | None:
-    """Why a `qkv` of this shape and dtype cannot be served; None if it can."""
+    """Why a `qkv` of this shape and dtype is not supported; None if it is."""
     _, tokens, three_width = shape
     head_dim = three_width // (3 * num_heads)
     if kernels is None:
@@ -77,10 +77,10 @@ def _attention(qkv, num_heads):
 
 def _attention_forward(qkv, num_heads):
     out, lse = by_sample(functools.partial(_forward, num_heads, True))(qkv)
-    # Were it not kept like the result, the kernel would run once more, backward. As it
-    # does where `out` is needed below: by name it would be kept twice.
+    # Keep the log-sum-exp like the result, or the backward pass runs the kernel again.
+    # If `out` is needed below, it still does: naming `out` would store it twice.
     lse = checkpoint_name(lse, ATTENDED)
-    # With whole rows the backward kernel has no use for the result.
+    # With whole rows, the backward kernel does not need the result.
     whole = _plan(qkv, num_heads, backward=True).whole
     return out, (qkv, None if whole else out, lse)
 
@@ -118,7 +118,7 @@ def _plan(qkv, num_heads, *, backward):
 
 
 def _launch(kernel, plan, arrays, results):
-    """The one place that starts a kernel, and chooses Triton or the interpreter."""
+    """Starts a kernel, with Triton or the interpreter."""
 
     def call(precision, interpret, *arrays):
         return pl.pallas_call(
@@ -132,7 +132,8 @@ def _launch(kernel, plan, arrays, results):
             name=f"attention_{kernel.__name__}",
         )(*arrays)
 
-    # On tensor cores a product keeps 10 bits of a float32; three make up for it.
+    # A tensor-core product keeps 10 bits of a float32's mantissa; three products
+    # restore the precision.
     precision = lax.Precision.DEFAULT
     if plan.itemsize == 4:
         precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3

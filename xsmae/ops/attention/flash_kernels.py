@@ -1,16 +1,16 @@
 """The kernels of flash_attention.py, in the Triton dialect of Pallas.
 
-- Where a plan is `whole` a program holds all keys and values of a head, and so the
-  whole row of scores of a block of queries: no running softmax. The keys lie in tiles
-  whose lengths are the binary digits of the sequence's: 65 tokens are computed as
-  64 + 16, not as 128. Heads too short to fill a program share one, which takes them one
+- If a plan is `whole`, a program holds all keys and values of a head, and so the whole
+  rows of scores of a block of queries. It needs no running softmax. The keys are cut
+  into tiles that follow the binary digits of the length: 65 tokens are computed as
+  64 + 16, not as 128. Several short heads share a program, which processes them one
   after the other.
-- Elsewhere a program walks over blocks of keys with a running softmax (Milakov and
-  Gimelshein, arXiv:1805.02867; Dao, arXiv:2307.08691), and backward once more over
-  blocks of queries.
+- Otherwise a program loops over blocks of keys with a running softmax (Milakov and
+  Gimelshein, arXiv:1805.02867; Dao, arXiv:2307.08691). The backward kernel also loops
+  over blocks of queries.
 
 Each kernel takes its `Plan` (flash_plan.py), the function for products of blocks, and
-the arrays. `x_bar` is the gradient of the loss by x.
+the arrays. `x_bar` is the gradient of the loss with respect to x.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ QUERY, KEY, VALUE = range(3)
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """One head of one sample: where its blocks lie in the arrays."""
+    """One head of one sample, and the positions of its blocks in the arrays."""
 
     plan: Plan
     sample: jax.Array
     index: jax.Array
 
     def _numbers(self, ref, part, block):
-        """The part of `ref`, and which of its numbers are the head's; None: all."""
+        """The part of `ref` and a mask of the head's numbers; mask None means all."""
         plan, mask = self.plan, None
         row = (block.start + jnp.arange(block.rows))[:, None]
         column = jnp.arange(plan.columns)[None, :]
@@ -52,7 +52,7 @@ class _Head:
         return ref.at[self.sample, row, column], mask
 
     def load(self, ref, block, part=QUERY):
-        """[rows, columns] of a block; zero where there are none."""
+        """[rows, columns] of a block; zero outside the head."""
         return _load(*self._numbers(ref, part, block))
 
     def store(self, ref, block, values, part=QUERY):
@@ -65,7 +65,7 @@ class _Head:
         return ref.at[self.sample, self.index, row], mask
 
     def load_rows(self, ref, block):
-        """[rows] of a [batch, heads, tokens] array; zero where there are none."""
+        """[rows] of a [batch, heads, tokens] array; zero beyond the tokens."""
         return _load(*self._rows(ref, block))
 
     def store_rows(self, ref, block, values):
@@ -73,7 +73,7 @@ class _Head:
         plgpu.store(numbers, values, mask=mask)
 
     def where_keys(self, block, scores, otherwise):
-        """[queries, keys], and `otherwise` where a block of keys has none."""
+        """[queries, keys] scores, with `otherwise` for keys beyond the tokens."""
         if block.inside:
             return scores
         is_key = (block.start + jnp.arange(block.rows) < self.plan.tokens)[None, :]
@@ -228,14 +228,14 @@ def _weights(head, dot, query, key, lse, block):
 
 
 def _own_block(plan):
-    """The head and the block of a program where a softmax is running."""
+    """The head and the block of a program with a running softmax."""
     start, inside = pl.program_id(0) * plan.rows, plan.tokens % plan.rows == 0
     head = _Head(plan, pl.program_id(2), pl.program_id(1))
     return head, Block(start, plan.rows, inside)
 
 
 def _for_each_head(plan, one_head):
-    """Those of a program with whole rows."""
+    """Calls `one_head` for each head of a program with whole rows."""
     first, sample = pl.program_id(0) * plan.heads, pl.program_id(1)
 
     def body(index, _):
@@ -245,9 +245,10 @@ def _for_each_head(plan, one_head):
 
 
 def _for_each_block(plan, one_block, carry):
-    """Those of a sample, where a program holds all keys: all of one size.
+    """Loops over the blocks of queries, all of one size, in a program with whole rows.
 
-    A smaller last one would be of another layout, and the keys be held in both.
+    A smaller last block would have another layout, and then keys would be held in both
+    layouts.
     """
     inside = plan.tokens % plan.rows == 0
     return _loop(
@@ -258,7 +259,7 @@ def _for_each_block(plan, one_block, carry):
 
 
 def _for_each_block_and_tail(plan, one_block, carry):
-    """Those of a sample: the full ones, which need no masks, and what is left."""
+    """Loops over full blocks, which need no masks, then over a smaller last block."""
     full = plan.tokens // plan.rows
     carry = _loop(
         full,

@@ -1,7 +1,7 @@
-"""How the kernels of flash_kernels.py are cut: rows, warps, heads of a program.
+"""Sizes for the kernels of flash_kernels.py: rows, warps and heads per program.
 
-By what was measured on an H100 (benchmarks/RESULTS.md), in bfloat16. Float32, which is
-for comparisons, is cut for fewer registers.
+They follow measurements on an H100 (benchmarks/RESULTS.md) in bfloat16. Sizes for
+float32, which is for comparisons, save registers.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import dataclasses
 import jax
 from jax.experimental import pallas as pl
 
-# Tokens up to which a program may hold whole rows of scores; backward in bfloat16 and
-# in float32, by the bytes of a number.
+# Most tokens for which a program holds whole rows of scores: forward, and backward by
+# bytes per number (2: bfloat16, 4: float32).
 WHOLE_FORWARD, WHOLE_BACKWARD = 256, {2: 128, 4: 256}
 
-# Numbers of the keys (tokens times columns) that such a program may hold, by the bytes
-# of a number. Forward, the shared memory of a Hopper's core is the limit; backward the
-# registers, which gather the gradients of keys and values in float32.
+# Most numbers of the keys (tokens x columns) that such a program may hold, by bytes per
+# number. The forward limit is the shared memory of a Hopper SM. The backward limit is
+# the registers, which accumulate the gradients of keys and values in float32.
 HELD_FORWARD = {2: 256 * 128, 4: 128 * 64}
 HELD_BACKWARD = {2: 80 * 128, 4: 64 * 64}
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Rows of a sample from `start` on; `inside` if it is known that all are tokens."""
+    """Rows of a sample from `start` on; `inside` if all are known to be tokens."""
 
     start: int | jax.Array
     rows: int
@@ -33,7 +33,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sizes that a kernel is compiled for, and those that follow from them."""
+    """The shapes that a kernel is compiled for, and the sizes that follow."""
 
     batch: int
     tokens: int
@@ -44,12 +44,12 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        """Of a block: the power of two that holds head_dim."""
+        """The width of a block: the next power of two >= head_dim."""
         return pl.next_power_of_2(self.head_dim)
 
     @property
     def tiles(self) -> list[Block]:
-        """Of all keys: the binary digits of their sixteens."""
+        """Tiles of all keys, from the binary digits of their number of sixteens."""
         sixteens, start, tiles = pl.cdiv(self.tokens, 16), 0, []
         for digit in reversed(range(sixteens.bit_length())):
             if sixteens >> digit & 1:
@@ -60,24 +60,24 @@ class Plan:
 
     @property
     def padded(self) -> int:
-        """Tokens of the tiles."""
+        """Tokens of all tiles: a multiple of 16."""
         return 16 * pl.cdiv(self.tokens, 16)
 
     @property
     def held(self) -> int:
-        """Numbers of the keys of a head."""
+        """How many numbers the keys of a head have."""
         return self.padded * self.columns
 
     @property
     def whole(self) -> bool:
-        """Whether a program holds whole rows of scores."""
+        """True if a program holds whole rows of scores."""
         held = HELD_BACKWARD if self.backward else HELD_FORWARD
         longest = WHOLE_BACKWARD[self.itemsize] if self.backward else WHOLE_FORWARD
         return self.held <= held[self.itemsize] and self.tokens <= longest
 
     @property
     def rows(self) -> int:
-        """Of a block of queries, and of one of keys where a softmax is running."""
+        """Rows of a block of queries; of a block of keys too with a running softmax."""
         if self.itemsize == 4:
             choices = (64, 32) if self.whole and self.padded <= 64 else (32,)
         elif not self.whole or (not self.backward and self.tokens > 128):
@@ -86,12 +86,12 @@ class Plan:
             choices = (16 * self.num_warps, max(16, 8 * self.num_warps))
         else:
             choices = (128,) if self.held > 64 * 128 else (64, 32)
-        # What pads the sequence less.
+        # Choose the size with the least padding.
         return min(choices, key=lambda rows: pl.cdiv(self.tokens, rows) * rows)
 
     @property
     def blocks(self) -> int:
-        """Of queries, in a sample."""
+        """Blocks of queries per sample."""
         return pl.cdiv(self.tokens, self.rows)
 
     @property
@@ -101,22 +101,23 @@ class Plan:
 
     @property
     def heads(self) -> int:
-        """Of a program with whole rows: about 128 tokens' worth."""
+        """Heads per program with whole rows: about 128 tokens in total."""
         most = max(1, 128 // self.padded)
         return max(n for n in range(1, most + 1) if self.num_heads % n == 0)
 
     @property
     def grid(self) -> tuple[int, ...]:
-        # What lies in the same lines of memory is next to each other: a sample's heads.
+        # The heads of a sample share memory lines, so their programs come in a row.
         if self.whole:
             return self.num_heads // self.heads, self.batch
         return self.blocks, self.num_heads, self.batch
 
     @property
     def num_warps(self) -> int:
-        """Forward one for 16 queries; backward, with whole rows, 40 gradients a thread.
+        """Warps per program.
 
-        Else backward, and in float32, as many as leave few registers spilled.
+        Forward: one per 16 queries. Backward with whole rows: 40 gradients per thread.
+        Backward otherwise, and in float32: enough to spill few registers.
         """
         if self.itemsize == 4:
             warps = self.rows // 16
@@ -133,8 +134,8 @@ class Plan:
 
     @property
     def num_stages(self) -> int:
-        """How many blocks are loaded ahead, one included: they take shared memory."""
-        if self.itemsize == 4:  # with two, 127 x 64 is too much for an A100
+        """Pipeline stages of loads, at least 1; each takes shared memory."""
+        if self.itemsize == 4:  # two stages of 127 x 64 do not fit on an A100
             return 1 if self.whole and self.held > 64 * 64 else 2
         if self.whole:
             return 3 if self.held <= 64 * 128 else 1

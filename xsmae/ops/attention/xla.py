@@ -1,4 +1,4 @@
-"""Attention in a few products, which XLA compiles anywhere."""
+"""Attention as a few matrix products, which XLA compiles for any platform."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def plain_attention(
     qkv: Float[Array, "batch tokens three_width"], num_heads: int
 ) -> Float[Array, "batch tokens width"]:
-    """Attention in a few products. The gradient computes the scores again from `qkv`.
+    """Attention as a few products. The gradient recomputes the scores from `qkv`.
 
-    MAE's sequences are short, so that this costs less, on CPUs, than writing the scores
-    and the split `qkv` to memory and reading them: benchmarks/RESULTS.md.
+    MAE's sequences are short. On CPUs, recomputing costs less than writing and reading
+    the scores and the split `qkv` (benchmarks/RESULTS.md).
     """
     query, key, value = _split(qkv, num_heads)
     out = jnp.einsum("bhnm,bhmd->bhnd", _probabilities(query, key), value)
@@ -36,7 +36,7 @@ def _backward(num_heads, qkv, out_bar):
     probabilities = _probabilities(query, key)
     out_bar = rearrange(out_bar, "b n (h d) -> b h n d", h=num_heads)
     value_bar = jnp.einsum("bhnm,bhnd->bhmd", probabilities, out_bar)
-    # The softmax's gradient is of float32, like the softmax.
+    # The softmax's gradient is computed in float32, like the softmax.
     wide = probabilities.astype(jnp.float32)
     wide_bar = _scores(out_bar, value)
     weighted = (wide * wide_bar).sum(axis=-1, keepdims=True)
