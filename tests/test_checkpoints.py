@@ -1,4 +1,4 @@
-"""Checkpoints: whole or noticed, the older one used, nothing lost to a full disk."""
+"""Checkpoints: damage is detected, older steps are used, full disks lose nothing."""
 
 import dataclasses
 import errno
@@ -31,7 +31,7 @@ FLIPS = 100
 
 
 def saved(directory, steps, **options):
-    """Checkpoints of `steps`, all whole."""
+    """Saves checkpoints of `steps`."""
     checkpoints = Checkpoints(directory, **options)
     for step in steps:
         checkpoints.save(step, some_state(step), fingerprint="data")
@@ -47,7 +47,7 @@ def bits(state):
 
 
 def refused(call, error=UserError):
-    """The one line of an error."""
+    """The one-line message of an error."""
     with pytest.raises(error) as caught:
         call()
     assert "\n" not in str(caught.value)
@@ -64,7 +64,7 @@ def files_of(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-# Whole ones
+# Undamaged checkpoints
 
 
 def test_what_is_restored_is_what_was_saved(tmp_path):
@@ -85,7 +85,7 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
 
 
 def test_the_next_step_does_not_reach_into_a_save(tmp_path):
-    """Steps are given their state's memory, and a save goes on in the background."""
+    """A step reuses the memory of its state while a save runs in the background."""
     state = some_state(1)
     expected = bits(state)
     checkpoints = Checkpoints(tmp_path)
@@ -128,7 +128,7 @@ def test_other_data_and_other_arrays_are_refused_by_name(tmp_path):
     checkpoints.close()
 
 
-# Damaged ones
+# Damaged checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def two_steps(tmp_path_factory):
 
 
 def test_every_flipped_bit_is_noticed_and_the_older_step_used(two_steps, tmp_path):
-    """Bits anywhere in the files of a step, each of which stays as likely as long."""
+    """Flips bits anywhere in the files of a step."""
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     files = files_of(tmp_path / "6")
     lengths = [8 * path.stat().st_size for path in files]
@@ -147,8 +147,8 @@ def test_every_flipped_bit_is_noticed_and_the_older_step_used(two_steps, tmp_pat
     said, hit = [], set()
     checkpoints = Checkpoints(tmp_path, say=said.append)
     for number in range(FLIPS):
-        # Half by size, half file by file: the small ones, Orbax's own, of which there
-        # are now more, now fewer, must be hit too.
+        # Choose half of the files by size and half in turn, so that Orbax's small
+        # files, whose number varies, are hit too.
         path = files[number // 2 % len(files)]
         if number % 2:
             (path,) = rng.choices(files, lengths)
@@ -161,7 +161,7 @@ def test_every_flipped_bit_is_noticed_and_the_older_step_used(two_steps, tmp_pat
         hit.add(path)
     checkpoints.close()
     assert len(said) == FLIPS
-    assert all(line.startswith("step 6 is passed over: ") for line in said)
+    assert all(line.startswith("step 6 is skipped: ") for line in said)
     assert not any("\n" in line for line in said)
     assert len(hit) == len(files)
     step, state = saved(tmp_path, []).restore_newest(some_state(0), fingerprint="data")
@@ -185,12 +185,12 @@ def test_a_step_that_is_not_whole_is_passed_over(two_steps, tmp_path, damage, ca
         expected = "digests.json is missing"
     else:
         (tmp_path / "6").rename(tmp_path / "7")
-        expected = "it holds the step 6"
+        expected = "it contains step 6"
     checkpoints = Checkpoints(tmp_path)
     step, _ = checkpoints.restore_newest(some_state(0), fingerprint="data")
     assert step == 3
     (line,) = capsys.readouterr().out.splitlines()
-    assert "is passed over" in line
+    assert "is skipped" in line
     assert expected in line
     newest = max(checkpoints.steps())
     assert checkpoints.latest_step() == 3
@@ -202,7 +202,7 @@ def test_a_step_that_is_not_whole_is_passed_over(two_steps, tmp_path, damage, ca
     assert bits(checkpoints.restore_weights(like)["params"]) == bits(
         some_state(3).params
     )
-    # It stays until a newer one is whole, and does not count among those kept.
+    # It stays until a newer step is complete, and does not count as kept.
     checkpoints.keep = 2
     checkpoints.save(4, some_state(4), fingerprint="data")
     checkpoints.close()
@@ -210,7 +210,7 @@ def test_a_step_that_is_not_whole_is_passed_over(two_steps, tmp_path, damage, ca
 
 
 def test_arrays_that_were_written_wrongly_are_named(two_steps, tmp_path):
-    """The files are as they were written, the array is not what was to be written."""
+    """The files are unchanged, but an array differs from the saved one."""
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "6" / digests.FILE
     content = digests.read(tmp_path / "6")
@@ -220,7 +220,7 @@ def test_arrays_that_were_written_wrongly_are_named(two_steps, tmp_path):
     said = refused(
         lambda: checkpoints.restore(6, some_state(0), fingerprint=None), DamagedError
     )
-    assert "params.norm.scale is not the array that was saved" in said
+    assert "params.norm.scale differs" in said
     assert "params.norm.scale" in refused(lambda: verify(tmp_path / "6"), DamagedError)
     checkpoints.close()
 
@@ -231,7 +231,7 @@ def test_a_damaged_newest_step_is_saved_again(two_steps, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     step, _ = checkpoints.restore_newest(some_state(0), fingerprint="data")
     saver = Saver(checkpoints, fingerprint="data", allowed=0)
-    saver.save(step, some_state(step))  # is there already
+    saver.save(step, some_state(step))  # already saved
     assert not checkpoints.saving()
     saver.save(6, some_state(6))
     saver.finish()
@@ -245,7 +245,7 @@ def test_a_damaged_newest_step_is_saved_again(two_steps, tmp_path):
 def test_damaged_steps_are_removed_when_a_run_is_complete(
     two_steps, tmp_path, damaged, capsys
 ):
-    """An older step that is kept, and one after the last step of the run."""
+    """An older kept step, and a step after the last step of the run."""
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     if damaged == 9:
         shutil.copytree(tmp_path / "6", tmp_path / "9")
@@ -265,7 +265,7 @@ def test_damaged_steps_are_removed_when_a_run_is_complete(
 
 
 def test_files_are_checked_without_the_other_processes(two_steps, monkeypatch):
-    """Process 0 alone removes damaged steps: the others would never join it."""
+    """Only process 0 removes damaged steps, so it must not wait for the others."""
     waited_for = []
     monkeypatch.setattr(
         multihost,
@@ -286,7 +286,7 @@ def test_none_that_is_whole_is_an_error(two_steps, tmp_path):
         lambda: checkpoints.restore_newest(some_state(0), fingerprint="data"),
         DamagedError,
     )
-    assert "none of the steps saved is whole" in said
+    assert f"{tmp_path}: all saved steps are damaged" in said
     checkpoints.close()
 
 
@@ -327,7 +327,7 @@ def test_verify_tells_of_each_step(two_steps, tmp_path, capsys):
     assert main(["xsmae verify", str(workdir)]) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step 3: damaged: ")
-    assert "state/_METADATA is not as it was written" in first
+    assert "state/_METADATA has changed" in first
     assert second == "step 6: good"
     for wrong in (["verify"], ["check", str(workdir)], ["verify", str(tmp_path / "x")]):
         assert main(["checkpoints", *wrong]) == 2
@@ -335,7 +335,7 @@ def test_verify_tells_of_each_step(two_steps, tmp_path, capsys):
     assert main(["checkpoints", "--help"]) == 0
 
 
-# Killed in a save
+# Killed during a save
 
 SAVING = """
 import sys
@@ -365,7 +365,7 @@ def test_killed_at_any_moment_of_a_save_whole_steps_are_left(tmp_path):
         begun += [int(line) for line in printed.splitlines()]
         checkpoints = Checkpoints(tmp_path)
         assert all(verify(tmp_path / str(step)) for step in checkpoints.steps())
-        # A save waits for the one before it, so all but the last begun are whole.
+        # A save waits for the previous one, so all except the last are complete.
         assert checkpoints.latest_step() >= begun[-1] - 1 > newest
         assert len(checkpoints.steps()) >= 2
         newest = checkpoints.latest_step()
@@ -407,7 +407,7 @@ def test_what_dead_saves_have_left_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "notes"]
 
 
-# Disks that take nothing
+# Full disks
 
 
 def full(directory):
@@ -462,7 +462,7 @@ def test_a_state_that_is_not_finite_takes_no_ones_place(tmp_path):
         checkpoints.save(2, some_state(2, params=params), fingerprint="data")
         checkpoints.wait()
 
-    assert "params.kernel holds numbers that are not finite" in refused(save, SaveError)
+    assert "params.kernel has numbers that are not finite" in refused(save, SaveError)
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
@@ -477,7 +477,7 @@ def test_a_folder_that_vanishes_is_told_and_not_made_anew(tmp_path, replaced_by)
     said = refused(
         lambda: checkpoints.save(2, some_state(2), fingerprint="data"), SaveError
     )
-    assert "is not there any more" in said
+    assert "no longer exists" in said
     checkpoints.close()
     assert not directory.is_dir()
 
@@ -492,7 +492,7 @@ def test_so_many_saves_may_fail_in_a_row(tmp_path, monkeypatch, capsys):
             saver.save(step, some_state(step))
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2
-    assert "the run goes on without: 2 of 2 saves in a row" in said[1]
+    assert "2 of 2 saves in a row" in said[1]
     begun = []
     save = checkpoints.save
 
@@ -502,9 +502,9 @@ def test_so_many_saves_may_fail_in_a_row(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(checkpoints, "save", counted)
     saver.save(4, some_state(4))
-    saver.save(4, some_state(4))  # while it is under way
+    saver.save(4, some_state(4))  # while the save runs
     saver.finish()
-    saver.save(4, some_state(4))  # once it is done
+    saver.save(4, some_state(4))  # after it is done
     assert begun == [4]
     assert saver.failures == 0
     monkeypatch.setattr(digests, "write", no_space)
@@ -517,6 +517,6 @@ def test_so_many_saves_may_fail_in_a_row(tmp_path, monkeypatch, capsys):
     assert "step 5 could not be saved" in capsys.readouterr().out
     saver.save(6, some_state(6))
     said = refused(saver.finish, SaveError)
-    assert "step 4 is saved whole; the same command goes on from there" in said
+    assert "step 4 is saved; the same command resumes" in said
     checkpoints.close()
     assert checkpoints.steps() == [1, 4]

@@ -1,4 +1,4 @@
-"""What a process prints of the library's lines, and what it does not."""
+"""Which of the library's log lines a process prints."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ def test_lines_are_shown_as_they_are_while_inside(capsys):
     with shown():
         LOG.info("100 % of %s")
         LOG.warning("a full disk")
-        with shown():  # the binary, and the run inside it
+        with shown():  # the command, and the run inside it
             LOG.info("once")
         LOG.info("still")
     captured = capsys.readouterr()

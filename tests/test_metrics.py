@@ -104,7 +104,7 @@ def test_a_damaged_line_costs_no_other(tmp_path, damage, capsys):
     whole = damage.endswith(b"\n")
     path.write_bytes(first + (damage if whole else damage + second) + third)
     assert steps_of(path) == [1, 3]
-    assert "metrics.jsonl: line 2 is damaged and left out" in capsys.readouterr().out
+    assert "metrics.jsonl: line 2 is damaged" in capsys.readouterr().out
     write(tmp_path, [4], resume_step=3)
     assert steps_of(path) == [1, 3, 4]
 

@@ -1,4 +1,4 @@
-"""Locks, signals, hangs, numbers that are not finite, disks that are full."""
+"""Locks, signals, hangs, non-finite numbers, full disks."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ SHORT = [
 
 
 def python(code, *arguments):
-    """A process that runs `code`, and its first line once it is there."""
+    """Starts a process that runs `code`; returns it and its first line of output."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=ROOT,
@@ -50,7 +50,7 @@ def python(code, *arguments):
     return process, process.stdout.readline().strip()
 
 
-# One process a workdir
+# One process per workdir
 
 HOLD = """
 import sys, time
@@ -72,7 +72,7 @@ def test_a_second_process_is_told_who_has_the_workdir(tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
-    with FolderLock(tmp_path):  # a dead one's is taken over
+    with FolderLock(tmp_path):  # the lock of a dead process is free
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     assert (tmp_path / "lock").read_text() == ""
     with FolderLock(tmp_path):
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_ends_at_once_whatever_runs(number):
-    """Both arrive within one call of C, where Python's handlers wait for its end."""
+    """Both arrive during one C call, so Python's handlers do not run."""
     code = """
 import ctypes, signal
 from xsmae.process.signals import StopRequest
@@ -108,7 +108,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 threads = ctypes.CDLL(None)
 with StopRequest():
     print("busy", flush=True)
-    # A lock that is never released: waited for in C, without Python's lock.
+    # Wait in C for a lock that is never released, without holding the GIL.
     mutex = ctypes.create_string_buffer(64)
     threads.pthread_mutex_lock(mutex)
     threads.pthread_mutex_lock(mutex)
@@ -126,8 +126,8 @@ with StopRequest():
     assert process.returncode == 128 + number
     name = signal.Signals(number).name
     assert said.splitlines() == [
-        f"{name}: stopping after this step; again: at once",
-        f"{name}: ending at once",
+        f"{name}: stopping after this step; repeat to stop now",
+        f"{name}: ending now",
     ]
 
 
@@ -206,7 +206,7 @@ def test_images_of_batches_that_are_not_finite_are_listed(tmp_path):
     batches = create()
     check(batches, 1, 0)
     assert not batches.path.exists()
-    for _ in range(2):  # a step that is saved is checked twice
+    for _ in range(2):  # a saved step is checked twice
         check(batches, 2, 1)
     with pytest.raises(UserError, match=r"nonfinite\.jsonl") as caught:
         check(batches, 3, 2)
@@ -219,7 +219,7 @@ def test_images_of_batches_that_are_not_finite_are_listed(tmp_path):
 
 
 def test_a_diverging_run_keeps_its_good_checkpoint(tmp_path, capsys):
-    """The first update is too large by far; the steps after it change nothing."""
+    """The first update is far too large; the steps after it change nothing."""
     said = refused(
         capsys,
         *SHORT,
@@ -228,7 +228,7 @@ def test_a_diverging_run_keeps_its_good_checkpoint(tmp_path, capsys):
         "--config.optim.max_nonfinite=2",
         f"--workdir={tmp_path}",
     )
-    assert "not finite in 2 steps in a row" in said
+    assert "2 steps in a row" in said
     assert str(tmp_path / "nonfinite.jsonl") in said
     rows = read_jsonl(tmp_path / "nonfinite.jsonl")
     assert [len(row["ids"]) for row in rows] == [8, 8]
@@ -246,7 +246,7 @@ def test_lines_that_a_full_disk_did_not_take_are_written_later(tmp_path, capsys)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, unlimited[1]))
-        for step in range(2, 40):  # more than TensorBoard's queue is long
+        for step in range(2, 40):  # more steps than TensorBoard's queue holds
             writer.write(step, {"loss": 1.0})
         assert writer.path.stat().st_size == size
         assert "metrics.jsonl cannot be written (" in capsys.readouterr().out
@@ -290,13 +290,13 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(tmp_path, capsys, monkey
     assert "the figure of the crops cannot be written" in said
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"3", "4", "5"}
-    # Full for good: as many failures as allowed, then one line and the last good step.
+    # The disk stays full: after the allowed failures, one line with the last good step.
     left[0] = 100
     (tmp_path / "checkpoints" / "5").rename(tmp_path / "5")
     none = "--config.checkpoint.keep_going_without_checkpoints=0"
     said = refused(capsys, *SHORT, none, f"--workdir={tmp_path}")
     assert "step 5 could not be saved" in said
-    assert "step 4 is saved whole; the same command goes on from there" in said
+    assert "step 4 is saved; the same command resumes" in said
 
 
 def test_a_run_outlives_images_that_vanish_before_they_are_drawn(
@@ -336,7 +336,7 @@ def test_a_run_outlives_images_that_vanish_before_they_are_drawn(
 
 @pytest.mark.parametrize("damaged", ["2", "3", "5"])
 def test_the_same_command_heals_a_run_with_a_damaged_step(tmp_path, damaged, capsys):
-    """A step kept by keep_every, one of the newest, the newest."""
+    """A step kept by keep_every, one of the newest steps, the newest step."""
     run = [*SHORT, "--config.checkpoint.keep_every=2", f"--workdir={tmp_path}"]
     assert call(*run) == 0
     folder = tmp_path / "checkpoints"
@@ -350,7 +350,7 @@ def test_the_same_command_heals_a_run_with_a_damaged_step(tmp_path, damaged, cap
     newest = "5"
     assert {path.name for path in folder.iterdir()} == names - {damaged} | {newest}
     assert call(*run) == 0
-    assert "is passed over" not in capsys.readouterr().out
+    assert "is skipped" not in capsys.readouterr().out
 
 
 def test_what_a_disk_says_is_told_in_one_line(tmp_path):

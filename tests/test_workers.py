@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# The batches stay referenced to the end, as device buffers and tracebacks hold them.
+# The batches stay referenced to the end, as by device buffers and tracebacks.
 SCRIPT = """
 import time
 from xsmae.configs import quickstart
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     kept = [next(batches) for _ in range({taken})]
     kept.append(kept)
     batches.close()
-    time.sleep(1)  # as a run still saves its state; segments are freed by a thread
+    time.sleep(1)  # like the last save of a run; a thread frees the segments
     print(sum(int(batch["image"].sum()) for batch in kept[:-1]))
 """
 

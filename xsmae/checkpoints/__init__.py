@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, or noticed not to be."""
+"""Checkpoints with digests that detect damage."""
 
 from xsmae.checkpoints.store import Checkpoints
 

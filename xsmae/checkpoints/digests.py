@@ -1,8 +1,8 @@
-"""What a checkpoint was when it was saved: a digest of every leaf and of every file.
+"""Digests of every leaf and every file of a checkpoint, to detect damage.
 
-Those of the leaves are of the arrays in memory, so that what is restored can be
-compared with what was saved, and the leaf be named. Those of the files notice every
-changed bit, also in Orbax's own descriptions, before anything of them is believed.
+Digests of leaves come from the arrays in memory. They compare a restored state with the
+saved one and name the wrong leaf. Digests of files detect every changed bit, also in
+Orbax's own metadata, before the files are used.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from xsmae.errors import DamagedError
 
 FILE = "digests.json"
 SCHEMA = 1
-CHUNK = 1 << 22  # bytes of a file that are read at a time
+CHUNK = 1 << 22  # bytes to read at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of a state on the host. dtype: its name, a key's too (`key<fry>`)."""
+    """One array of a state on the host. dtype: its name; a key's is `key<fry>`."""
 
     dtype: str
     array: np.ndarray
 
     def digest(self) -> dict[str, Any]:
-        """SHA-256 of the bytes, with what they mean."""
+        """The SHA-256 of the bytes, with dtype and shape."""
         data = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8)
         return {
             "dtype": self.dtype,
@@ -43,13 +43,13 @@ class Leaf:
         }
 
     def is_finite(self) -> bool:
-        """Whether no number of it is NaN or infinite."""
+        """True if no number is NaN or infinite."""
         inexact = jax.numpy.issubdtype(self.array.dtype, np.inexact)
         return not inexact or bool(np.isfinite(self.array).all())
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a state by their dotted names."""
+    """Maps dotted names to the leaves of a state."""
     return {
         jax.tree_util.keystr(keys, simple=True, separator="."): leaf
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -57,16 +57,16 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def to_host(state: Any) -> dict[str, Leaf]:
-    """Copies of all leaves, which the step that follows cannot overwrite."""
+    """Copies all leaves to the host, so that the next step cannot overwrite them."""
     leaves = {name: _data(leaf) for name, leaf in named_leaves(state).items()}
     for _, array in leaves.values():
         if isinstance(array, jax.Array) and array.is_fully_addressable:
-            array.copy_to_host_async()  # all under way before the first is waited for
+            array.copy_to_host_async()  # start all copies before waiting for the first
     return {name: Leaf(dtype, _copy(array)) for name, (dtype, array) in leaves.items()}
 
 
 def write(folder: Path, leaves: Mapping[str, Leaf], position: Any) -> None:
-    """Write the digests of a checkpoint that is whole, and all of it to the disk."""
+    """Writes the digests of a complete checkpoint, and syncs its files to disk."""
     content = {
         "schema": SCHEMA,
         "files": {
@@ -87,9 +87,9 @@ def write(folder: Path, leaves: Mapping[str, Leaf], position: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What `write` has written; None where there is no such file.
+    """The digests that `write` wrote; None if the file does not exist.
 
-    Raises DamagedError where a single bit of it has changed.
+    Raises DamagedError if any bit of it changed.
     """
     path = folder / FILE
     if not path.exists():
@@ -98,43 +98,43 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(raw)
         content.pop("sha256")
-        # Written anew it must be the same, blanks and all.
+        # Encoding it again must give the same bytes.
         whole = _encoded(content) == raw
     except (ValueError, KeyError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        raise DamagedError(f"{folder} is damaged: {FILE} is not as it was written")
+        raise DamagedError(f"{folder} is damaged: {FILE} has changed")
     return content
 
 
 def check_files(folder: Path, content: Mapping[str, Any]) -> None:
-    """Raise DamagedError, which names them, where files are not as they were."""
+    """Raises DamagedError, with the files' names, if files have changed."""
     wrong = []
     for name, expected in content["files"].items():
         path = folder / name
         try:
             size = path.stat().st_size
             if size != expected["size"]:
-                wrong.append(f"{name} has {size} bytes of {expected['size']}")
+                wrong.append(f"{name} has {size} bytes, expected {expected['size']}")
             elif _of_file(path) != expected:
-                wrong.append(f"{name} is not as it was written")
+                wrong.append(f"{name} has changed")
         except OSError as error:
             wrong.append(f"{name} cannot be read ({error.strerror})")
     _raise(folder, wrong)
 
 
 def check_leaves(folder: Path, content: Mapping[str, Any], state: Any) -> None:
-    """Raise DamagedError where leaves of `state`, as restored, are not as they were."""
+    """Raises DamagedError if leaves of the restored `state` differ from those saved."""
     wrong = []
     for name, leaf in named_leaves(state).items():
         dtype, array = _data(leaf)
         if Leaf(dtype, _view(array)).digest() != content["leaves"].get(name):
-            wrong.append(f"{name} is not the array that was saved")
+            wrong.append(f"{name} differs from the saved array")
     _raise(folder, wrong)
 
 
 def differences(content: Mapping[str, Any], like: Any) -> list[str]:
-    """Where the leaves of `like` are of another dtype or shape than those saved."""
+    """Lists leaves of `like` whose dtype or shape differs from those saved."""
     found = {
         name: f"{leaf['dtype']}{leaf['shape']}"
         for name, leaf in content["leaves"].items()
@@ -152,7 +152,7 @@ def differences(content: Mapping[str, Any], like: Any) -> list[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's list of names to the disk."""
+    """Syncs a folder's list of names to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -161,14 +161,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def _data(leaf: Any) -> tuple[str, Any]:
-    """A leaf's dtype, and the numbers it consists of."""
+    """A leaf's dtype and its numbers."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return str(leaf.dtype), jax.random.key_data(leaf)
     return str(leaf.dtype), leaf
 
 
 def _view(array: Any) -> np.ndarray:
-    """The whole of an array, from all processes where it is divided over them."""
+    """The whole array, gathered from all processes if they share it."""
     if not isinstance(array, jax.Array):
         return np.asarray(array)
     if array.is_fully_addressable or array.is_fully_replicated:
@@ -181,14 +181,12 @@ def _copy(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and any(
         d.platform == "cpu" for d in array.devices()
     ):
-        return (
-            view.copy()
-        )  # the view is the device's memory: the next step writes to it
+        return view.copy()  # the view is device memory that the next step overwrites
     return view
 
 
 def _of_file(path: Path, *, sync: bool = False) -> dict[str, Any]:
-    """Size and SHA-256; with `sync` the file is written to the disk besides."""
+    """Size and SHA-256 of a file; `sync` also syncs it to disk."""
     found, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -200,7 +198,7 @@ def _of_file(path: Path, *, sync: bool = False) -> dict[str, Any]:
 
 
 def _encoded(content: Mapping[str, Any]) -> bytes:
-    """The bytes of the digests' file, which hold their own digest."""
+    """The bytes of the digests' file, which include their own digest."""
     body = json.dumps(content, sort_keys=True)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return f"{json.dumps({**content, 'sha256': digest}, sort_keys=True)}\n".encode()

@@ -1,4 +1,4 @@
-"""What becomes of a run when its state cannot be saved."""
+"""Saves a run's state and handles saves that fail."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from xsmae.train_state import TrainState
 
 
 class Saver:
-    """Saves a run's state; says which saves fail, and stops the run after too many.
+    """Saves a run's state; logs failed saves and stops the run after too many.
 
-    fingerprint: of the data. allowed: how many saves in a row may fail
+    fingerprint: the fingerprint of the data. allowed: how many saves in a row may fail
     (`checkpoint.keep_going_without_checkpoints`). A save runs in the background, so
-    that its failure is noticed at a later step, by `poll`.
+    `poll` detects its failure at a later step.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, fingerprint: str, allowed: int):
@@ -27,7 +27,7 @@ class Saver:
         self._begun = checkpoints.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Save in the background, unless that is done; SaveError after too many."""
+        """Saves in the background, once per step; SaveError after too many failures."""
         if step <= 0 or step == self._begun:
             return
         with self._counting():
@@ -37,17 +37,17 @@ class Saver:
             self._begun = step
 
     def poll(self) -> None:
-        """Notice what has failed by now; SaveError after too many."""
+        """Checks for failed saves; SaveError after too many."""
         with self._counting():
             self.checkpoints.poll()
 
     def finish(self) -> None:
-        """Wait for the last save; raises SaveError where it has failed."""
+        """Waits for the last save; raises SaveError if it failed."""
         self.allowed = 0
         with self._counting():
             self.checkpoints.wait()
         if self.failures:
-            raise SaveError(f"the last step is not saved; {self._what_is_left()}")
+            raise SaveError(f"the last step was not saved; {self._what_is_left()}")
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
@@ -59,8 +59,8 @@ class Saver:
             if self.failures > self.allowed:
                 raise SaveError(f"{error}; {self._what_is_left()}") from error
             LOG.warning(
-                f"{error}; the run goes on without: {self.failures} of {self.allowed} "
-                "saves in a row that may fail"
+                f"{error}; the run continues: {self.failures} of {self.allowed} saves "
+                "in a row that may fail"
             )
         else:
             if self._begun is not None and not self.checkpoints.saving():
@@ -69,5 +69,5 @@ class Saver:
     def _what_is_left(self) -> str:
         newest = self.checkpoints.latest_step()
         if newest is None:
-            return "no step is saved; the same command begins anew"
-        return f"step {newest} is saved whole; the same command goes on from there"
+            return "no step is saved; the same command starts again"
+        return f"step {newest} is saved; the same command resumes from there"

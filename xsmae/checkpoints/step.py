@@ -1,8 +1,8 @@
-"""Reading one step of a run, `checkpoints/<step>/`, and noticing what is wrong in it.
+"""Reads one step of a run, `checkpoints/<step>/`, and detects damage.
 
 Orbax restores arrays with a flipped bit without an error (measured with 0.12.8: 40 of
-40). So the files are compared with their digests before anything is read of them, and
-the arrays with theirs afterwards.
+40). So the files are compared with their digests before they are read, and the arrays
+afterwards.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from xsmae.checkpoints import digests
 from xsmae.errors import DamagedError, UserError
 from xsmae.train_state import TrainState
 
-SCHEMA = 2  # of the position; a step with an earlier one has no digests
+SCHEMA = 2  # of the position; steps with schema 1 have no digests
 
 
 def create_handler() -> ocp.CompositeCheckpointHandler:
-    """What a step consists of."""
+    """The Orbax handler for the items of a step."""
     return ocp.CompositeCheckpointHandler(
         state=ocp.StandardCheckpointHandler(), position=ocp.JsonCheckpointHandler()
     )
@@ -35,11 +35,11 @@ def restore(
     fingerprint: str | None,
     say: Callable[[str], None],
 ) -> TrainState:
-    """The state saved at `path`, see `Checkpoints.restore`."""
+    """The state saved at `path`; see `Checkpoints.restore`."""
     content = _checked(path)
     position = _position(path, content)
     if content is None:
-        say(f"{path} was saved without digests: damage would not be noticed")
+        say(f"{path} was saved without digests, so damage cannot be detected")
     if fingerprint is not None and position["source"] != fingerprint:
         raise UserError(
             f"{path} was trained on data with fingerprint {position['source']}, "
@@ -49,7 +49,7 @@ def restore(
         wrong = digests.differences(content, like)
         if wrong:
             raise UserError(
-                f"{path} cannot be restored, it is of another network or optimiser: "
+                f"{path} cannot be restored, it has another network or optimiser: "
                 f"{'; '.join(wrong[:3])}"
             )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -62,11 +62,11 @@ def restore(
 def restore_weights(
     path: Path, like: Mapping[str, Any], *, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """`params` and `batch_stats` of a step, see `Checkpoints.restore_weights`."""
+    """`params` and `batch_stats` of a step; see `Checkpoints.restore_weights`."""
     content = _checked(path)
     _position(path, content)
     if content is None:
-        say(f"{path} was saved without digests: damage would not be noticed")
+        say(f"{path} was saved without digests, so damage cannot be detected")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, dict(like))
     saved = _saved_tree(path)
     found, expected = (
@@ -89,7 +89,7 @@ def restore_weights(
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             weights = checkpointer.restore(path / "state", arguments)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # Orbax raises many kinds
             raise _unreadable(path, error) from error
     if content is not None:
         digests.check_leaves(path, content, weights)
@@ -97,17 +97,17 @@ def restore_weights(
 
 
 def check_files(path: Path) -> None:
-    """Raise DamagedError, which names them, if files are not as they were saved.
+    """Raises DamagedError, with the files' names, if files have changed.
 
-    Restores no array, so it takes no memory of a device.
+    It restores no array, so it uses no device memory.
     """
     _position(path, _checked(path))
 
 
 def verify(path: Path) -> bool:
-    """Whether a step is as it was saved; False where it was saved without digests.
+    """Checks a step; True if it is undamaged, False if it was saved without digests.
 
-    Raises DamagedError, which names the file or the array.
+    Raises DamagedError, with the name of the file or the array.
     """
     content = _checked(path)
     _position(path, content)
@@ -127,16 +127,16 @@ def verify(path: Path) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Of an error of any kind the part that tells, in one line."""
+    """The useful part of any error's message, in one line."""
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
     line = " ".join(said.split())
     return line if len(line) <= 200 else f"{line[:97]} ... {line[-98:]}"
 
 
 def _checked(path: Path) -> dict[str, Any] | None:
-    """The digests of a step, its files compared with them; None where it has none."""
+    """Checks the files of a step; returns its digests, None if it has none."""
     if not path.is_dir():
-        raise UserError(f"{path} is not there: give a step that was saved")
+        raise UserError(f"{path} does not exist: give a step that was saved")
     content = digests.read(path)
     if content is not None:
         digests.check_files(path, content)
@@ -144,8 +144,8 @@ def _checked(path: Path) -> dict[str, Any] | None:
 
 
 def _position(path: Path, content: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Where in the data the step is; raises DamagedError where that is not so."""
-    # By this process alone: `remove_damaged` asks in one process of several.
+    """The step's position in the data; raises DamagedError if it is wrong."""
+    # Read it in this process only: `remove_damaged` runs in one process of several.
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=index,
@@ -161,9 +161,9 @@ def _position(path: Path, content: Mapping[str, Any] | None) -> dict[str, Any]:
     if content is None and schema != 1:
         raise DamagedError(f"{path} is damaged: {digests.FILE} is missing")
     if content is not None and position != content["position"]:
-        raise DamagedError(f"{path} is damaged: its position is another one")
+        raise DamagedError(f"{path} is damaged: its position has changed")
     if str(batches) != path.name:
-        raise DamagedError(f"{path} is damaged: it holds the step {batches}")
+        raise DamagedError(f"{path} is damaged: it contains step {batches}")
     return position
 
 
@@ -172,7 +172,7 @@ def _read(
     processes: ocp.options.MultiprocessingOptions | None = None,
     **arguments: Any,
 ) -> Any:
-    """One item of a step; `processes` are those that read it together, None for all."""
+    """Reads one item of a step; `processes` read it together, None means all."""
     (name,) = arguments
     processes = processes or ocp.options.MultiprocessingOptions()
     with ocp.Checkpointer(
@@ -180,16 +180,16 @@ def _read(
     ) as checkpointer:
         try:
             return checkpointer.restore(path, ocp.args.Composite(**arguments))[name]
-        except Exception as error:  # of many kinds
+        except Exception as error:  # Orbax raises many kinds
             raise _unreadable(path, error) from error
 
 
 def _saved_tree(path: Path) -> Any:
-    """The shapes and dtypes of a step's state, by its own description."""
+    """The shapes and dtypes of a step's state, from its metadata."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             return checkpointer.metadata(path / "state").item_metadata.tree
-        except Exception as error:  # of many kinds
+        except Exception as error:  # Orbax raises many kinds
             raise _unreadable(path, error) from error
 
 

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of the whole state, with the position in the data and digests."""
+"""Orbax checkpoints of the whole state, with the data position and digests."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from xsmae.errors import DamagedError, SaveError, UserError
 from xsmae.process.log import LOG
 from xsmae.train_state import TrainState
 
-# A save is under way in `saving-STEP`, and then renamed; so is what is to be removed.
+# A save writes `saving-STEP` and then renames it. A removal first renames the step.
 SAVING, REMOVED = "saving-", "removed-"
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
-# What must be free of a state's size, and for what describes it and the run's files.
+# Free space that a save needs: this multiple of the state, plus bytes for metadata and
+# the run's other files.
 MARGIN, MARGIN_BYTES = 1.1, 32 * 2**20
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, `<directory>/<step>/`; what is there is whole.
+    """The checkpoints of a workdir, `<directory>/<step>/`; each one is complete.
 
-    A step gets its name once all of it and its digests are on the disk, and only then
-    are older ones removed. keep: how many of the newest stay. keep_every: and every one
-    whose step is a multiple of it, 0 for none. read_only: for looking into another
-    run's workdir; otherwise what a killed save has left is removed. with_digests: False
-    to measure what they cost. say: where a line goes about a step that cannot be used.
+    A step gets its name once its files and digests are on disk. Only then are older
+    steps removed. keep: how many of the newest steps stay. keep_every: steps that are a
+    multiple of it stay too; 0 means none. read_only: for looking into another run's
+    workdir; otherwise the remains of a killed save are removed. with_digests: False to
+    measure their cost. say: prints a line about a step that cannot be used.
     """
 
     def __init__(
@@ -63,19 +64,19 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(create_handler())
 
     def steps(self) -> list[int]:
-        """The steps that have been saved, in order."""
+        """The saved steps in order."""
         names = (path.name for path in self.directory.glob("[0-9]*") if path.is_dir())
         return sorted(int(name) for name in names if name.isdigit())
 
     def latest_step(self) -> int | None:
-        """The newest of them that is not known to be damaged."""
+        """The newest step that is not known to be damaged."""
         return max(set(self.steps()) - self._damaged, default=None)
 
     def save(self, step: int, state: TrainState, *, fingerprint: str) -> None:
-        """Save in the background; `fingerprint` is that of the data source.
+        """Saves in the background; `fingerprint` is that of the data source.
 
-        Raises SaveError where that cannot be, or where the save before it has failed.
-        What goes wrong in the background `wait` raises, and `poll`.
+        Raises SaveError if it cannot start, or if the previous save failed. `wait` and
+        `poll` raise the errors of the background save.
         """
         self.wait()
         self._check_space(step, state)
@@ -90,23 +91,23 @@ class Checkpoints:
         )
         try:
             self._checkpointer.save(self._saving(step), args=args, force=True)
-        except Exception as error:  # Orbax raises those of the file system and others
+        except Exception as error:  # file system errors and others from Orbax
             raise self._failed(step, error) from error
         self._pending = self._worker.submit(self._prove, step, leaves, position)
 
     def wait(self) -> None:
-        """Wait until everything is on disk; raises SaveError where it cannot be."""
+        """Waits until everything is on disk; raises SaveError if the save failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def poll(self) -> None:
-        """Raise SaveError where the save in the background has failed by now."""
+        """Raises SaveError if the background save has failed so far."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def saving(self) -> bool:
-        """Whether a save is under way, or its end not yet asked for."""
+        """True while a save runs, or until `wait` or `poll` has seen its end."""
         return self._pending is not None
 
     def restore(
@@ -114,9 +115,9 @@ class Checkpoints:
     ) -> TrainState:
         """The state saved at `step`, with the shapes and placement of `like`.
 
-        `like` holds arrays or `jax.ShapeDtypeStruct`s with shardings. Raises UserError
-        where the checkpoint is of other data or arrays, DamagedError where it is not as
-        it was saved; a fingerprint of None is any data's.
+        `like` contains arrays or `jax.ShapeDtypeStruct`s with shardings. Raises
+        UserError if the checkpoint has other data or arrays, DamagedError if it is
+        damaged. A fingerprint of None accepts any data.
         """
         return step_of.restore(
             self._path(step), like, fingerprint=fingerprint, say=self.say
@@ -125,10 +126,10 @@ class Checkpoints:
     def restore_newest(
         self, like: TrainState, *, fingerprint: str | None
     ) -> tuple[int, TrainState] | None:
-        """The newest step that is as it was saved, and its state; None of no steps.
+        """The newest undamaged step and its state; None if nothing was saved.
 
-        Says in a line which steps are passed over. Raises DamagedError where none is
-        left, and UserError as `restore` does.
+        Prints a line for each damaged step that it skips. Raises DamagedError if no
+        step is left, and UserError like `restore`.
         """
         for step in reversed(self.steps()):
             try:
@@ -139,10 +140,11 @@ class Checkpoints:
         return None
 
     def restore_weights(self, like: Mapping[str, Any]) -> dict[str, Any]:
-        """`params` and `batch_stats` of the newest whole step, whatever else it holds.
+        """`params` and `batch_stats` of the newest undamaged step.
 
-        `like` holds them as arrays. Raises UserError with the names of the weights that
-        are missing, left over or of another shape.
+        `like` contains them as arrays; other items of the step are ignored. Raises
+        UserError with the names of weights that are missing, left over or of another
+        shape.
         """
         for step in reversed(self.steps()):
             try:
@@ -150,13 +152,13 @@ class Checkpoints:
             except DamagedError as error:
                 self._pass_over(step, error)
         self._raise_if_none_is_whole()
-        raise UserError(f"{self.directory} holds no checkpoint")
+        raise UserError(f"{self.directory} contains no checkpoint")
 
     def remove_damaged(self, *, feed: Callable[[], None] = lambda: None) -> None:
-        """Remove damaged steps of a complete run, so that no later start meets one.
+        """Removes damaged steps of a complete run, so that no later start reads one.
 
-        Reads the files of every step kept, except the newest undamaged one, which was
-        just restored or saved. Calls `feed` after each step, for the watchdog.
+        It reads the files of every step except the newest undamaged one, which was just
+        restored or saved. It calls `feed` after each step, for the watchdog.
         """
         newest = self.latest_step()
         if newest is None or jax.process_index() != 0:
@@ -176,7 +178,7 @@ class Checkpoints:
             self.say(f"damaged steps cannot be removed: {reason(error)}")
 
     def close(self) -> None:
-        """Wait until everything is on disk; raises SaveError where it cannot be."""
+        """Waits until everything is on disk; raises SaveError if the save failed."""
         try:
             self.wait()
         finally:
@@ -185,21 +187,21 @@ class Checkpoints:
 
     def _pass_over(self, step: int, error: DamagedError) -> None:
         self._damaged.add(step)
-        self.say(f"step {step} is passed over: {error}")
+        self.say(f"step {step} is skipped: {error}")
 
     def _raise_if_none_is_whole(self) -> None:
         if self._damaged:
             raise DamagedError(
-                f"{self.directory}: none of the steps saved is whole; put one back "
-                "from elsewhere, or move the folder away to begin anew"
+                f"{self.directory}: all saved steps are damaged; restore one from a "
+                "backup, or move the folder away to start again"
             )
 
     def _check_space(self, step: int, state: TrainState) -> None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = round(MARGIN * needed) + MARGIN_BYTES
-        if not self.directory.is_dir():  # and what it lay on may be another disk now
+        if not self.directory.is_dir():  # and its parent may be on another disk now
             raise SaveError(
-                f"step {step} is not saved: {self.directory} is not there any more"
+                f"step {step} was not saved: {self.directory} no longer exists"
             )
         try:
             free = shutil.disk_usage(self.directory).free
@@ -207,14 +209,14 @@ class Checkpoints:
             raise self._failed(step, error) from None
         if free < needed:
             raise SaveError(
-                f"step {step} is not saved: {self.directory} has "
+                f"step {step} was not saved: {self.directory} has "
                 f"{free / 2**20:.0f} MiB free, expected {needed / 2**20:.0f} or more"
             )
 
     def _prove(
         self, step: int, leaves: Mapping[str, digests.Leaf] | None, position: Any
     ) -> None:
-        """In the background: wait for Orbax, add the digests, name the step."""
+        """Waits for Orbax, adds the digests and renames the step; in the background."""
         path, saving = self._path(step), self._saving(step)
         try:
             self._checkpointer.wait_until_finished()
@@ -223,9 +225,9 @@ class Checkpoints:
             if leaves is not None:
                 wrong = [name for name, x in leaves.items() if not x.is_finite()]
                 if wrong:
-                    raise ValueError(f"{wrong[0]} holds numbers that are not finite")
+                    raise ValueError(f"{wrong[0]} has numbers that are not finite")
                 digests.write(saving, leaves, position)
-            if path.exists():  # a damaged one
+            if path.exists():  # a damaged step
                 self._remove(step)
             saving.rename(path)
             digests.sync_folder(self.directory)
@@ -235,13 +237,13 @@ class Checkpoints:
         try:
             self._remove_old(step)
         except OSError as error:
-            self.say(f"steps that are not kept cannot be removed: {reason(error)}")
+            self.say(f"old steps cannot be removed: {reason(error)}")
 
     def _remove_old(self, newest: int) -> None:
-        """Remove what is not kept, now that `newest` is whole.
+        """Removes old steps, now that `newest` is complete.
 
-        Damaged steps do not count among those kept, and steps after the newest are of
-        no use to a run that has gone on from before them.
+        Damaged steps do not count as kept. Steps after the newest one are removed too:
+        the run has resumed from an earlier step.
         """
         whole = [s for s in self.steps() if s <= newest and s not in self._damaged]
         kept = set(whole[-self.keep :])
@@ -251,7 +253,7 @@ class Checkpoints:
             self._remove(step)
 
     def _remove(self, step: int) -> None:
-        # First the name: half a step must not be taken for one.
+        # Rename first, so that a partly removed step is not read as a step.
         removed = self.directory / f"{REMOVED}{step}"
         self._path(step).rename(removed)
         shutil.rmtree(removed)
@@ -271,7 +273,7 @@ class Checkpoints:
         return self.directory / f"{SAVING}{step}"
 
     def _failed(self, step: int, error: Exception) -> SaveError:
-        """What is left of a save takes the space that the next one needs."""
+        """Removes the remains of a failed save, to free space; returns its error."""
         for path in self.directory.glob(f"{SAVING}{step}*"):
             shutil.rmtree(path, ignore_errors=True)
         return SaveError(

@@ -25,7 +25,7 @@ def describe_environment() -> dict[str, Any]:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None  # xsmae itself, run from its folder
+            versions[name] = None  # such as xsmae itself, run from its folder
     return {
         "schema": 1,
         "python": platform.python_version(),
@@ -40,7 +40,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The revision of the checkout that this package lies in, if it lies in one."""
+    """The git revision of the checkout with this package, None outside a checkout."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON lines that a run resumes."""
+"""Atomic writes of files, and JSON-lines files that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from xsmae.process.log import LOG
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, which takes its place at the end.
+    """Yields a temporary path in the folder of `path`, and renames it at the end.
 
-    After an error `path` is as it was, and nothing else is left. The file gets the
-    mode of any new file, whatever mode its writer gave it.
+    After an error, `path` is unchanged and no other file is left. The file gets the
+    default mode of new files, whatever mode its writer gave it.
     """
     # The dot and the last suffix keep it out of patterns such as "*.png".
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.touch(exist_ok=False)
     try:
-        mode = temporary.stat().st_mode  # as the umask has it
+        mode = temporary.stat().st_mode  # the default mode under the umask
         yield temporary
-        if temporary.stat().st_mode != mode:  # safetensors makes its files with 600
+        if temporary.stat().st_mode != mode:  # safetensors creates files with mode 600
             temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(path)
     finally:
@@ -34,10 +34,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file in which each line tells what a run has done by a `step`.
+    """The rows of a JSON-lines file; each row has a `step`.
 
-    Without the half-written last one of a kill; a damaged one before it is passed over,
-    and said to be. [] if there is no file.
+    Skips a last line that a kill left half-written. Skips other damaged lines with a
+    warning. Returns [] if there is no file.
     """
     rows = []
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -48,15 +48,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             rows.append(row)
         except (ValueError, KeyError, TypeError):
             if line.endswith(b"\n"):
-                LOG.warning(f"{path}: line {number} is damaged and left out")
+                LOG.warning(f"{path}: line {number} is damaged and skipped")
     return rows
 
 
 def keep_rows(path: Path, up_to_step: int | None) -> list[dict[str, Any]]:
-    """Rewrite a file of `read_jsonl` without the rows of later steps; returns the rest.
+    """Removes the rows after `up_to_step` from a JSON-lines file; returns the rest.
 
-    A run that resumes from a step writes the later ones again. None, for a run that
-    begins, keeps no row. A file that is not there is not made.
+    A run that resumes from a step writes the later rows again. None, for a new run,
+    removes all rows. A missing file is not created.
     """
     if not path.exists():
         return []
@@ -68,6 +68,6 @@ def keep_rows(path: Path, up_to_step: int | None) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file so that it is either the old one or the new one, never a half."""
+    """Writes a JSON file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""One process a folder: a lock that ends with the process that holds it."""
+"""A lock that lets one process use a folder; it ends with the process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from xsmae.errors import UserError
 from xsmae.process.log import LOG
 
 FILE = "lock"
-# What `flock` says on a file system that has no locks, some kinds of NFS among them.
+# Errors of `flock` on file systems without locks, such as some kinds of NFS.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class FolderLock:
-    """While entered, no other process enters the folder's lock.
+    """A context that only one process can enter per folder.
 
-    The kernel holds it (`flock`) and frees it when the process ends, however it ends,
-    so that nothing has to be cleaned. `<folder>/lock` tells who has it. Between hosts
-    it holds on file systems that share `flock`, such as NFS with its locks, Lustre
-    mounted with `flock`, or CephFS; a host that dies there keeps it until the server
-    notices.
+    The kernel holds the lock (`flock`) and frees it when the process ends for any
+    reason, so there is nothing to clean up. `<folder>/lock` names the holder. The lock
+    works between hosts on file systems that share `flock`, such as NFS with locks,
+    Lustre mounted with `flock`, or CephFS. There, a host that dies keeps the lock until
+    the server notices.
     """
 
     def __init__(self, folder: Path):
@@ -33,7 +33,7 @@ class FolderLock:
         self._handle: int | None = None
 
     def __enter__(self) -> FolderLock:
-        """Raises UserError, which tells who holds it, and where it cannot be made."""
+        """Takes the lock; UserError names the holder, or says why it failed."""
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class FolderLock:
         except OSError as error:
             raise UserError(
                 f"cannot write to the workdir {folder}: {error.strerror}; give another "
-                "one"
+                "folder"
             ) from None
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,7 +49,7 @@ class FolderLock:
             holder = self._holder()
             self._close()
             raise UserError(
-                f"{folder} is in use by {holder}: wait for its end, stop it, or give "
+                f"{folder} is in use by {holder}: wait until it ends, stop it, or give "
                 "another folder"
             ) from None
         except OSError as error:
@@ -69,7 +69,7 @@ class FolderLock:
         return self
 
     def __exit__(self, *_) -> None:
-        # The file stays: one that is removed could be locked by two, old name and new.
+        # Keep the file. After a removal, two processes could lock the old and new file.
         os.ftruncate(self._handle, 0)
         self._close()
 

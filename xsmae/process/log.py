@@ -1,4 +1,4 @@
-"""What a process tells the person who started it."""
+"""Messages of a process to the person who started it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import logging
 import sys
 from collections.abc import Iterator
 
-# All of the library writes here. A program that uses the library sees what it asks the
-# logger "xsmae" for, and by default warnings alone, as with any other library.
+# The whole library logs here. A program that uses the library configures the logger
+# "xsmae"; by default it shows only warnings, as with any other library.
 LOG = logging.getLogger("xsmae")
 
 
 class Terminal(logging.Handler):
-    """Prints plain lines to stdout; of several processes, info comes from process 0.
+    """Prints plain lines to stdout; with several processes, info only from process 0.
 
-    Warnings come from every process, since each may meet what the others do not.
+    Every process prints warnings, since each may have its own.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING or _is_first_process():
-            # The stdout of now, which a caller may have redirected. An error, such as
-            # that of a pipe whose reader has ended, is the caller's.
+            # print uses the current stdout, which a caller may have redirected. Errors,
+            # such as a closed pipe, go to the caller.
             print(record.getMessage(), flush=True)
 
 
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
-    """Show the library's lines in the terminal while inside; also a decorator.
+    """Shows the library's lines in the terminal; a context manager and a decorator.
 
-    Handlers that a program has given the logger stay the only ones.
+    If a program has added handlers to the logger, it adds none.
     """
     if LOG.handlers:
         yield
@@ -47,7 +47,7 @@ def shown() -> Iterator[None]:
 
 
 def _is_first_process() -> bool:
-    # jax is neither imported for this nor, in a run of one process, are its devices.
+    # Do not import jax for this, and do not start its devices in a single process.
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return True

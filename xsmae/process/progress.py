@@ -1,4 +1,4 @@
-"""The progress of a long process: the line for a step, and its rates."""
+"""The progress of a long process: a line for each step, and rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Progress:
-    """The line that a person sees for each logged step, and the rates of its window."""
+    """The line that a user sees for each logged step, and the rates since the last."""
 
     def __init__(self, *, start_step: int, num_steps: int, batch_size: int):
         self.num_steps = num_steps
@@ -20,17 +20,17 @@ class Progress:
         self.restart(start_step)
 
     def images_per_second(self, step: int) -> float:
-        """Samples a second since this was last asked."""
+        """Samples per second since the last call."""
         now = time.monotonic()
         rate = (step - self.last_step) * self.batch_size / max(now - self.last, 1e-9)
         self.last, self.last_step = now, step
         return rate
 
     def waiting_for_data(self) -> float:
-        """The share of the time since this was last asked spent in `receive`, 0 to 1.
+        """The share of time spent waiting in `receive` since the last call, 0 to 1.
 
-        Devices that still compute the step before do not stand still meanwhile: their
-        own share is at most that.
+        Devices may still compute the previous step meanwhile, so they wait for at most
+        this share.
         """
         now = time.monotonic()
         share = self.waited / max(now - self.waited_from, 1e-9)
@@ -38,7 +38,7 @@ class Progress:
         return share
 
     def receive(self, batches: Iterator[T]) -> Iterator[T]:
-        """The batches, the time that each is waited for counted."""
+        """Yields the batches and measures the time spent waiting for them."""
         while True:
             begin = time.monotonic()
             try:
@@ -49,14 +49,14 @@ class Progress:
             yield batch
 
     def restart(self, step: int) -> None:
-        """Count from `step` on."""
+        """Starts counting at `step`."""
         self.start = self.last = self.waited_from = time.monotonic()
         self.start_step = self.last_step = step
         self.waited = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent inside."""
+        """Excludes the time spent inside from all rates."""
         begin = time.monotonic()
         yield
         spent = time.monotonic() - begin

@@ -1,4 +1,4 @@
-"""Stopping a run between two steps when it is asked to."""
+"""Stops a run between two steps after a signal."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import socket
 import threading
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds from the second signal to the end, for the way that Python takes out of a
-# notebook's cell.
+# Seconds from the second signal to a forced end, so that Python can leave a notebook's
+# cell.
 GRACE = 1.0
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`; a second one ends.
+    """A context where the first SIGINT or SIGTERM only sets `signal`; the second ends.
 
-    signal: the number of the signal received, else None. At the second one handlers are
-    as they were before, so SIGTERM ends the process and SIGINT raises
-    KeyboardInterrupt; where that has not led out of here within GRACE seconds, since
-    the program is compiled or a checkpoint written, the process ends with 128 + number.
+    signal: the number of the received signal, or None. The first signal restores the
+    previous handlers, so a second SIGTERM ends the process and a second SIGINT raises
+    KeyboardInterrupt. If the context is not left within GRACE seconds (during a
+    compilation or a save), the process ends with status 128 + number.
 
-    Python lets the main thread alone handle signals: in another nothing is changed, and
-    `signal` stays None.
+    Python handles signals only in the main thread. In another thread this does nothing,
+    and `signal` stays None.
     """
 
     def __init__(self):
@@ -35,8 +35,8 @@ class StopRequest:
         self._entered = threading.current_thread() is threading.main_thread()
         if not self._entered:
             return self
-        # Python calls a handler between two of its own instructions, thus not before a
-        # compilation is over; the bytes of the wakeup arrive at once.
+        # Python calls a handler only between two of its own instructions, so not during
+        # a compilation. The bytes of the wakeup arrive at once.
         self._received, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._left = threading.Event()
@@ -78,17 +78,18 @@ class StopRequest:
             if not self._told:
                 self._told = True
                 self.signal = self.signal or number
-                # Not print: the main thread may be within one.
+                # Do not use print: the main thread may be inside a print call.
                 os.write(
-                    2, f"{name}: stopping after this step; again: at once\n".encode()
+                    2,
+                    f"{name}: stopping after this step; repeat to stop now\n".encode(),
                 )
             elif not self._left.wait(GRACE):
-                os.write(2, f"{name}: ending at once\n".encode())
+                os.write(2, f"{name}: ending now\n".encode())
                 end_at_once(128 + number)
 
 
 def end_at_once(status: int) -> None:
-    """End the process without unwinding it, and the reader processes it has started."""
+    """Ends the process without cleanup, after killing its reader processes."""
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Ending a run that hangs, so that whoever started it can start it again."""
+"""Ends a run that hangs, so that it can be started again."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from pathlib import Path
 from xsmae.process.signals import end_at_once
 
 FILE = "hang.log"
-LOOKS = 20  # at whether it was fed, in the time in which it must have been
+LOOKS = 20  # checks per time limit
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class Watchdog:
-    """Ends the process when it has not been fed for `minutes`; 0: never.
+    """Ends the process if `feed` was not called for `minutes`; 0: never.
 
-    What every thread was doing is written to `path` first, and one line to stderr. The
-    run's newest checkpoint is as it was: nothing is saved by a process that hangs.
+    It first writes the stack of every thread to `path`, and one line to stderr. A
+    hanging process saves nothing, so the run's newest checkpoint is unchanged.
     """
 
     def __init__(self, path: Path, *, minutes: float):
         self.path = path
         self.minutes = minutes
-        self._fed = 0  # how often
+        self._fed = 0  # the number of calls
 
     def feed(self) -> None:
-        """Something has been done."""
+        """Reports progress."""
         self._fed += 1
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch while inside."""
+        """Watches the process while inside."""
         if self.minutes == 0:
             yield
             return
@@ -51,8 +51,8 @@ class Watchdog:
             thread.join()
 
     def _watch(self, left: threading.Event) -> None:
-        # Looks are counted, not the clock read: it goes on while the process or its
-        # machine is suspended, of which nothing hangs.
+        # Count checks instead of reading the clock: the clock continues while the
+        # process or its machine is suspended, and that is not a hang.
         before, unfed = self._fed, 0
         while not left.wait(60 * self.minutes / LOOKS):
             unfed = unfed + 1 if self._fed == before else 0
@@ -61,7 +61,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        where = f"what each thread was doing is in {self.path}"
+        where = f"the stack of each thread is in {self.path}"
         try:
             with self.path.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
@@ -72,7 +72,7 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
         line = (
             f"xsmae: no step in {self.minutes:g} minutes (watchdog_minutes): ending; "
-            f"{where}; the same command goes on from the newest checkpoint\n"
+            f"{where}; the same command resumes from the newest checkpoint\n"
         )
         os.write(2, line.encode())
         end_at_once(EXIT_STATUS)
