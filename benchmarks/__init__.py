@@ -1,1 +1,1 @@
-"""Measurements, each a script of its own: `python -m benchmarks.NAME --help`."""
+"""Benchmarks; each is a script: `python -m benchmarks.NAME --help`."""

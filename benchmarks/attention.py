@@ -1,11 +1,11 @@
-"""Every implementation of attention: memory as compiled for a GPU, and time on one.
+"""Memory and time of every implementation of attention on a GPU.
 
-python -m benchmarks.attention --compile_for=h200   compiles; needs no GPU
-python -m benchmarks.attention                      on a GPU: times as well
+python -m benchmarks.attention --compile_for=h200   compiles only; needs no GPU
+python -m benchmarks.attention                      on a GPU: measures time too
 
-Prints one JSON line a case and then a table, in GitHub's Markdown. `--suite` compiles
-the lengths, widths and dtypes of tests/test_attention.py instead, all with all.
-`--case="decoder"` (any number of them) runs those alone; `--dtype=float32` instead of
+Prints one JSON line per case and then a Markdown table. `--suite` compiles all
+combinations of lengths, widths and dtypes of tests/test_attention.py instead.
+`--case="decoder"` runs only that case (repeat it for more); `--dtype=float32` replaces
 bfloat16.
 """
 
@@ -33,8 +33,8 @@ from xsmae.errors import UserError
 from xsmae.ops.attention.api import attention
 from xsmae.planning.topology import GPUS, describe_topology
 
-# Sizes of official MAE networks at 128 pixels with patches of 16 (H: 14, at 224), the
-# class token included: encoders read a quarter of the patches, decoders all.
+# Sizes of official MAE networks at 128 pixels with patches of 16 (H: 14, at 224), with
+# the class token. Encoders read a quarter of the patches, decoders all of them.
 CASES = {  # batch, tokens, heads, head_dim
     "Ti encoder": (1024, 17, 3, 64),
     "B encoder": (1024, 17, 12, 64),
@@ -52,7 +52,7 @@ SUITE = {
     )
 }
 
-# Bytes a second, by JAX's name of the device: NVIDIA's data sheets of each.
+# Bytes per second by JAX's device name, from NVIDIA's data sheets.
 BANDWIDTH = {
     "NVIDIA H200": 4.8e12,
     "NVIDIA H100 80GB HBM3": 3.35e12,
@@ -62,8 +62,8 @@ BANDWIDTH = {
     "NVIDIA L4": 3.0e11,
     "Tesla T4": 3.2e11,
 }
-# Of one compiled program the attention of so many arrays, so that starting a program
-# weighs little beside the kernels, and what they read is not in the cache.
+# One compiled program runs attention on several arrays. Starting a program then takes
+# little time compared with the kernels, and their input is not in the cache.
 ARRAYS, CALLS, ROUNDS = 8, 5, 10
 
 
@@ -80,7 +80,7 @@ def cudnn(qkv, num_heads):
 
 
 def stock(qkv, num_heads):
-    """Pallas's own `mha`, with the tokens padded to what it needs, and masked."""
+    """Pallas's own `mha`, with tokens padded as it requires, and masked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.attention import mha
@@ -119,7 +119,7 @@ def with_gradient(attend, qkv, out_bar):
 def compile_case(implementation, case, dtype, device, *, arrays=None):
     """The compiled forward and forward-and-backward programs.
 
-    Of one `qkv`, or of tuples of `arrays` of them.
+    They take one `qkv`, or a tuple of `arrays` of them.
     """
     batch, tokens, num_heads, head_dim = case
     width = num_heads * head_dim
@@ -145,7 +145,7 @@ def compile_case(implementation, case, dtype, device, *, arrays=None):
 
 
 def compiled_or_error(implementation, case, dtype, arrays, *, device):
-    """The programs of `compile_case`, or why there are none."""
+    """The programs of `compile_case`, or the error message."""
     try:
         return compile_case(implementation, case, dtype, device, arrays=arrays)
     except Exception as error:
@@ -157,7 +157,7 @@ def _of_each(function, *arrays):
 
 
 def moved(compiled, case) -> int:
-    """How many copies and transposes there are of an array as large as the result."""
+    """Counts copies and transposes of arrays at least as large as the result."""
     batch, tokens, num_heads, head_dim = case
     least, count = batch * tokens * num_heads * head_dim, 0
     for shape in re.findall(
@@ -178,17 +178,17 @@ def describe(name, case, dtype, implementation, programs) -> dict:
 
 
 def must_move(case, dtype) -> tuple[int, int]:
-    """Bytes in and out of memory at the least, forward and with the gradient.
+    """The least bytes to read and write, forward and with the gradient.
 
-    In units of the result: 3 read and 1 written; then 3 and its gradient read again
-    and 3 written.
+    In units of the result: 3 read and 1 written forward. With the gradient, 3 and the
+    result's gradient are read again, and 3 written.
     """
     unit = math.prod(case) * dtype.itemsize
     return 4 * unit, 11 * unit
 
 
 def time_case(rows, programs, case, dtype, device):
-    """Add median seconds to `rows`, all implementations in turn in every round."""
+    """Adds median times to `rows`; every round runs all implementations in turn."""
     batch, tokens, num_heads, head_dim = case
     width = num_heads * head_dim
     keys = jax.random.split(jax.random.key(0), (2, ARRAYS))
@@ -209,7 +209,7 @@ def time_case(rows, programs, case, dtype, device):
                 took = (time.perf_counter() - start) / CALLS / ARRAYS
                 times.setdefault((index, part), []).append(took)
     for (index, part), values in times.items():
-        seconds = statistics.median(values[1:])  # the first warms up
+        seconds = statistics.median(values[1:])  # the first round is a warm-up
         rows[index][f"{part}_us"] = round(seconds * 1e6, 1)
         if device.device_kind in BANDWIDTH:
             least = must_move(case, dtype)[part == "gradient"]
@@ -253,7 +253,7 @@ def print_table(rows):
 def main(_):
     options = flags.FLAGS
     if options.suite and (options.case or options.dtype):
-        raise SystemExit("--suite has its own cases and dtypes: leave the others out")
+        raise SystemExit("--suite has its own cases: remove --case and --dtype")
     if options.compile_for:
         jax.config.update("jax_platforms", "cpu")
         try:
@@ -264,7 +264,7 @@ def main(_):
     elif jax.default_backend() == "gpu":
         device = jax.devices()[0]
     else:
-        raise SystemExit("no GPU here: give --compile_for=h200")
+        raise SystemExit("found no GPU: use one, or give --compile_for=h200")
     about = environment(device, options.compile_for)
     dtypes = (options.dtype or "bfloat16",)
     if options.suite:
@@ -273,7 +273,7 @@ def main(_):
     implementations = (ours,) if options.suite else IMPLEMENTATIONS
     table, failed = [], 0
     todo = list(itertools.product(cases.items(), map(jnp.dtype, dtypes)))
-    # XLA compiles beside Python: on all cores, before anything is timed.
+    # XLA compiles without the GIL, so compile on all cores before timing.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         build = functools.partial(compiled_or_error, device=device)
         times = (None,) if options.compile_for else (None, ARRAYS)
@@ -309,8 +309,8 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("compile_for", None, list(GPUS), "A GPU that is not here.")
-    flags.DEFINE_bool("suite", False, "Compile the cases of the tests, all with all.")
-    flags.DEFINE_multi_enum("case", None, list(CASES), "Which; all of them.")
-    flags.DEFINE_enum("dtype", None, ("bfloat16", "float32"), "Of the arrays.")
+    flags.DEFINE_enum("compile_for", None, list(GPUS), "Compile for this GPU; no run.")
+    flags.DEFINE_bool("suite", False, "Compile all combinations of the tests' cases.")
+    flags.DEFINE_multi_enum("case", None, list(CASES), "The cases; default: all.")
+    flags.DEFINE_enum("dtype", None, ("bfloat16", "float32"), "The arrays' dtype.")
     app.run(main)

@@ -1,16 +1,16 @@
-"""Images a second a core from JPEGs to two views: ours and the reference, in turns.
+"""Images per second and core from JPEGs to two views, ours and the reference in turns.
 
     python -m benchmarks.input_pipeline [--folder=DIR] [--quality=90] [--train_steps=30]
 
-Synthetic scenes are saved once into the folder. Ours is what a training run calls: a
-`FolderSource` and `LoadViews`. The reference is the published transform (a random
-resized crop, flips, then a random resized crop of that view, bilinear) with Pillow: it
-decodes and converts the whole image, cuts, and resizes what was cut. `whole` is ours
-with all pixels decoded first, as evaluations read them. All end at uint8 arrays, and
-draw their areas uniformly. What counts is processor time, so that other programs on the
-machine disturb little; each side's number is the median over the rounds, the ratio that
-of the rounds' ratios. A short training with reader processes then says which share of
-its time it waits for data. One JSON line a case, then a table.
+Synthetic scenes are saved once into the folder. `ours` is the code of a training run: a
+`FolderSource` and `LoadViews`. `reference` is the published transform (a random resized
+crop, flips, then a bilinear random resized crop of that view) with Pillow: it decodes
+and converts the whole image, cuts it and resizes the part. `whole` is ours with all
+pixels decoded first, as evaluations read them. All produce uint8 arrays and draw areas
+uniformly. The benchmark measures processor time, so other programs on the machine
+disturb it little. It reports medians over the rounds, and the median of the rounds'
+ratios. A short training with reader processes then measures the share of time spent
+waiting for data. Prints one JSON line per case, then a table.
 """
 
 import argparse
@@ -43,13 +43,13 @@ from xsmae.process.files import read_jsonl
 from xsmae.train import train_and_evaluate
 
 SCENES = {256: 64, 512: 16, 1024: 8, 2048: 4}  # side in pixels -> images
-GSD = 0.5  # metres per pixel, about that of fMoW's large images
+GSD = 0.5  # metres per pixel, about the GSD of fMoW's large images
 SIZE = 128
 AREA, AREA2, RATIO = (0.25, 1.0), (0.25, 0.75), (3 / 4, 4 / 3)
 
 
 def save_scenes(root: pathlib.Path, side: int, quality: int) -> pathlib.Path:
-    """The folder of the scenes of one side, drawn and saved unless they are there."""
+    """The folder with scenes of one side; renders and saves missing ones."""
     folder = root / f"{side}px_quality{quality}"
     folder.mkdir(parents=True, exist_ok=True)
     half = side * GSD / 2
@@ -65,7 +65,7 @@ def save_scenes(root: pathlib.Path, side: int, quality: int) -> pathlib.Path:
 
 
 def reference(path: pathlib.Path, rng: random.Random) -> np.ndarray:
-    """The published transform by Pillow alone: uint8 [2, size, size, 3]."""
+    """The published transform with Pillow only: uint8 [2, size, size, 3]."""
     with Image.open(path) as file:
         image = file.convert("RGB")
     view1 = _random_resized_crop(image, AREA, Image.Resampling.BICUBIC, rng)
@@ -96,7 +96,7 @@ def _random_resized_crop(
 
 
 def create_loader(source: FolderSource, view2_from: str) -> LoadViews:
-    """Ours, with the reference's areas."""
+    """Our loader, with the reference's areas."""
     sampler = ViewSampler(
         num_views=2,
         size=SIZE,
@@ -115,7 +115,7 @@ def create_loader(source: FolderSource, view2_from: str) -> LoadViews:
 
 
 class Whole(BaseSource):
-    """A source whose images are decoded before the boxes are drawn."""
+    """A source that decodes images before the boxes are drawn."""
 
     def __init__(self, source: FolderSource):
         self.source = source
@@ -130,7 +130,7 @@ class Whole(BaseSource):
 def measure_views(
     root: pathlib.Path, *, quality: int, rounds: int, seconds: float
 ) -> Iterator[dict]:
-    """A case a side and a source of view 2: images a second of processor time."""
+    """One case per side and source of view 2: images per second of processor time."""
     for side in SCENES:
         source = FolderSource(save_scenes(root, side, quality), gsd=GSD)
         paths = [source.path(i) for i in range(len(source))]
@@ -173,7 +173,7 @@ def _load(load: LoadViews, index: int) -> None:
 def _in_turns(
     calls: dict[str, Callable], rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Calls a second of processor time, a number a round; every call is warm."""
+    """Calls per second of processor time, one number per round, after a warm-up."""
     counts = {}
     for name, call in calls.items():
         call(0)
@@ -195,7 +195,7 @@ def _rate(call: Callable, count: int) -> float:
 def measure_training(
     root: pathlib.Path, *, quality: int, steps: int, workers: int
 ) -> dict:
-    """A short run of Ti on the 256-px scenes: the share of its time it waits."""
+    """A short run of Ti on the 256-px scenes; measures the share of waiting time."""
     config = folder_config.get_config("corrected,size=tiny")
     with tempfile.TemporaryDirectory() as workdir:
         config.update_from_flattened_dict(
@@ -229,7 +229,7 @@ def measure_training(
 
 
 def machine() -> dict[str, str]:
-    """Date, processor and versions."""
+    """The date, the processor and versions."""
     cpu = platform.processor()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
@@ -248,7 +248,7 @@ def machine() -> dict[str, str]:
 
 
 def table(cases: list[dict]) -> str:
-    """The cases as Markdown."""
+    """The cases as a Markdown table."""
     lines = [
         "| side | view 2 from | bytes/pixel | reference | whole | ours | ratio | half "
         "of the rounds |",
@@ -267,11 +267,11 @@ def table(cases: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", help="of the scenes; a temporary one if none")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
+    parser.add_argument("--folder", help="for the scenes; default: a temporary one")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.5, help="a side and round")
-    parser.add_argument("--workers", type=int, default=2, help="of the training")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per side and round")
+    parser.add_argument("--workers", type=int, default=2, help="reader processes")
     parser.add_argument("--train_steps", type=int, default=30, help="0: no training")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -291,7 +291,7 @@ def main() -> None:
                 workers=args.workers,
             )
             print(json.dumps(case), flush=True)
-    print("\nImages a second of one core:\n")
+    print("\nImages per second of one core:\n")
     print(table(cases))
 
 

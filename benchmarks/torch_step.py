@@ -1,6 +1,6 @@
-"""Cross-Scale MAE's training step in PyTorch, on Hugging Face's MAE: the peer.
+"""Cross-Scale MAE's training step in PyTorch, on Hugging Face's MAE, for comparison.
 
-What the official step computes, on a model that anyone can install: two views through
+It computes the official step on a model that anyone can install: two views through
 `ViTMAEForPreTraining`, the reconstruction of both, the contrastive loss of their mean
 visible tokens, the cross-prediction of the decoder's tokens, and AdamW.
 """
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-# nn.init and the masks alone depend on it.
+# Only nn.init and the masks depend on it.
 SEED = 0
 
 
 def create_mae(
     model: Mapping[str, Any], *, size: int, channels: int
 ) -> transformers.ViTMAEForPreTraining:
-    """Their MAE with the sizes of our `config.model` for images of `size` px."""
+    """Hugging Face's MAE with the sizes of our `config.model`, for `size` px images."""
     config = transformers.ViTMAEConfig(
         image_size=size,
         patch_size=model["patch_size"],
@@ -44,8 +44,10 @@ def create_mae(
 
 
 class CrossScale(nn.Module):
-    """The three losses of images [2 * batch, channels, height, width], view 1 of all
-    samples and then view 2."""
+    """The three losses of images [2 * batch, channels, height, width].
+
+    View 1 of all samples comes first, then view 2.
+    """
 
     def __init__(self, mae: transformers.ViTMAEForPreTraining, *, temperature: float):
         super().__init__()
@@ -61,11 +63,11 @@ class CrossScale(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The terms, in float32."""
+        """The loss terms in float32."""
         return self.losses(*self.outputs(images))
 
     def outputs(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The reconstruction loss, and the encoder's and the decoder's tokens."""
+        """The reconstruction loss, and the tokens of encoder and decoder."""
         tokens = []
         norms = (self.mae.vit.layernorm, self.mae.decoder.decoder_norm)
         hooks = [
@@ -83,7 +85,7 @@ class CrossScale(nn.Module):
         encoder_tokens: torch.Tensor,
         decoder_tokens: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The three terms, by our names."""
+        """The three loss terms, with our names."""
         embedding = encoder_tokens[:, 1:].float().mean(dim=1)
         first, second = decoder_tokens[:, 1:].chunk(2)
         predicted = self.predictor(second).float()
@@ -95,7 +97,7 @@ class CrossScale(nn.Module):
 
 
 def contrastive(embedding: torch.Tensor, temperature: float) -> torch.Tensor:
-    """NT-Xent of [2 * batch, width], view 1 of all samples and then view 2."""
+    """NT-Xent of [2 * batch, width]; view 1 of all samples first, then view 2."""
     z = F.normalize(embedding, dim=-1)
     size = z.shape[0]
     itself = torch.eye(size, dtype=torch.bool, device=z.device)
@@ -117,8 +119,11 @@ def create_step(
     compiled: bool,
     device: str = "cpu",
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """step(images) -> the loss, after one update. In `bfloat16`: autocast, as users do;
-    parameters are float32. Images and the loss are on `device`."""
+    """Returns step(images) -> loss, which does one update.
+
+    `bfloat16` uses autocast, as users do; parameters are float32. Images and the loss
+    are on `device`.
+    """
     torch.manual_seed(SEED)
     module = CrossScale(
         create_mae(model, size=size, channels=channels), temperature=temperature

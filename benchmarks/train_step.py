@@ -1,22 +1,23 @@
-"""Our training step against PyTorch's: `python -m benchmarks.train_step`.
+"""Compares our training step with PyTorch's: `python -m benchmarks.train_step`.
 
-The implementations of a group run in processes that are alive together and step in
-turns on the same cores or GPU, so that what else the machine does meets all alike. A
-JSON line a group, and a table: samples/s (two views each), the ratio of the first's
-median to the others', peak memory (resident; on a GPU what was taken of its own), and
+The implementations of a group run in separate processes at the same time. They step in
+turns on the same cores or GPU, so that other load on the machine affects all of them.
+Prints one JSON line per group, and a table: samples/s (two views each), the ratio of
+the first one's median to the others', peak memory (resident, or used on the GPU), and
 the seconds until the first step was done (compilation).
 
-    --groups=ours-float32:torch-float32,...   which; default: those of the table
-    --rounds=7 --steps=1                      turns, and steps in a turn
-    --together                                compile at the same time: many cores
+    --groups=ours-float32:torch-float32,...   the groups; default: those of the table
+    --rounds=7 --steps=1                      turns, and steps per turn
+    --together                                compile at the same time, on many cores
 
 On a GPU: --case=base_512 --case=large_256 --steps=10
 --groups=ours-bfloat16-pallas:ours-bfloat16-cudnn:ours-bfloat16-xla:torch-bfloat16
 
-Ours is `ours-DTYPE-ATTENTION-REMAT-BLOCKS`; what is left out is as in the presets.
+Ours is `ours-DTYPE-ATTENTION-REMAT-BLOCKS`; missing parts default to the presets.
 
-Needs torch and transformers beside xsmae (`make test-peers` installs them). All sides
-have the command's malloc: set LD_PRELOAD or GLIBC_TUNABLES as the README says.
+Needs torch and transformers in addition to xsmae (`make test-peers` installs them). All
+processes use the malloc of this command: set LD_PRELOAD or GLIBC_TUNABLES as in the
+README.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-# Case -> size, pixels, patch size, samples a step.
+# Case -> size, pixels, patch size, samples per step.
 CASES = {
     "tiny_128": ("tiny", 128, 16, 64),
     "base_128": ("base", 128, 16, 64),
@@ -55,7 +56,7 @@ WITH += ("ours-float32-pallas", "ours-float32-xla")  # cuDNN has 16-bit kernels 
 KEEPING = tuple(f"{ours}-{x}" for ours in WITH for x in REMAT)
 KEEPING += tuple(f"{ours}-{x}" for ours in KEEPING for x in ("scanned", "unrolled"))
 IMPLEMENTATIONS = (*OURS, *WITH, *KEEPING, *PEERS)
-# Ours in each dtype against the peers that the issue of speed is decided by.
+# Ours in each dtype against the peers that it must match in speed.
 GROUPS = tuple(f"ours-float32:{peer}" for peer in PEERS if "float32" in peer) + tuple(
     f"ours-bfloat16:{peer}" for peer in PEERS
 )
@@ -63,7 +64,7 @@ LEARNING_RATE, WEIGHT_DECAY, BETAS, TEMPERATURE = 1e-4, 0.05, (0.9, 0.95), 0.5
 CHANNELS = 3
 
 
-Step = Callable[[], Callable[[], float]]  # started; the second call waits for its loss
+Step = Callable[[], Callable[[], float]]  # starts a step; its result waits for the loss
 
 
 def our_config(
@@ -73,7 +74,7 @@ def our_config(
     remat: str = "",
     blocks: str = "",
 ):
-    """The `published` method on the blocks that Hugging Face's MAE has."""
+    """The `published` method with the same blocks as Hugging Face's MAE."""
     from xsmae.configs import common
 
     size, pixels, patch, batch = CASES[case]
@@ -102,9 +103,9 @@ def our_config(
 
 
 def our_step(case: str, *options: str) -> tuple[Step, Callable[[], int]]:
-    """One update of ours, from a batch in memory; and the peak memory in bytes.
+    """One update of ours from a batch in memory, and its peak memory (bytes).
 
-    `options` are those of `our_config` after the case.
+    `options` are the arguments of `our_config` after the case.
     """
     import jax
 
@@ -135,14 +136,14 @@ def our_step(case: str, *options: str) -> tuple[Step, Callable[[], int]]:
 def torch_step(
     case: str, dtype: str, *, compiled: bool
 ) -> tuple[Step, Callable[[], int]]:
-    """One update of the peer, from a batch in memory; and the peak memory in bytes."""
+    """One update of the peer from a batch in memory, and its peak memory (bytes)."""
     import torch
 
     from benchmarks import torch_step as peer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")  # on GPUs as XLA does: TF32
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, like XLA
     _, pixels, _, batch = CASES[case]
     update = peer.create_step(
         our_config(case, dtype).model.to_dict(),
@@ -164,12 +165,12 @@ def torch_step(
 
 
 def resident() -> int:
-    """Bytes of this process at its peak."""
+    """The peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def create_step(case: str, implementation: str) -> tuple[Step, Callable[[], int]]:
-    """The step of one of `IMPLEMENTATIONS`, and its peak memory in bytes."""
+    """The step of one of `IMPLEMENTATIONS`, and a function for peak memory (bytes)."""
     kind, dtype, *options = implementation.split("-")
     if kind == "ours":
         return our_step(case, dtype, *options)
@@ -177,7 +178,7 @@ def create_step(case: str, implementation: str) -> tuple[Step, Callable[[], int]
 
 
 def serve(case: str, implementation: str) -> None:
-    """A child: a first step, and then as many as each line of stdin says."""
+    """Runs a child: one step, then as many steps as each line of stdin says."""
     start = time.monotonic()
     step, peak = create_step(case, implementation)
     loss = step()()
@@ -197,7 +198,7 @@ def _answer(**values: float) -> None:
 
 @dataclasses.dataclass
 class Child:
-    """An implementation in a process of its own."""
+    """An implementation in its own process."""
 
     implementation: str
     process: subprocess.Popen
@@ -207,7 +208,7 @@ class Child:
 
     @classmethod
     def start(cls, case: str, implementation: str, share: float) -> Child:
-        """Start it with a share of a GPU's memory; `first_step` waits for that."""
+        """Starts it with a share of the GPU's memory; `first_step` waits for it."""
         command = [sys.executable, "-m", "benchmarks.train_step"]
         command += [f"--case={case}", f"--child={implementation}"]
         pipe = subprocess.PIPE
@@ -218,26 +219,26 @@ class Child:
                 stdin=pipe,
                 stdout=pipe,
                 text=True,
-                # Of a GPU's memory XLA takes its share at once: pools that grow, of
-                # several processes, grow beyond what they need.
+                # XLA takes its share of the GPU's memory at once. With several
+                # processes, growing pools would grow beyond their need.
                 env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"},
             ),
         )
         return child
 
     def first_step(self) -> None:
-        """Wait for it, and note how long it took."""
+        """Waits for the first step and records its time."""
         self.first = self.read()["first"]
 
     def read(self) -> dict:
-        """What it answers next; what else it prints is passed over."""
+        """Its next answer; skips other output."""
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
         raise SystemExit(f"{self.implementation} ended with {self.process.wait()}")
 
     def run(self, steps: int, batch: int) -> None:
-        """A turn."""
+        """Runs one turn."""
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         answer = self.read()
@@ -247,7 +248,7 @@ class Child:
         self.peak = answer["peak"]
 
     def summary(self) -> dict:
-        """What was measured of it."""
+        """The measurements."""
         return {
             "implementation": self.implementation,
             "samples_per_second": statistics.median(self.rates),
@@ -260,7 +261,7 @@ class Child:
 def compare(
     case: str, group: str, *, rounds: int, steps: int, together: bool = False
 ) -> dict:
-    """Those of a group, in turns; `together`: they compile at the same time."""
+    """Measures a group in turns; `together` compiles all at the same time."""
     batch, names = CASES[case][-1], group.split(":")
     children = []
     try:
@@ -272,7 +273,7 @@ def compare(
             child.first_step()
         for child in children:
             child.run(1, batch)
-            child.rates.clear()  # what is still set up in the second step
+            child.rates.clear()  # the second step still includes some set-up
         for _ in range(rounds):
             for child in children:
                 child.run(steps, batch)
@@ -288,7 +289,7 @@ def compare(
 
 
 def machine() -> dict[str, str | int]:
-    """What it was measured on, and with."""
+    """The hardware and the versions."""
     names = {}
     with open("/proc/cpuinfo") as file:
         for line in file:
@@ -320,7 +321,7 @@ def machine() -> dict[str, str | int]:
 
 
 def table(results: Sequence[dict]) -> str:
-    """Markdown, a line an implementation; ratios are of the group's first to it."""
+    """A Markdown table, one line per implementation; ratio = group's first / this."""
     header = (
         "case", "implementation", "samples/s", "ratio", "peak GB", "first step s"
     )  # fmt: skip
@@ -341,7 +342,7 @@ def table(results: Sequence[dict]) -> str:
 
 
 def main() -> None:
-    """Run the groups that the flags name."""
+    """Runs the groups that the flags name."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -362,8 +363,8 @@ def main() -> None:
         if len(group.split(":")) < 2 or set(group.split(":")) - set(IMPLEMENTATIONS):
             parser.error(
                 f"--groups={group}, expected two or more of "
-                f"{', '.join((*OURS, *WITH, *PEERS))} with a colon between them; after "
-                f"attention there may be -{', -'.join(REMAT)}, and after that "
+                f"{', '.join((*OURS, *WITH, *PEERS))}, separated by colons; the "
+                f"attention may be followed by -{', -'.join(REMAT)}, and that by "
                 "-scanned or -unrolled"
             )
     print(json.dumps(machine()), flush=True)

@@ -1,13 +1,13 @@
-"""What digests, the lock and the watchdog cost: `python -m benchmarks.trust`.
+"""Measures the cost of digests, lock and watchdog: `python -m benchmarks.trust`.
 
-The training step with saves in the background, in turns with all of them and without
-any, in one process, so that what else the machine does meets both alike. A JSON line:
-images/s of both (medians of the turns), the median of the turns' ratios of wall time
-and of processor time, and the same at the config's default `checkpoint.every`.
+It runs the training step with background saves in one process, in turns with all of
+them and with none, so that other load on the machine affects both. It prints a JSON
+line: images/s of both (medians of the turns), the medians of the turns' ratios of wall
+time and of processor time, and the same for the default `checkpoint.every`.
 
-    --rounds=15     turns of each
-    --every=25      steps in a turn, at whose end the state is saved
-    --batch=64      samples a step
+    --rounds=15     turns of each kind
+    --every=25      steps per turn; each turn ends with a save
+    --batch=64      samples per step
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from xsmae.process.watchdog import Watchdog
 from xsmae.run.choices import INTERVALS
 from xsmae.trainer import Trainer, batch_shapes, create_trainer
 
-EVERY = INTERVALS["checkpoint.every"][-1]  # in a run of this length
+EVERY = INTERVALS["checkpoint.every"][-1]  # the default in a long run
 
 
 def create(batch: int) -> tuple[Trainer, dict[str, np.ndarray], int]:
-    """A small training as `quickstart.py` has it, a batch, the default `every`."""
+    """A small trainer like that of `quickstart.py`, a batch, the default `every`."""
     config = common.get_common("corrected", "tiny")
     config.views.size, config.model.patch_size = 64, 8
     config.model.dtype = "float32"
@@ -58,7 +58,7 @@ def create(batch: int) -> tuple[Trainer, dict[str, np.ndarray], int]:
 
 @contextlib.contextmanager
 def trusted(folder: Path) -> Iterator[tuple[Saver, Watchdog]]:
-    """All of it, as in a run."""
+    """Saves with digests, lock and watchdog, as in a run."""
     dog = Watchdog(folder / "hang.log", minutes=30)
     with FolderLock(folder), dog.watching():
         checkpoints = Checkpoints(folder / "checkpoints")
@@ -68,21 +68,21 @@ def trusted(folder: Path) -> Iterator[tuple[Saver, Watchdog]]:
 
 @contextlib.contextmanager
 def plain(folder: Path) -> Iterator[tuple[Saver, None]]:
-    """Saves alone."""
+    """Saves without any of them."""
     checkpoints = Checkpoints(folder / "checkpoints", with_digests=False)
     yield Saver(checkpoints, fingerprint="", allowed=0), None
     checkpoints.close()
 
 
 def measure(rounds: int, every: int, batch: int) -> dict:
-    """The figures of one case."""
+    """The measurements of one case."""
     trainer, arrays, default = create(batch)
     state = trainer.initial_state()
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     step, seconds = 0, {"trusted": [], "plain": []}
     used = {"trusted": [], "plain": []}
     for number in range(rounds + 1):
-        # In either order in turn: the second of a pair may find the caches warm.
+        # Alternate the order, since the second of a pair may find warm caches.
         for kind in (trusted, plain) if number % 2 else (plain, trusted):
             with tempfile.TemporaryDirectory() as folder, kind(Path(folder)) as own:
                 saver, dog = own
@@ -96,7 +96,7 @@ def measure(rounds: int, every: int, batch: int) -> dict:
                     saver.poll()
                 saver.save(step, state)
                 saver.finish()
-                if number:  # the first compiles
+                if number:  # the first round compiles
                     seconds[kind.__name__].append(time.perf_counter() - begin)
                     used[kind.__name__].append(time.process_time() - cpu)
     rates = {
@@ -126,7 +126,7 @@ def measure(rounds: int, every: int, batch: int) -> dict:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (("rounds", 15), ("every", 25), ("batch", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -1,1 +1,1 @@
-"""The configs of the runs; installed as `xsmae.configs`."""
+"""The configs of runs, installed as `xsmae.configs`."""

@@ -1,17 +1,17 @@
-"""A table of images: `path`, optionally `label` and `gsd`. Needs `data.csv_path`."""
+"""A CSV of images: `path`, optionally `label` and `gsd`. Needs `data.csv_path`."""
 
 from ml_collections.config_dict import placeholder
 from xsmae.configs import folder
 
 
 def get_config(argument=None):
-    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
+    """argument: `[preset][,method=METHOD][,size=SIZE]`; see common.py."""
     config = folder.get_config(argument)
     config.data = dict(
         source="csv",
         csv_path=placeholder(str),
-        root=placeholder(str),  # the paths are relative to it; the table's folder
-        gsd=placeholder(float),  # where the table has no such column
+        root=placeholder(str),  # paths are relative to it; default: the CSV's folder
+        gsd=placeholder(float),  # if the CSV has no gsd column
         split="all",
         test_fraction=0.1,
         min_side=32,

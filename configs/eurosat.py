@@ -1,8 +1,8 @@
 """EuroSAT RGB (27,000 Sentinel-2 tiles of 64 px, 10 m), a folder of class folders.
 
-Needs `--config.data.root=DIR`. The default split is the project's own rule; the one of
-the papers' kNN tables is given as two lists of paths: `--config.data.split=TRAIN.txt
---config.knn.test.split=TEST.txt`.
+Needs `--config.data.root=DIR`. The default split is the project's own rule. To use the
+split of the papers' kNN tables, give it as two lists of paths:
+`--config.data.split=TRAIN.txt --config.knn.test.split=TEST.txt`.
 """
 
 from ml_collections.config_dict import placeholder
@@ -10,7 +10,7 @@ from xsmae.configs import common
 
 
 def get_config(argument=None):
-    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
+    """argument: `[preset][,method=METHOD][,size=SIZE]`; see common.py."""
     options = common.parse_argument(argument, size="tiny")
     config = common.get_common(**options)
     config.data = dict(
@@ -29,7 +29,7 @@ def get_config(argument=None):
     config.views.size = 64
     config.model.patch_size = 8
     config.model.reference_gsd = 10.0
-    config.model.dtype = "float32"  # what CPUs are fastest in
+    config.model.dtype = "float32"  # the fastest on CPUs
     # About half an hour on two cores.
     config.batch_size = 64
     config.num_epochs = 3.0

@@ -1,6 +1,6 @@
-"""fMoW-RGB by a table of paths, such as SatMAE's. Needs `--config.data.csv_path=FILE`.
+"""fMoW-RGB from a CSV of paths, such as SatMAE's. Needs `--config.data.csv_path=FILE`.
 
-The GSD comes from the JSON beside each image, unless the table has a column for it.
+The GSD comes from the JSON beside each image, unless the CSV has a column for it.
 """
 
 from ml_collections.config_dict import placeholder
@@ -8,12 +8,12 @@ from xsmae.configs import fmow
 
 
 def get_config(argument=None):
-    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
+    """argument: `[preset][,method=METHOD][,size=SIZE]`; see common.py."""
     config = fmow.get_config(argument)
     config.data = dict(
         source="fmow_csv",
         csv_path=placeholder(str),
-        root=placeholder(str),  # the paths are relative to it; the table's folder
+        root=placeholder(str),  # paths are relative to it; default: the CSV's folder
         kind="rgb",
         gsd=placeholder(float),
         crop=True,

@@ -1,6 +1,6 @@
-"""fMoW-RGB as `python -m xsmae.data.fmow_tfds` packs it. Needs data.data_dir.
+"""fMoW-RGB prepared by `python -m xsmae.data.fmow_tfds`. Needs data.data_dir.
 
-The records carry their GSD and the labelled box.
+Each record contains its GSD and the labelled box.
 """
 
 from ml_collections.config_dict import placeholder
@@ -8,7 +8,7 @@ from xsmae.configs import fmow
 
 
 def get_config(argument=None):
-    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
+    """argument: `[preset][,method=METHOD][,size=SIZE]`; see common.py."""
     config = fmow.get_config(argument)
     config.data = dict(
         source="tfds",

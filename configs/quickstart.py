@@ -1,10 +1,10 @@
-"""A few minutes on two CPU cores, on the built-in synthetic world."""
+"""A run of a few minutes on two CPU cores, on the built-in synthetic world."""
 
 from xsmae.configs import common
 
 
 def get_config(argument=None):
-    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
+    """argument: `[preset][,method=METHOD][,size=SIZE]`; see common.py."""
     options = common.parse_argument(argument, size="tiny")
     config = common.get_common(**options)
     config.data = dict(source="synthetic", num_images=4000, seed=0, size=96, gsd=1.0)
@@ -12,7 +12,7 @@ def get_config(argument=None):
     config.knn.test.seed = 1
     config.views.size = 64
     config.model.patch_size = 8
-    config.model.dtype = "float32"  # what CPUs are fastest in
+    config.model.dtype = "float32"  # the fastest on CPUs
     if options["size"] == "tiny":
         config.model.depth, config.model.decoder_depth = 6, 2
     config.batch_size = 64

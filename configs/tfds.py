@@ -1,6 +1,6 @@
 """A TFDS data set prepared as ArrayRecord. Needs data.name, data.data_dir, data.gsd.
 
-The names of the catalogue that suit: `eurosat/rgb` (10 m), `resisc45` (0.2 to 30 m),
+Suitable names in TFDS's catalogue: `eurosat/rgb` (10 m), `resisc45` (0.2 to 30 m),
 `uc_merced` (0.3048 m). For fMoW see `fmow_tfds.py`.
 """
 
@@ -9,7 +9,7 @@ from xsmae.configs import folder
 
 
 def get_config(argument=None):
-    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
+    """argument: `[preset][,method=METHOD][,size=SIZE]`; see common.py."""
     config = folder.get_config(argument)
     config.data = dict(
         source="tfds",

@@ -1,7 +1,7 @@
 """UC Merced Land Use (2,100 aerial images of 256 px, 0.3048 m), a folder of classes.
 
-Needs `--config.data.root=DIR`: the TIFFs as they are distributed, or copies in another
-format. The splits are chosen as in `eurosat.py`.
+Needs `--config.data.root=DIR` with the TIFFs as distributed, or copies in another
+format. The splits follow the same rule as in `eurosat.py`.
 """
 
 from ml_collections.config_dict import placeholder
@@ -9,7 +9,7 @@ from xsmae.configs import common
 
 
 def get_config(argument=None):
-    """`[preset][,method=METHOD][,size=SIZE]`, see common.py."""
+    """argument: `[preset][,method=METHOD][,size=SIZE]`; see common.py."""
     options = common.parse_argument(argument)
     config = common.get_common(**options)
     config.data = dict(
@@ -26,7 +26,7 @@ def get_config(argument=None):
     config.mean = (0.4842, 0.4901, 0.4505)
     config.std = (0.2180, 0.2021, 0.1958)
     config.model.reference_gsd = 0.3048
-    config.model.dtype = "float32"  # what CPUs are fastest in
+    config.model.dtype = "float32"  # the fastest on CPUs
     config.batch_size = 64
     config.num_epochs = 200.0
     config.optim.warmup_epochs = 10.0

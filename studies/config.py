@@ -1,9 +1,9 @@
-"""The systems of the head-to-head: one config a system, differing in nothing else.
+"""The systems of the head-to-head study: one config per system.
 
     --config=studies/config.py:SYSTEM --config.data.csv_path=train.csv
 
-The systems are those of `SYSTEMS`, and `corrected` with one change, those of
-`ABLATIONS`.
+Configs differ only in the system. Systems are listed in `SYSTEMS`; those with one
+change to `corrected` come from `ABLATIONS`.
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 from xsmae.configs import common
 
-# Views that the encoder reads in a step, of all systems: a sample of Cross-Scale MAE
-# has two, so its batch is half as many.
+# Views that the encoder reads per step, the same for all systems. A sample of
+# Cross-Scale MAE has two views, so its batch has half as many samples.
 VIEWS_A_STEP = 128
 NUM_STEPS = 300
 
-# System -> method, preset and the fields that differ from it.
+# System -> method, preset and the fields that differ from the preset.
 SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mae": ("mae", "published", {}),
-    # What SatMAE trains on RGB has no groups of bands, and so is MAE to the bit; with a
-    # group a band it reads three times the tokens.
+    # For RGB, SatMAE uses no groups of bands, so it is MAE to the bit. With one group
+    # per band it reads three times the tokens.
     "sat_mae": ("sat_mae", "published", {}),
     "sat_mae-groups": (
         "sat_mae",
@@ -30,15 +30,15 @@ SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"model.channel_groups": ((0,), (1,), (2,))},
     ),
     "scale_mae": ("scale_mae", "published", {}),
-    # With the official code's timm blocks, which are the encoder of the other systems;
-    # `post` is its xFormers setting, that of the released weights.
+    # `published` uses the official code's timm blocks, like the encoders of the other
+    # systems. `post` is its xFormers setting, used for the released weights.
     "published": (
         "cross_scale_mae",
         "published",
         {"model.norm_style": "pre", "model.norm_epsilon": 1e-6},
     ),
     "published-post": ("cross_scale_mae", "published", {}),
-    # Whether it is the temperature alone that `corrected` has before it.
+    # Tests if `corrected` is better than `published` only because of the temperature.
     "published-temperature": (
         "cross_scale_mae",
         "published",
@@ -51,9 +51,9 @@ SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "corrected": ("cross_scale_mae", "corrected", {}),
 }
 
-# One row of the comparison in the design each: `corrected` with that row as published
-# (of the contrastive loss's three parts each by itself too), and then each of the two
-# added losses left out; and one group of rows, below.
+# `corrected` with one difference set as in `published`. The three parts of the
+# contrastive loss also have their own entries. Then each of the two additional losses
+# is left out. The group `losses` is added below.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "view2": {
         "views.view2_box": "batch",
@@ -84,8 +84,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_contrastive": {"loss.contrastive.weight": 0.0},
     "no_cross_prediction": {"loss.cross_prediction.weight": 0.0},
 }
-# The losses' parts together, but for the temperature, which is known to be needed: what
-# is not the losses' is the crops', the positions' and the last norm's.
+# All parts of the losses together, except the temperature, which is known to be needed.
+# The remaining differences are in the crops, the positions and the last norm.
 ABLATIONS["losses"] = {
     field: value
     for name in (
@@ -104,22 +104,22 @@ SYSTEMS |= {
 
 
 def get_config(system: str) -> ml_collections.ConfigDict:
-    """The config of a system; raises ValueError for one that is not known."""
+    """The config of a system; raises ValueError for an unknown one."""
     if system not in SYSTEMS:
         raise ValueError(f"system {system!r}, expected one of {', '.join(SYSTEMS)}")
     method, preset, changes = SYSTEMS[system]
     config = common.get_common(preset, "tiny", method)
     config.data = _data()
-    # Measured over the training images of both data sets, every image alike.
+    # Measured over the training images of both data sets, with equal image weights.
     config.mean = (0.3550, 0.3888, 0.4110)
     config.std = (0.2076, 0.1465, 0.1247)
     config.views.size = 64
     config.model.patch_size = 8
-    config.model.dtype = "float32"  # what CPUs are fastest in
+    config.model.dtype = "float32"  # the fastest on CPUs
     pair = method == "cross_scale_mae"
     config.batch_size = VIEWS_A_STEP // 2 if pair else VIEWS_A_STEP
     config.num_steps = NUM_STEPS
-    # The same peak rate and schedule for all: 1e-3, not scaled by the samples a step.
+    # The same peak rate and schedule for all: 1e-3, not scaled by the batch size.
     config.optim.learning_rate = 1e-3
     config.optim.learning_rate_batch = config.batch_size
     config.optim.warmup_steps = NUM_STEPS // 10

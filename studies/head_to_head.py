@@ -1,11 +1,11 @@
-"""The head-to-head: pretrain every system alike, evaluate all, one after the other.
+"""The head-to-head study: pretrains and evaluates every system in the same way.
 
     python -m studies.head_to_head --data=DIR
 
-DIR holds `eurosat_rgb.zip`, `uc_merced.zip` and the published lists in `splits/`. What
-is finished stands in studies/results/runs.jsonl and is skipped; the same command goes
-on after any stop, on another machine from the next run. docs/study.md says what is
-asked and answered, studies/report.py writes its tables.
+DIR contains `eurosat_rgb.zip`, `uc_merced.zip` and the published lists in `splits/`.
+Finished runs are listed in studies/results/runs.jsonl and skipped. After a stop, the
+same command resumes; on another machine it starts with the next run. docs/study.md has
+the questions and the answers; studies/report.py writes its tables.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from xsmae.process.signals import StopRequest
 STUDIES = Path(__file__).parent
 SCHEMA = 2
 SEEDS = (0, 1, 2)
-# What is evaluated: the encoders' own input size is 100 %, so that 12.5 % is one patch.
+# The size of evaluated images: the encoders' input size is 100%, so 12.5% is one patch.
 BASE_SIZE = 64
-# Task -> its scales in percent, and its options where they are not the default.
+# Task -> its scales in percent.
 TASKS = {
     "knn": {"scales": (12.5, 25.0, 50.0, 100.0)},
     "linear_probe": {"scales": (100.0,)},
 }
-BANK_EVERY = 4  # of EuroSAT's training images, the bank's; all of UC Merced's
-# Run with all seeds though they are not compared: the change of `published` that does
-# more than all others together, and what of `corrected` most suggests that it were
-# better without.
+BANK_EVERY = 4  # the bank has every 4th training image of EuroSAT, all of UC Merced
+# These run with all seeds, although they are not part of the comparison: the change to
+# `published` with the largest effect, and the changes to `corrected` that may improve
+# it.
 CONTESTED = (
     "published-temperature",
     "corrected-losses",
@@ -60,7 +60,7 @@ CONTESTED = (
 class DataSet:
     """A labelled data set: its zip, the folder in it, its lists, its metres per pixel.
 
-    bank_every: of the training images every n-th is in the bank of the evaluations.
+    bank_every: every n-th training image is in the bank of the evaluations.
     """
 
     name: str
@@ -85,7 +85,7 @@ DATA_SETS = (
 
 
 def plan(seeds: tuple[int, ...]) -> list[tuple[str, int]]:
-    """(system, seed) of every run, in order: whole comparisons first."""
+    """(system, seed) of every run in order, complete comparisons first."""
     compared = [s for s in systems.SYSTEMS if "-" not in s]
     ablated = [s for s in systems.SYSTEMS if "-" in s]
     first, *others = seeds
@@ -95,10 +95,10 @@ def plan(seeds: tuple[int, ...]) -> list[tuple[str, int]]:
 
 
 def prepare(data: Path, folder: Path) -> Path:
-    """Unpack the images of `data` into `folder`, once; the lists beside them.
+    """Unpacks the images of `data` into `folder` once, and writes lists beside them.
 
-    Writes `train.csv` (path, gsd of all training images), and `<name>_bank.txt` and
-    `<name>_test.txt`. Raises UserError where something is missing.
+    Writes `train.csv` (path, gsd of all training images), `<name>_bank.txt` and
+    `<name>_test.txt`. Raises UserError if a file is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = ["path,gsd"]
@@ -108,8 +108,8 @@ def prepare(data: Path, folder: Path) -> Path:
         for path in (archive, *lists.values()):
             if not path.exists():
                 raise UserError(
-                    f"{path} does not exist: give the folder of the zips and their "
-                    "splits with --data"
+                    f"{path} does not exist: give the folder with the zips and splits "
+                    "with --data"
                 )
         train, test = (lists[p].read_text().split() for p in ("train", "test"))
         names = [f"{one.folder}/{name}" for name in (*train, *test)]
@@ -125,17 +125,17 @@ def prepare(data: Path, folder: Path) -> Path:
 
 
 def fields_of(system: str, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """What decides a run but for its seed and its images, field by field."""
+    """The fields that determine a run, except its seed and its images."""
     config = flatten(systems.get_config(system).to_dict())
     config["changes"] = list(changes)
-    return json.loads(json.dumps(config))  # tuples are lists in a file
+    return json.loads(json.dumps(config))  # a file stores tuples as lists
 
 
 def is_of(run: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
-    """Whether a finished run had these fields.
+    """True if a finished run had these fields.
 
-    A field that the config has got since was not there to be set: it says nothing. Nor
-    does how the network was run.
+    Fields added to the config since the run do not count, nor do fields of how the
+    network runs.
     """
     unknown = object()
     said = {k: v for k, v in run["fields"].items() if k not in EXECUTION_FIELDS}
@@ -143,14 +143,14 @@ def is_of(run: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
 
 
 def read_runs(path: Path) -> list[dict]:
-    """The finished runs of `runs.jsonl`; [] where there is none."""
+    """The finished runs in `runs.jsonl`; [] if the file does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def pretrain(system: str, seed: int, folder: Path, workdir: Path, changes) -> int:
-    """The run itself; returns its exit status."""
+    """Pretrains a system; returns the exit status."""
     return xsmae.main.main(
         [
             "xsmae.main",
@@ -166,10 +166,10 @@ def pretrain(system: str, seed: int, folder: Path, workdir: Path, changes) -> in
 def evaluate(
     name: str, folder: Path, workdir: Path, should_stop: Callable[[], bool]
 ) -> None:
-    """kNN over the scales and the linear probe at 100 %, on both test splits.
+    """Runs kNN over the scales and the linear probe at 100%, on both test splits.
 
-    The rows go to `<folder>/rows`, where the next run finds those of the controls.
-    Raises KeyboardInterrupt between two batches once `should_stop()`.
+    The rows go to `<folder>/rows`, so that the next run finds the rows of the controls.
+    Raises KeyboardInterrupt between two batches once `should_stop()` is true.
     """
     for one in DATA_SETS:
         bank, test = (one.source(folder, part) for part in ("bank", "test"))
@@ -190,9 +190,9 @@ def evaluate(
 
 
 def publish(rows: Path, results: Path, digest: str) -> None:
-    """Add the rows of an encoder and of the controls to `results`.
+    """Adds the rows of an encoder and of the controls to `results`.
 
-    Without the paths of the machine that made them, which say nothing elsewhere.
+    It removes the paths of this machine, which mean nothing elsewhere.
     """
     published = []
     for row in read(rows):
@@ -210,7 +210,7 @@ def publish(rows: Path, results: Path, digest: str) -> None:
 def account(
     system: str, seed: int, fields: dict, workdir: Path, seconds: float
 ) -> dict[str, Any]:
-    """What `runs.jsonl` says of a finished run."""
+    """The row of `runs.jsonl` for a finished run."""
     config = json.loads((workdir / "config.json").read_text())
     rows = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
     method = config["method"]
@@ -230,7 +230,7 @@ def account(
         "views": images * (2 if method == "cross_scale_mae" else 1),
         "first": {k: v for k, v in rows[0].items() if k.startswith("loss")},
         "last": {k: v for k, v in rows[-1].items() if k.startswith("loss")},
-        # Of the process that finished it; less than the whole where it was stopped.
+        # Time of the last process only, if the run was stopped and resumed.
         "seconds": round(seconds),
         "time": now(),
         **{k: found[k] for k in ("python", "versions", "devices", "git_revision")},
@@ -238,28 +238,32 @@ def account(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is not finished; returns the exit status."""
+    """Runs everything that is not finished; returns the exit status."""
     values = flags.FlagValues()
     string = lambda *a: flags.DEFINE_string(*a, flag_values=values)  # noqa: E731
-    string("data", None, "The folder of the zips and splits.")
-    string("folder", ".cache/head_to_head", "Where images, features and runs go.")
-    string("results", str(STUDIES / "results"), "Where the rows go.")
+    string("data", None, "The folder with the zips and splits.")
+    string("folder", ".cache/head_to_head", "The folder for images, features and runs.")
+    string("results", str(STUDIES / "results"), "The folder for the rows.")
     flags.DEFINE_list(
         "only", [], "SYSTEM or SYSTEM/SEED; default: all.", flag_values=values
     )
     flags.DEFINE_list("seeds", [*map(str, SEEDS)], "The seeds.", flag_values=values)
     flags.DEFINE_multi_string(
-        "change", [], "A flag for every pretraining, for a trial.", flag_values=values
+        "change", [], "An extra flag for every pretraining.", flag_values=values
     )
     try:
         values(sys.argv if argv is None else argv)
         if values.data is None:
-            raise UserError("--data=DIR is missing: the folder of the zips and splits")
+            raise UserError(
+                "--data=DIR is missing: give the folder with the zips and splits"
+            )
         runs = plan(tuple(map(int, values.seeds)))
         known = {name for s, seed in runs for name in (s, f"{s}/{seed}")}
         unknown = set(values.only) - known
         if unknown:
-            raise UserError(f"--only={', '.join(unknown)}, expected of {sorted(known)}")
+            raise UserError(
+                f"--only={', '.join(unknown)}, expected some of {sorted(known)}"
+            )
         return _run_all(values, runs)
     except (UserError, flags.Error, ValueError) as error:
         print(f"head_to_head: {error}", file=sys.stderr)

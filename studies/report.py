@@ -1,7 +1,7 @@
-"""The tables and the plot of the head-to-head: `python -m studies.report`.
+"""Writes the tables and the plot of the head-to-head study.
 
-Writes them into docs/study.md between its two marks, and docs/study_scales.png, from
-the committed rows of studies/results alone.
+`python -m studies.report` reads the committed rows in studies/results. It writes the
+tables between the two marks of docs/study.md, and the plot to docs/study_scales.png.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ CONTROLS = {"statistics": "image statistics", "thumbnail": "thumbnail of 8 px"}
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The finished runs, and the rows of `knn` and `linear_probe` by task."""
+    """The finished runs, and the rows of each task (`knn`, `linear_probe`)."""
 
     runs: list[dict]
     rows: dict[str, list[Result]]
 
     def seeds(self, system: str) -> list[dict]:
-        """The runs of a system, by seed."""
+        """The runs of a system, sorted by seed."""
         found = [run for run in self.runs if run["system"] == system]
         return sorted(found, key=lambda run: run["seed"])
 
     def find(self, task: str, data: str, digests: Iterable[str], **fields) -> list:
-        """The rows of encoders with `digests` on `data`, whose fields are `fields`."""
+        """The rows of encoders with `digests` on `data` that have these `fields`."""
         return [
             row
             for row in self.rows[task]
@@ -70,7 +70,7 @@ class Study:
         return None
 
     def control(self, kind: str) -> str:
-        """The digest of a control that has no network."""
+        """The digest of a control without a network."""
         rows = self.rows["knn"]
         return next(r.encoder["digest"] for r in rows if r.encoder["kind"] == kind)
 
@@ -87,17 +87,19 @@ class Study:
 
 
 def load(results: Path) -> Study:
-    """What stands in `results`; raises UserError where no run is finished."""
+    """Reads `results`; raises UserError if no run is finished."""
     runs = read_runs(results / "runs.jsonl")
     current = [r for r in runs if r["system"] in systems.SYSTEMS]
     if not current:
-        raise UserError(f"no finished run in {results}: python -m studies.head_to_head")
+        raise UserError(
+            f"no finished run in {results}: run python -m studies.head_to_head"
+        )
     rows = {task: read(results / f"{task}.jsonl") for task in TASKS}
     return Study(current, rows)
 
 
 def cell(rows: Sequence[Result]) -> str:
-    """Of several seeds mean ± standard deviation, of one its bootstrap interval."""
+    """Mean ± standard deviation of several seeds, or one seed's bootstrap interval."""
     if not rows:
         return "-"
     values = [100 * row.value for row in rows]
@@ -108,14 +110,14 @@ def cell(rows: Sequence[Result]) -> str:
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text."""
+    """A Markdown table with text in its first column and numbers in the others."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     rows = [header, rule, *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def runs_table(study: Study) -> str:
-    """What each system was given."""
+    """The table of steps, images, minutes and losses of each system."""
     lines = []
     for system in _compared(study):
         runs = study.seeds(system)
@@ -131,7 +133,7 @@ def runs_table(study: Study) -> str:
 
 
 def comparison_table(study: Study, data: str) -> str:
-    """Every system and control on one data set."""
+    """The table of every system and control on one data set."""
     lines = []
     for system in _compared(study):
         digests = [run["encoder"] for run in study.seeds(system)]
@@ -143,7 +145,7 @@ def comparison_table(study: Study, data: str) -> str:
             name = f"untrained, as {NAMES[system]}"
             for feature in FEATURES:
                 line = _line(study, data, name, [untrained], feature)
-                # Architectures that are equal have one random encoder.
+                # Equal architectures share one random encoder.
                 if line[1:] not in [other[1:] for other in lines]:
                     lines.append(line)
     for kind, name in CONTROLS.items():
@@ -174,7 +176,7 @@ def _columns(study: Study) -> dict[str, tuple[str, str, float, str]]:
 
 
 def ablation_table(study: Study) -> str:
-    """`corrected` and each change of it, one seed: the value, and the difference."""
+    """`corrected` and each change to it, one seed: the value and the difference."""
     baseline = study.seeds("corrected")[:1]
     columns = _columns(study)
     header = ["change", *columns]
@@ -206,7 +208,7 @@ def ablation_table(study: Study) -> str:
 
 
 def contested_table(study: Study) -> str:
-    """`corrected`, and the changes of it that have its seeds too: mean ± deviation."""
+    """`corrected` and its changes with several seeds: mean ± standard deviation."""
     columns = _columns(study)
     whole = {run["seed"] for run in study.seeds("corrected")}
     lines = []
@@ -230,7 +232,7 @@ def _compared(study: Study) -> list[str]:
 
 
 def tables(study: Study) -> str:
-    """Everything between the marks of docs/study.md."""
+    """The text between the marks of docs/study.md."""
     parts = ["### Runs\n", runs_table(study)]
     for data in study.data:
         parts += [f"### {data}\n", comparison_table(study, data)]
@@ -240,16 +242,18 @@ def tables(study: Study) -> str:
 
 
 def replace_tables(document: str, content: str) -> str:
-    """`document` with `content` between its marks."""
+    """Replaces the text between the marks of `document` with `content`."""
     start, end = MARKS
     if document.count(start) != 1 or document.count(end) != 1:
-        raise UserError(f"expected one line {start.strip()!r} and one {end.strip()!r}")
+        raise UserError(
+            f"docs/study.md: expected {start.strip()!r} once and {end.strip()!r} once"
+        )
     before, _, rest = document.partition(start)
     return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 def draw(study: Study, path: Path) -> None:
-    """kNN accuracy of the mean patch against the scale: the mean of the seeds."""
+    """Plots kNN accuracy of the mean patch against scale, as the mean of the seeds."""
     figure = matplotlib.figure.Figure(figsize=(10, 4.2), dpi=110)
     axes = figure.subplots(1, len(study.data), squeeze=False)[0]
     for axis, data in zip(axes, study.data, strict=True):
@@ -295,7 +299,7 @@ def _curve(axis, study, data, digests, feature, name, color, style="-") -> None:
 
 
 def main() -> int:
-    """Write tables and plot; returns the exit status."""
+    """Writes tables and plot; returns the exit status."""
     try:
         study = load(STUDIES / "results")
         page = DOCS / "study.md"

@@ -1,4 +1,4 @@
-"""The head-to-head: what its systems share, what runs, where its tables come from."""
+"""The head-to-head study: shared settings of its systems, its runs, its tables."""
 
 import json
 import zipfile
@@ -39,7 +39,7 @@ def test_systems_differ_in_nothing_but_the_method(system):
         if name == "optim":
             theirs, ours = (o.to_dict() for o in (theirs, ours))
             for one in (theirs, ours):
-                # The peak rate is the rate times batch / this.
+                # The peak rate is the rate times batch / learning_rate_batch.
                 assert one.pop("learning_rate_batch") in (64, 128)
             assert config.optim.learning_rate_batch == config.batch_size
         assert ours == theirs, name
@@ -76,8 +76,8 @@ def test_unknown_system():
 def test_a_run_is_of_the_fields_that_it_had():
     fields = head_to_head.fields_of("mae")
     run = {"fields": {k: v for k, v in fields.items() if k != "optim.beta2"}}
-    assert head_to_head.is_of(run, fields)  # a field that is new since
-    # Another way to run the same network is the same run; another dtype is not.
+    assert head_to_head.is_of(run, fields)  # a field added since the run
+    # Other execution fields are the same run; another dtype is not.
     assert head_to_head.is_of({"fields": {**fields, "model.remat": "full"}}, fields)
     for changed in ({"num_steps": 1}, {"gone": 1}, {"model.dtype": "bfloat16"}):
         assert not head_to_head.is_of({"fields": {**fields, **changed}}, fields)
@@ -99,14 +99,14 @@ def test_every_run_is_planned_once():
 
 @pytest.fixture
 def archives(tmp_path):
-    """The zips and lists of two classes, as small as they can be."""
+    """The smallest possible zips and lists of two classes."""
     data, rng = tmp_path / "data", np.random.default_rng(0)
     (data / "splits").mkdir(parents=True)
     for one in head_to_head.DATA_SETS:
         lists = {"train": [], "test": []}
         with zipfile.ZipFile(data / f"{one.name}.zip", "w") as file:
             for label, colour in (("field", 90), ("roof", 160)):
-                for index in range(56):  # a bank of more than k
+                for index in range(56):  # gives a bank of more than k images
                     name = f"{label}/{index:02}.png"
                     lists["test" if index % 4 == 3 else "train"].append(name)
                     image = rng.normal(colour, 20, (64, 64, 3)).clip(0, 255)
@@ -126,7 +126,7 @@ def test_a_run_from_the_zips_to_the_tables(archives, tmp_path, capsys, monkeypat
     command = ["study", f"--data={archives}", f"--folder={folder}", "--seeds=3", *SMALL]
     command += [f"--results={results}", "--only=corrected"]
     assert head_to_head.main(command) == 0
-    # No test image is trained on.
+    # No test image is used for training.
     trained = (folder / "train.csv").read_text()
     for one in head_to_head.DATA_SETS:
         tested = (folder / f"{one.name}_test.txt").read_text().split()
@@ -167,7 +167,7 @@ def test_a_run_from_the_zips_to_the_tables(archives, tmp_path, capsys, monkeypat
     [
         ([], "--data=DIR is missing"),
         (["--data=nowhere"], "eurosat_rgb.zip does not exist"),
-        (["--data=nowhere", "--only=simclr"], "--only=simclr, expected of"),
+        (["--data=nowhere", "--only=simclr"], "--only=simclr, expected"),
         (["--data=nowhere", "--seeds=a"], "invalid literal"),
     ],
 )
@@ -187,7 +187,7 @@ def test_the_page_has_the_tables_of_the_committed_rows():
     for run in study.runs:
         assert run["encoder"] in digests
         assert json.dumps(run)
-        # Of these systems as they stand, not of others by the same name.
+        # The runs have the current fields of these systems.
         assert head_to_head.is_of(run, head_to_head.fields_of(run["system"]))
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch step that ours is timed against computes the losses that ours does."""
+"""The PyTorch step of the benchmark computes the same losses as ours."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +24,12 @@ def images():
 
 
 def by_view(tensor):
-    """View 1 of all samples and then view 2, to ours."""
+    """Converts view 1 of all samples, then view 2, to our layout."""
     return jnp.asarray(rearrange(tensor.detach().numpy(), "(v b) ... -> b v ...", v=2))
 
 
 def test_the_losses_of_the_peer():
-    """The reconstruction is held to ours in test_huggingface.py."""
+    """test_huggingface.py compares the reconstruction with ours."""
     torch.manual_seed(0)
     mae = torch_step.create_mae(SIZES, size=SIZE, channels=3)
     peer = torch_step.CrossScale(mae, temperature=0.3).train()
