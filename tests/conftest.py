@@ -1,4 +1,4 @@
-"""Fixtures that more than one file needs; a core a worker; programs compiled once."""
+"""Shared fixtures; one core per worker; a shared cache of compiled programs."""
 
 import os
 import shutil
@@ -9,18 +9,18 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-# `make test-faults` asks for it: ten times hypothesis's own number of cases.
+# `make test-faults` uses this profile: ten times hypothesis's default of 100 cases.
 settings.register_profile("faults", max_examples=1000, deadline=None)
 
-# A failed assert says what it compared, also in what tests share.
+# Show compared values of failed asserts in tests.support too.
 pytest.register_assert_rewrite("tests.support")
 
-# An axis that is missing is a mistake or goes without saying; here it must be said, in
-# what tests start too. Set before anything imports jax.
+# Raise if shapes broadcast with missing axes, which may be a mistake. Processes started
+# by tests inherit this. Set before anything imports jax.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-# Half of the suite's time would be compiling what another test has compiled: workers
-# and what they start share what they have. Set before anything imports jax.
+# Half of the suite's time would be compiling the same programs again, so workers and
+# their processes share a cache. Set before anything imports jax.
 COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -29,14 +29,16 @@ _cache = pytest.StashKey[str]()
 
 
 def pytest_configure(config):
-    """XLA's threads wait for each other: two workers on the same two cores are slower
-    than each on one of them, which what they start is on too."""
+    """Pins each worker and its processes to one core.
+
+    XLA's threads wait for each other, so two workers sharing two cores are slower.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.stash[_cache] = tempfile.mkdtemp(prefix="xsmae-compiled-")
         os.environ |= COMPILED | {"JAX_COMPILATION_CACHE_DIR": config.stash[_cache]}
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if os.path.exists("/dev/nvidiactl"):
-        return  # compiling for a GPU takes as many threads as there are
+        return  # compiling for a GPU uses all threads
     if worker.removeprefix("gw").isdigit() and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
@@ -49,7 +51,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """A folder of 24 JPEGs of 40 px in two classes; the class is the colour."""
+    """A folder of 24 JPEGs of 40 px in two classes, each with its own colour."""
     root = tmp_path / "images"
     rng = np.random.default_rng(0)
     for index in range(24):

@@ -1,4 +1,4 @@
-"""The table of faults and promises names tests that there are, none left out."""
+"""The table in docs/reliability.md names all fault tests, and only existing ones."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ FAULTS = (
     "test_faults.py", "test_hosts.py", "test_devices.py", "test_checkpoints.py",
     "test_trust.py", "test_broken_files.py", "test_fuzz.py",
 )  # fmt: skip
-# What is said in a word elsewhere, or of a part that the table has as a whole.
+# Tests that the page mentions elsewhere, or whose parts other rows cover.
 BESIDES = {
     "test_checkpoints.py::test_the_newest_and_every_so_many_are_kept",
     "test_checkpoints.py::test_steps_of_before_there_were_digests_go_on_with_a_line",

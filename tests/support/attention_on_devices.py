@@ -1,4 +1,4 @@
-"""Attention and its gradient with the batch divided over the devices; prints JSON."""
+"""Prints JSON about attention and its gradient with the batch divided over devices."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ def main():
     key, key_bar = jax.random.split(jax.random.key(0))
     width = num_heads * head_dim
     found = {}
-    # `auto` leaves the choice to the lowering in bfloat16 alone.
+    # `auto` leaves the choice to the lowering only in bfloat16.
     for implementation, dtype in (("pallas", jnp.float32), ("auto", jnp.bfloat16)):
         qkv = jax.random.normal(key, (16, tokens, 3 * width), dtype)
         out_bar = jax.random.normal(key_bar, (16, tokens, width), dtype)
@@ -29,7 +29,7 @@ def main():
         )
 
         def both(qkv, out_bar, attend=attend):
-            # Operations before and after, whose layout the kernel must not change.
+            # Operations before and after; the kernel must not change their layout.
             out, pullback = jax.vjp(lambda qkv: attend(jnp.sin(qkv)), qkv)
             return out * 2, pullback(out_bar)[0]
 

@@ -1,4 +1,4 @@
-"""Programs whose exchanges are known, on however many devices there are; JSON."""
+"""Prints JSON about programs with known collectives, on all devices."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Modules of the tests, run on several devices of a CPU in processes of their own."""
+"""Runs modules of the tests in separate processes with several CPU devices."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# On all cores again, where the worker that starts it is on one of them: devices wait
-# for each other in loops, and eight of them on one core take minutes.
+# Use all cores again, even if the test worker is pinned to one. Devices wait for each
+# other in loops, and eight of them on one core take minutes.
 CODE = """
 import os, runpy, sys
 if hasattr(os, "sched_setaffinity"):
@@ -17,17 +17,17 @@ runpy.run_module(sys.argv[1], run_name="__main__")
 
 
 def run_on_devices(module, devices, *arguments):
-    """The JSON that `python -m module` prints last, on so many devices.
+    """Runs `python -m module` on `devices` devices; returns the JSON of its last line.
 
-    The module finds the arguments in `sys.argv[2:]`.
+    The module gets the arguments in `sys.argv[2:]`.
     """
     done = subprocess.run(
         [sys.executable, "-c", CODE, module, *arguments],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            # What is divided over devices, and how, is decided before LLVM, whose
-            # optimising is half of the compiling.
+            # LLVM's optimisation takes half of the compile time, and sharding is
+            # decided before it.
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
             "--xla_backend_optimization_level=0",
         },

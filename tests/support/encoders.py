@@ -1,4 +1,4 @@
-"""Encoders: a made-up one, a random tiny one, and one on disk with random weights."""
+"""Encoders: a fake one, a random tiny one, and one on disk with random weights."""
 
 import functools
 
@@ -40,7 +40,7 @@ def mean_colour(images, gsd):
 def counting_encoder(calls, fail_after=None, encode=mean_colour):
     def counted(images, gsd):
         if len(calls) == fail_after:
-            raise KeyboardInterrupt  # what a kill would do
+            raise KeyboardInterrupt  # stops like a kill
         calls.append(np.array(gsd))
         return encode(images, gsd)
 
@@ -60,7 +60,7 @@ def tiny_encoder():
 
 
 def make_encoder(directory, bands=("red", "green", "blue"), **changes):
-    """An encoder with random weights, carried away into `directory`."""
+    """Saves an encoder with random weights to `directory`."""
     model, rng = MODEL | changes, np.random.default_rng(0)
     encoder = nnx.eval_shape(
         lambda: build_encoder(model, channels=len(bands), rngs=nnx.Rngs(0))

@@ -1,7 +1,7 @@
 """Run the notebooks: `python -m tests.support.execute_notebooks [FILE...]`.
 
-Their outputs are replaced in place by those of this run. It is done in an empty folder,
-one after the other, as a reader would: a notebook finds what the one before it left.
+It replaces their outputs in place. The notebooks run one after the other in one empty
+folder, as for a reader: a notebook finds the files of the previous one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-# In the order of reading: the second goes on with the encoder of the first.
+# In reading order: the second notebook uses the encoder of the first.
 NOTEBOOKS = [FOLDER / "quickstart.ipynb", FOLDER / "linear_probe.ipynb"]
 KERNEL = "this-interpreter"
 
 
 def install_kernel(folder: Path) -> None:
-    """Let Jupyter know this interpreter, and nothing of the user's settings."""
+    """Registers this interpreter with Jupyter, and hides the user's settings."""
     spec = {
         "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         "display_name": KERNEL,
@@ -34,12 +34,12 @@ def install_kernel(folder: Path) -> None:
     (place / "kernel.json").write_text(json.dumps(spec))
     for name in ("JUPYTER_PATH", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         os.environ[name] = str(folder)
-    # As a reader sees them, wherever this is called from.
+    # Show figures as a reader sees them, wherever this runs.
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 
 
 def set_parameters(notebook: nbformat.NotebookNode, values: dict[str, object]) -> None:
-    """Other values for names that the cell tagged `parameters` sets, a line each."""
+    """Replaces values in the cell tagged `parameters`; each name has its own line."""
     (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
     for name, value in values.items():
         line = re.compile(rf"^{name} = [^#\n]*", re.MULTILINE)
@@ -49,7 +49,7 @@ def set_parameters(notebook: nbformat.NotebookNode, values: dict[str, object]) -
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Run every cell with `folder` as the working folder; raises where one fails."""
+    """Runs every cell with `folder` as the working folder; raises if one fails."""
     client = NotebookClient(
         notebook,
         kernel_name=KERNEL,
@@ -61,7 +61,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     try:
         client.execute()
     finally:
-        # What a reader's Jupyter looks for, and nothing of this machine.
+        # The metadata that Jupyter needs, and nothing about this machine.
         notebook.metadata = nbformat.from_dict(
             {
                 "kernelspec": {
@@ -75,7 +75,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
 
 
 def main(paths: list[Path]) -> None:
-    """Execute the notebooks in place."""
+    """Executes the notebooks in place."""
     with tempfile.TemporaryDirectory() as folder:
         install_kernel(Path(folder) / "jupyter")
         work = Path(folder) / "work"

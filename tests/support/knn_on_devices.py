@@ -1,4 +1,4 @@
-"""Neighbours of a fixed problem on however many devices there are; prints JSON."""
+"""Prints JSON with the neighbours of a fixed problem, computed on all devices."""
 
 import hashlib
 import json

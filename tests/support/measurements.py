@@ -1,4 +1,4 @@
-"""A measurement of the sources of `sources.py`, and what it needs."""
+"""A measurement on the sources of `sources.py`, and its parts."""
 
 import functools
 
@@ -11,7 +11,7 @@ from xsmae.evaluation.subjects import pixel_control
 
 
 def predict_nearest(bank, labels, queries, *, num_classes):
-    """The class of the nearest."""
+    """The class of the nearest neighbour."""
     distance = ((queries[:, None] - bank) ** 2).sum(-1)
     return labels[distance.argmin(1)]
 

@@ -1,4 +1,4 @@
-"""The meshes of all devices for a list of [axes, batch size], in JSON; prints JSON."""
+"""Prints JSON with the meshes of all devices for a JSON list of [axes, batch size]."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from xsmae.sharding import by_batch, create_mesh
 
 
 def describe(axes, batch_size):
-    """The sizes of the axes and each device's part of a batch, or what is refused."""
+    """The sizes of the axes and each device's part of a batch, or the error."""
     try:
         mesh = create_mesh(batch_size, axes)
     except UserError as error:

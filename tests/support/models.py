@@ -1,4 +1,4 @@
-"""The fields of a tiny model, and made-up input for it and for a step."""
+"""The fields of a tiny model, and random input for it and for a step."""
 
 import jax
 import jax.numpy as jnp

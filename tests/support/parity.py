@@ -1,10 +1,10 @@
-"""Against what official implementations compute: `python -m tests.support.parity DIR`.
+"""Compares with official implementations: `python -m tests.support.parity DIR`.
 
 Each case in DIR is NAME.pth (a checkpoint in the official layout), NAME.json (sizes and
 options) and NAME.npz (inputs, random numbers, outputs, losses, gradients, statistics).
 A case goes through the importer, the model's forward with the given noise, the losses
-and `jax.grad`; an array's error is the largest difference relative to the largest
-number in what is expected.
+and `jax.grad`. The error of an array is the largest difference divided by the largest
+expected number.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from xsmae.weights.layouts import leaves, weights_of
 from xsmae.weights.official import OPTIONS
 
 OUTPUTS, LOSSES, GRADIENTS = 1e-4, 1e-5, 1e-3
-# What a case's JSON calls otherwise than the importer.
+# Option names of a case's JSON -> names of the importer.
 RENAMED = {"encoder_num_heads": "num_heads"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An array of a case, its relative error, and the largest that is allowed."""
+    """An array of a case, its relative error, and the limit."""
 
     array: str
     error: float
@@ -43,11 +43,11 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.limit  # NaN does not
+        return self.error <= self.limit  # False for NaN
 
 
 def relative_error(found, expected) -> float:
-    """The largest difference over the largest number of what is expected."""
+    """The largest difference divided by the largest expected number."""
     found, expected = np.asarray(found), np.asarray(expected)
     if found.shape != expected.shape:
         return float("inf")
@@ -56,7 +56,7 @@ def relative_error(found, expected) -> float:
 
 
 def check(case: Path) -> list[Row]:
-    """Every array of the case whose JSON is `case`."""
+    """Checks every array of the case with the JSON file `case`."""
     sizes = json.loads(case.read_text())
     arrays = dict(np.load(case.with_suffix(".npz")))
     options = {RENAMED.get(k, k): v for k, v in sizes.items()}
@@ -71,7 +71,7 @@ def check(case: Path) -> list[Row]:
     @jax.jit
     def run(params, stats):
         def total(params):
-            # Variables may only be written to in the trace that made them.
+            # Variables may be written only in the trace that created them.
             fresh = jax.tree.map(lambda x: x, stats)
             network = nnx.merge(graphdef, params, fresh)
             output = network(views, noise)
@@ -132,7 +132,7 @@ def _naming(sizes) -> str:
 
 
 def _outputs(output, model, views, loss) -> dict[str, np.ndarray]:
-    """By the cases' names, each with its views on axis 1."""
+    """The outputs by the cases' names, each with its views on axis 1."""
     names = ("mask", "encoder_tokens", "decoder_tokens")
     found = {name: getattr(output, name) for name in names}
     patch = model["patch_size"]
@@ -163,7 +163,7 @@ def _row(name: str, expected, found) -> Row:
     if name not in found:
         return Row(name, float("nan"), 0.0)
     if name.startswith("grad_norm/"):
-        # A bias before a softmax or a norm has no gradient but rounding.
+        # A bias before a softmax or a norm has no gradient except rounding.
         difference = abs(float(found[name]) - float(expected))
         scale = max(float(expected), 1e-3)
         return Row(name, difference / scale, GRADIENTS)
@@ -176,20 +176,20 @@ def _row(name: str, expected, found) -> Row:
 
 
 def main(argv: list[str]) -> int:
-    """Check every case of the folder; returns the exit status."""
+    """Checks every case of the folder; returns the exit status."""
     if len(argv) != 1:
         print("usage: python -m tests.support.parity DIR", file=sys.stderr)
         return 2
     cases = sorted(Path(argv[0]).glob("*.json"))
     if not cases:
-        print(f"{argv[0]} holds no case (NAME.json, NAME.npz, NAME.pth)")
+        print(f"{argv[0]} contains no case (NAME.json, NAME.npz, NAME.pth)")
         return 2
     failed = 0
     for case in cases:
         print(case.stem)
         try:
             rows = check(case)
-        except Exception as error:  # a case that cannot be run has failed, not the rest
+        except Exception as error:  # count the case as failed and continue
             print(f"  cannot be run: {type(error).__name__}: {error}")
             failed += 1
             continue

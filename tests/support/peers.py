@@ -1,4 +1,4 @@
-"""What the checks against PyTorch's models share; it needs torch."""
+"""Shared code of the comparisons with PyTorch's models; needs torch."""
 
 import numpy as np
 import torch
@@ -9,14 +9,14 @@ BATCH = 3
 
 
 def assert_close(found, expected, limit=1e-4):
-    """The largest difference is within `limit` of the largest number."""
+    """Asserts that the largest difference is at most `limit` x the largest number."""
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= limit * np.abs(expected).max()
 
 
 def tokens_of(source, size, gsd=None, bands=3):
-    """Images in 0-1 normalised for them, and our tokens of the same images."""
+    """Images in 0-1 normalised for the peer, and our tokens of the same images."""
     images = np.random.default_rng(0).random((BATCH, size, size, bands))
     encoder = xsmae.load_encoder(source)
     mean, std = (np.array(encoder.info[name]) for name in ("mean", "std"))

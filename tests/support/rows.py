@@ -1,4 +1,4 @@
-"""A protocol and a result row, which tests change in the part that they are about."""
+"""A protocol and a result row; each test changes the part that it checks."""
 
 from xsmae.evaluation.measure import INTERVAL
 from xsmae.evaluation.rows import Protocol, Result

@@ -1,4 +1,4 @@
-"""Small pretraining runs: their flags, how to call them, what is the same of two."""
+"""Small pretraining runs: flags, calls, comparisons."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def call(*arguments):
 
 
 def refused(capsys, *arguments):
-    """The one line that a wrong call prints."""
+    """The one-line error of a wrong call."""
     assert call(*arguments) == 2
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
@@ -53,6 +53,6 @@ def refused(capsys, *arguments):
 
 
 def comparable(workdir):
-    """The lines of `metrics.jsonl` without the values that are times."""
+    """The lines of `metrics.jsonl` without times."""
     rows = read_jsonl(workdir / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]

@@ -1,4 +1,4 @@
-"""Sources of a few images whose class is their colour."""
+"""Sources of a few images whose colour gives their class."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from xsmae.errors import BadImageError
 
 
 class ColourSource(BaseSource):
-    """Images with a little noise whose colour is their class: red, green or blue."""
+    """Slightly noisy images; the class is the colour: red, green or blue."""
 
     bands = ("red", "green", "blue")
     class_names = ("red", "green", "blue")
@@ -30,7 +30,7 @@ class ColourSource(BaseSource):
             raise BadImageError("no image")
         rng = np.random.default_rng((self.seed, index))
         image = rng.integers(0, 60, (12, 16, 3), np.uint8)
-        image[..., index % 3] += 150  # and not by `labels`, which a test may change
+        image[..., index % 3] += 150  # not from `labels`, which a test may change
         return Record(image, 1.0 + index, int(self.labels[index]), self.id(index))
 
 
@@ -41,7 +41,7 @@ class Fingerprinted(ColourSource):
 
 
 class Permuted(Fingerprinted):
-    """The same images with each label another one."""
+    """The same images with every label changed."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)

@@ -1,4 +1,4 @@
-"""States to save and to restore."""
+"""States to save and restore."""
 
 import dataclasses
 

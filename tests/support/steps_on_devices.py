@@ -1,4 +1,4 @@
-"""Three steps of every method on however many devices there are; prints JSON."""
+"""Prints JSON about three steps of every method on all devices."""
 
 import json
 
@@ -15,7 +15,7 @@ from xsmae.planning.collectives import read_collectives
 from xsmae.sharding import by_batch, create_mesh, put_batch, replicated
 from xsmae.trainer import batch_shapes, create_trainer, crop_size
 
-# Method, preset, changes of the model, and how many devices share the state.
+# Method, preset, changes of the model, and the number of devices that share the state.
 RUNS = [
     ("cross_scale_mae", "published", {}, 1),
     ("cross_scale_mae", "corrected", {}, 1),
@@ -35,7 +35,7 @@ BATCH = 512
 
 
 def contrastive_memory(positive_in_denominator):
-    """Temporary bytes a device of the contrastive loss and its gradient."""
+    """Temporary bytes per device of the contrastive loss and its gradient."""
     mesh = create_mesh(BATCH)
 
     def loss(embedding):
@@ -58,7 +58,7 @@ def contrastive_memory(positive_in_denominator):
 
 
 def exchanged(trainer, config):
-    """Bytes of the step's exchanges by kind and devices, and those of parameters."""
+    """Bytes of the step's collectives by kind and devices, and of the parameters."""
     shapes = trainer.state_shapes()
     text = trainer.step.lower(shapes, batch_shapes(config)).compile().as_text()
     devices = jax.device_count()
