@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from xsmae.config import load_config
     from xsmae.data.catalogue import open_source
+    from xsmae.data.raster import open_raster
     from xsmae.evaluation.evaluate import evaluate
     from xsmae.evaluation.rows import read_results
     from xsmae.weights.encoder import Encoder, load_encoder
@@ -39,6 +40,7 @@ __all__ = [
     "import_weights",
     "load_config",
     "load_encoder",
+    "open_raster",
     "open_source",
     "pretrain",
     "read_results",
@@ -52,6 +54,7 @@ _HOMES = {
     "import_weights": "xsmae.weights.importing",
     "load_config": "xsmae.config",
     "load_encoder": "xsmae.weights.encoder",
+    "open_raster": "xsmae.data.raster",
     "open_source": "xsmae.data.catalogue",
     "read_results": "xsmae.evaluation.rows",
 }

@@ -29,8 +29,8 @@ Refused with `BadImageError`, since something would be lost or guessed:
 | shorter side below `min_side`                            | too small to crop from |
 
 A TIFF is read if a PNG could hold the same pixels and it is uncompressed, LZW, Deflate
-or PackBits. Other TIFFs (more bands, more bits, floats, masks) are refused here.
-`tiff.py` has the checks.
+or PackBits. Other TIFFs (more bands, more bits, floats, masks) are refused here;
+`xsmae.open_raster` reads them. `tiff.py` has the checks.
 
 Embedded colour profiles are ignored. PIL's own bomb limit (twice
 `PIL.Image.MAX_IMAGE_PIXELS`) is the upper bound of `max_pixels`.
