@@ -34,16 +34,16 @@ def read_listing(
       gives them.
     """
     table = pathlib.Path(csv_path).expanduser().absolute()
-    header, rows = _read_csv(table)
+    header, rows = read_table(table)
     folder = table.parent if root is None else check_folder(root)
-    path_column = _column(header, PATH_COLUMNS)
+    path_column = column_of(header, PATH_COLUMNS)
     if path_column is None:
         raise UserError(
-            f"{table} has no path column: found {_shown(header)}; expected one of "
+            f"{table} has no path column: found {shown(header)}; expected one of "
             f"{', '.join(PATH_COLUMNS)}"
         )
-    label_column = _column(header, LABEL_COLUMNS)
-    gsd_column = _column(header, GSD_COLUMNS)
+    label_column = column_of(header, LABEL_COLUMNS)
+    gsd_column = column_of(header, GSD_COLUMNS)
     if gsd_column is not None and gsd is not None:
         raise UserError(
             f"{table} has a gsd column and gsd={gsd} is given too; remove one of them"
@@ -54,7 +54,7 @@ def read_listing(
     texts, gsds = [], []
     for line, row in rows:
         where = f"line {line} of {table}"
-        path = _confined(row[path_column], folder, real_root, where)
+        path = confined(row[path_column], folder, real_root, where)
         if path in lines:
             raise UserError(
                 f"{where}: {path!r} is also on line {lines[path]}; list each path once"
@@ -96,12 +96,12 @@ def gsds_from_csv(
       UserError: no such table or columns, a bad GSD, an id that is not listed.
     """
     table = pathlib.Path(csv_path).expanduser().absolute()
-    header, rows = _read_csv(table)
-    path_column = _column(header, PATH_COLUMNS)
-    gsd_column = _column(header, GSD_COLUMNS)
+    header, rows = read_table(table)
+    path_column = column_of(header, PATH_COLUMNS)
+    gsd_column = column_of(header, GSD_COLUMNS)
     if path_column is None or gsd_column is None:
         raise UserError(
-            f"{table} has the columns {_shown(header)}; expected path and gsd"
+            f"{table} has the columns {shown(header)}; expected path and gsd"
         )
     gsds = {}
     real_root = os.path.realpath(root)
@@ -120,7 +120,7 @@ def gsds_from_csv(
     return np.array([gsds[name] for name in ids])
 
 
-def _read_csv(table: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_table(table: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header in lower case, and (line number, cells) of each row with content."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
@@ -149,11 +149,12 @@ def _read_csv(table: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]
     return header, rows
 
 
-def _column(header: Sequence[str], names: Sequence[str]) -> int | None:
+def column_of(header: Sequence[str], names: Sequence[str]) -> int | None:
+    """Where the first of the names is in the header; None if none is."""
     return next((header.index(name) for name in names if name in header), None)
 
 
-def _shown(header: Sequence[str]) -> str:
+def shown(header: Sequence[str]) -> str:
     """The names on one line, with control characters escaped."""
     return ", ".join(repr(name)[1:-1] for name in header)
 
@@ -174,7 +175,8 @@ def _relative(path: str, root: pathlib.Path, real_root: str) -> str:
     return pathlib.PureWindowsPath(path).as_posix()
 
 
-def _confined(path: str, root: pathlib.Path, real_root: str, where: str) -> str:
+def confined(path: str, root: pathlib.Path, real_root: str, where: str) -> str:
+    """`path` relative to the root, with forward slashes; UserError if it leads out."""
     relative = _relative(path, root, real_root)
     parts = pathlib.PureWindowsPath(relative)
     outside = parts.drive or parts.root or ".." in parts.parts
