@@ -209,3 +209,26 @@ def test_a_404(server, prefix):
 def test_nobody_listens():
     with pytest.raises(BadImageError, match=r"127\.0\.0\.1"):
         open_raster("/vsicurl/http://127.0.0.1:9/missing.tif")
+
+
+def test_bytes_at_random(path):
+    """Whatever is changed in a file: it is read, or there is one of our errors."""
+    data = noise()
+    write(path, data, mask=data[0] > 100, overviews=(2,), compress="deflate", **TILES)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(300):
+        changed = bytearray(content)
+        for place in rng.integers(0, 1500, rng.integers(1, 4)):
+            changed[place] = rng.integers(0, 256)
+        path.write_bytes(changed)
+        try:
+            with open_raster(path) as raster:
+                assert 0 <= raster.valid_fraction() <= 1
+                values, _ = raster.read((0, 0, 64, 64), size=16)
+                assert np.isfinite(values).all()
+            outcomes["read"] += 1
+        except (BadImageError, UserError) as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 10
