@@ -4,7 +4,7 @@ A pixel is valid if everything that the raster says about it agrees:
 
 - its numbers are not the nodata value: in at least one band (rule "all": invalid where
   ALL bands are nodata, as GDAL has it), or in every band (rule "any": invalid where ANY
-  band is), of the bands that are read;
+  band is), of the bands that are read and have a nodata value;
 - the mask is not 0: internal, beside the file (.msk), or of a band;
 - alpha is at least half of its greatest value;
 - its values are finite in every band that is read, whatever the nodata value is.
@@ -97,18 +97,14 @@ class Validity:
 
     def _has_values(self, numbers: np.ndarray, bands: Sequence[int]) -> np.ndarray:
         valid = np.ones(numbers.shape[1:], bool)
-        nodata = [self.nodata[i] for i in bands]
-        if any(x is not None for x in nodata):
-            missing = np.stack(
-                [
-                    np.zeros(valid.shape, bool)
-                    if value is None
-                    else band == numbers.dtype.type(value)
-                    for band, value in zip(numbers, nodata, strict=True)
-                ]
-            )
-            among = missing.all(axis=0) if self.rule == "all" else missing.any(axis=0)
-            valid &= ~among
+        missing = [
+            band == numbers.dtype.type(self.nodata[i])
+            for band, i in zip(numbers, bands, strict=True)
+            if self.nodata[i] is not None
+        ]
+        if missing:
+            among = np.all if self.rule == "all" else np.any
+            valid &= ~among(missing, axis=0)
         if numbers.dtype.kind == "f":
             valid &= np.isfinite(numbers).all(axis=0)
         return valid
