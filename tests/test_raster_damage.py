@@ -152,7 +152,8 @@ def test_a_bomb(path):
     with rasterio.open(
         path, "w", driver="GTiff", width=100_000, height=100_000, count=1,
         dtype="uint8", compress="deflate", sparse_ok=True, tiled=True, blockxsize=1024,
-        blockysize=1024, crs="EPSG:32633", transform=north_up(5e5, 5e6, 1),
+        blockysize=1024, crs="EPSG:32633",
+        transform=rasterio.Affine(*north_up(5e5, 5e6, 1)),
     ):  # fmt: skip
         pass
     assert "9 GiB" in refused(path)
@@ -162,7 +163,7 @@ def test_a_large_sparse_raster_is_read_by_windows(path):
     with rasterio.open(
         path, "w", driver="GTiff", width=20_000, height=20_000, count=1,
         dtype="uint8", compress="deflate", sparse_ok=True, **TILES, crs="EPSG:32633",
-        transform=north_up(5e5, 5e6, 1),
+        transform=rasterio.Affine(*north_up(5e5, 5e6, 1)),
     ) as raster:  # fmt: skip
         raster.write(
             land(32, 32, bands=1), window=rasterio.windows.Window(0, 0, 32, 32)
@@ -216,7 +217,7 @@ def test_bytes_at_random(path):
     data = noise()
     write(path, data, mask=data[0] > 100, overviews=(2,), compress="deflate", **TILES)
     content, rng = path.read_bytes(), np.random.default_rng(0)
-    outcomes = {"read": 0, "refused": 0}
+    read, lines = 0, []
     for _ in range(300):
         changed = bytearray(content)
         for place in rng.integers(0, 1500, rng.integers(1, 4)):
@@ -227,8 +228,8 @@ def test_bytes_at_random(path):
                 assert 0 <= raster.valid_fraction() <= 1
                 values, _ = raster.read((0, 0, 64, 64), size=16)
                 assert np.isfinite(values).all()
-            outcomes["read"] += 1
+            read += 1
         except (BadImageError, UserError) as error:
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
-    assert min(outcomes.values()) > 10
+            lines.append(str(error))
+    assert min(read, len(lines)) > 10
+    assert not [line for line in lines if "\n" in line]

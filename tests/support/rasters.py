@@ -19,11 +19,9 @@ def unpack(name: str, folder: Path, only: str = "") -> Path:
     return folder
 
 
-def north_up(x: float, y: float, dx: float, dy: float | None = None):
-    """A geotransform whose first corner is (x, y)."""
-    import affine
-
-    return affine.Affine(dx, 0, x, 0, -(dx if dy is None else dy), y)
+def north_up(x: float, y: float, dx: float, dy: float | None = None) -> tuple:
+    """The six numbers of a geotransform whose first corner is (x, y)."""
+    return dx, 0.0, float(x), 0.0, -(dx if dy is None else dy), float(y)
 
 
 UTM = north_up(500_000, 5_000_000, 10)  # on the central meridian, 45 degrees north
@@ -56,6 +54,8 @@ def write(path: Path, data: np.ndarray, **options) -> Path:
         "transform": UTM,
         "photometric": "minisblack",
     } | options
+    if profile["transform"] is not None:
+        profile["transform"] = rasterio.Affine(*profile["transform"][:6])
     profile = {key: value for key, value in profile.items() if value is not None}
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
         with rasterio.open(path, "w", **profile) as raster:
