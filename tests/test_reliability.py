@@ -10,6 +10,7 @@ TEXT = (TESTS.parent / "docs/reliability.md").read_text()
 FAULTS = (
     "test_faults.py", "test_hosts.py", "test_devices.py", "test_checkpoints.py",
     "test_trust.py", "test_broken_files.py", "test_fuzz.py",
+    "test_raster_damage.py",
 )  # fmt: skip
 # Tests that the page mentions elsewhere, or whose parts other rows cover.
 BESIDES = {
