@@ -112,7 +112,7 @@ def test_pixels_of_the_test_part(tmp_path, capsys):
     assert report["gsd"] == {"min": 1, "median": 2, "max": 4}
     assert report["statistics_of"] == 2
     np.testing.assert_allclose(report["mean"], [105 / 255] * 3)
-    assert "1 images with the pixels of one of the test part" in capsys.readouterr().out
+    assert "1 images have the pixels of a test image" in capsys.readouterr().out
     assert CsvSource(table)[2].gsd == 4
 
 

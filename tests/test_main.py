@@ -232,7 +232,7 @@ def test_the_monitor_may_be_switched_on_later(tmp_path, capsys):
     assert "kNN" not in capsys.readouterr().out
     for _ in range(2):  # and once, however often the run is started
         assert call(*run, "--config.knn.every=0") == 0
-        assert "image statistics only" in capsys.readouterr().out
+        assert "image statistics alone" in capsys.readouterr().out
     rows = read_jsonl(workdir / "metrics.jsonl")
     for name in ("knn/accuracy_cls", "knn/image_statistics"):
         assert [row["step"] for row in rows if name in row] == [8]

@@ -91,7 +91,7 @@ def test_a_topology_without_its_compiler(name, kind, monkeypatch):
     for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setenv(variable, "1")
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
-    expected = f"topology='{name}' cannot be compiled for: no plugin"
+    expected = rf"topology='{name}' \(no plugin"
     with pytest.raises(UserError, match=expected) as caught:
         describe_topology(name)
     for way in ("make compiler", "pip install 'xsmae[compiler]'"):
@@ -243,7 +243,7 @@ ENTRY %main (x: f32[64]) -> f32[64] {
   %all-reduce.1 = f32[64]{0} all-reduce(%x), replica_groups=@somewhere, to_apply=%add
 }
 """
-    with pytest.raises(UserError, match="which devices exchange is not told"):
+    with pytest.raises(UserError, match="which devices exchange data"):
         read_collectives(text, 8, 4)
 
 
@@ -371,7 +371,7 @@ def test_the_smallest_batch_where_two_of_it_do_not_fit(monkeypatch, used, expect
         ),
         (
             ["--config=configs/fmow.py", "--topology=here", "--config.init=nowhere"],
-            "init=nowhere is neither an import nor a run's workdir",
+            "init=nowhere has no config.json",
         ),
     ],
 )

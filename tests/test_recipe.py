@@ -116,7 +116,7 @@ SMALL = [
     ("binary", "flags", "said"),
     [
         (linear_probe, ["--protocol=other"], "protocol"),
-        (linear_probe, ["--recipe.epochs=3"], "nothing is trained by a recipe"),
+        (linear_probe, ["--recipe.epochs=3"], "--recipe.epochs=3"),
         (linear_probe, ["--num_workers=1"], "--num_workers has no meaning for"),
         (
             linear_probe,

@@ -1,4 +1,4 @@
-"""What a person types: `xsmae COMMAND`, with a file for each command."""
+"""The command line: `xsmae COMMAND`, with one file per command."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import sys
 from xsmae.cli.command import run
 from xsmae.errors import UserError
 
-# Name -> its module here, and what it does, for `xsmae --help`.
+# Name -> (module here, description for `xsmae --help`).
 COMMANDS = {
     "pretrain": ("pretrain", "pretrain an encoder on images"),
     "knn": ("knn", "measure an encoder by its nearest neighbours, over scales"),
     "probe": ("probe", "measure a frozen encoder by a linear classifier"),
     "finetune": ("finetune", "measure an encoder by training all of it with labels"),
-    "embed": ("embed", "features of a folder of images, as a Parquet table"),
-    "results": ("results", "tables and figures of what was measured"),
-    "check-data": ("check_data", "read a data set before training on it"),
-    "convert": ("convert", "weights from and to other frameworks"),
-    "plan": ("plan", "memory and time of a run on machines that are elsewhere"),
+    "embed": ("embed", "write the features of a folder of images to a Parquet table"),
+    "results": ("results", "make tables and figures of results"),
+    "check-data": ("check_data", "check a data set before training on it"),
+    "convert": ("convert", "import and export weights of other frameworks"),
+    "plan": ("plan", "estimate memory and time of a run on other machines"),
     "verify": ("verify", "check that saved checkpoints are undamaged"),
 }
 
 
 def usage() -> str:
-    """One screen: every command in a line."""
+    """The help: one line per command."""
     lines = [f"  {name:12}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "xsmae pretrain --config=quickstart",
             "",
-            "Pretrains encoders of remote-sensing images, and measures them.",
+            "Pretrains encoders for remote-sensing images, and measures them.",
             "Usage: xsmae COMMAND [--FLAG=VALUE ...]",
             "",
             *lines,
             "",
-            "xsmae COMMAND --help begins with an example and lists every flag.",
+            "xsmae COMMAND --help shows an example and lists every flag.",
         ]
     )
 

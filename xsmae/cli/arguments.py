@@ -1,4 +1,4 @@
-"""The arguments of a command: its flags, its config and the fields that it sets."""
+"""Parses a command's arguments: flags, the config and its fields."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from xsmae.errors import UserError
 def parse_flags(
     values: flags.FlagValues, argv: Sequence[str], *, files: bool = False
 ) -> list[str]:
-    """Set `values` by `argv`; returns the arguments that are no flags.
+    """Set `values` from `argv`; returns the arguments that are not flags.
 
-    files: whether there may be any. Raises UserError, in one line.
+    files: True if there may be such arguments. Raises a one-line UserError.
     """
     try:
         rest = values(argv)[1:]
     except flags.Error as error:
         raise UserError(of_flags(error)) from None
     if rest and not files:
-        raise UserError(f"unknown arguments: {' '.join(rest)}")
+        raise UserError(
+            f"unknown arguments {' '.join(rest)}, expected --FLAG=VALUE: see --help"
+        )
     return rest
 
 
 def define_config(flag_values: flags.FlagValues) -> None:
-    """The flag of the config."""
+    """Define the flag --config."""
     flags.DEFINE_string(
         "config",
         None,
-        "The run: NAME[:ARGUMENT], a config such as folder or configs/folder.py. Its "
-        "argument is [preset][,method=METHOD][,size=SIZE]. --config.FIELD=VALUE sets a "
-        "field; configs/common.py lists them all.",
+        "The config of the run, NAME[:ARGUMENT], such as folder or configs/folder.py. "
+        "ARGUMENT is [preset][,method=METHOD][,size=SIZE]. --config.FIELD=VALUE sets a "
+        "field; configs/common.py lists all fields.",
         flag_values=flag_values,
     )
 
@@ -45,10 +47,9 @@ def parse(
     *,
     example: str = "xsmae pretrain --config=configs/quickstart.py",
 ) -> flags.FlagValues:
-    """The flags of `argv`, which `define` defines; `config` is the config itself.
+    """Parse `argv` with the flags of `define`; `config` becomes the config itself.
 
-    example: the command that a missing --config is answered with. Raises UserError, in
-    one line, for what is wrong.
+    example: the command shown if --config is missing. Raises a one-line UserError.
     """
     values = flags.FlagValues()
     define(values)
@@ -62,13 +63,13 @@ def parse(
 
 
 def given_fields(argv: list[str]) -> list[str]:
-    """The fields of the config that the command sets, dotted."""
+    """The dotted names of the config fields that the command sets."""
     flag = re.compile(r"--?config\.([\w.]+)")
     return [m[1] for m in map(flag.match, argv) if m]
 
 
 def joined(argv: list[str], name: str) -> list[str]:
-    """`argv` with `--name VALUE` written as `--name=VALUE`."""
+    """`argv` with `--name VALUE` rewritten as `--name=VALUE`."""
     result, rest = [], list(argv)
     while rest:
         argument = rest.pop(0)
@@ -81,7 +82,7 @@ def joined(argv: list[str], name: str) -> list[str]:
 def split_fields(
     argv: Sequence[str], names: Sequence[str]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """The arguments --NAME.FIELD=VALUE by NAME, for each of `names`, and the others."""
+    """NAME -> its arguments --NAME.FIELD=VALUE, for `names`; and all others."""
     fields, others = {name: [] for name in names}, []
     pattern = re.compile(rf"--?(no)?({'|'.join(names)})[.]")
     left = list(argv)
@@ -91,7 +92,7 @@ def split_fields(
         if found is None:
             others.append(argument)
             continue
-        # A value may be apart, unless what follows is a flag; "-1" is a value.
+        # The value may be the next argument, unless that is a flag; "-1" is a value.
         apart = left and re.match(r"(?!-)|-[\d.]", left[0])
         if "=" not in argument and not found[1] and apart:
             argument = f"{argument}={left.pop(0)}"

@@ -1,9 +1,8 @@
 """xsmae check-data --data=folder --data.root=DIR --data.gsd=0.5
 
-Reads every image as pretraining would, and prints counts, sizes, GSDs, classes, mean
-and standard deviation, duplicates and the images that cannot be used; --out gets a
-report and a contact sheet. The exit status is 3 where pretraining would refuse so many
-images.
+Reads every image as pretraining would, prints counts, sizes, GSDs, classes, mean and
+standard deviation, duplicates and unusable images, and writes a report and a contact
+sheet to --out. The exit status is 3 if too many images are unusable for pretraining.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from xsmae.errors import UserError, printable
 from xsmae.process.files import write_json
 from xsmae.run.workdir import check_outside_data
 
-SHOWN = 20  # of a list that may be long; report.json has all of it
+SHOWN = 20  # entries printed of a long list; report.json has all
 TOO_MANY = 3
 
 
@@ -43,7 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
-    """Read, print and write; returns 3 where training would refuse so many images."""
+    """Read, print and write; returns 3 if too many images are unusable for training."""
     fields, rest = split_parts(argv)
     values = flags.FlagValues()
     define_flags(values)
@@ -58,7 +57,8 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
         parts["test"] = _survey("test", config.test, should_stop)
     if not parts["data"].images:
         raise UserError(
-            f"none of {parts['data'].source!r} can be read: {_first(parts)}"
+            f"no image of {parts['data'].source!r} can be read, e.g. {_first(parts)}: "
+            "give other images with --data.root"
         )
     report = describe(parts)
     rejected = len(parts["data"].rejected)
@@ -75,14 +75,14 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
         _draw(out / "contact_sheet.png", parts["data"], values.samples)
     except OSError as error:
         raise UserError(
-            f"cannot write to {out}: {error.strerror}; give --out"
+            f"cannot write to {out}: {error.strerror}; give another --out"
         ) from None
     print(f"\n{out}/report.md, report.json, contact_sheet.png")
     if report["too_many_rejected"]:
         print(
-            f"xsmae: {rejected} of {report['images']} images are refused, training "
-            f"stops at more than {allowed}: mend or remove them, or raise "
-            "--config.input.max_rejected_fraction",
+            f"xsmae: {rejected} of {report['images']} images cannot be used, and "
+            f"training stops at more than {allowed}: repair or remove them, or raise "
+            "--config.input.max_rejected_fraction in training",
             file=sys.stderr,
         )
         return TOO_MANY
@@ -90,7 +90,7 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
 
 
 def describe(parts: dict[str, Survey]) -> dict[str, Any]:
-    """All that is found, as JSON: what `data` holds, and `test` where there is one."""
+    """The findings about `data`, and about `test` if there is one, as JSON."""
     data, test = parts["data"], parts.get("test")
     held_out = {test.source.id(i) for i in range(len(test.source))} if test else set()
     counted = [i for i in data.images if data.source.id(i.index) not in held_out]
@@ -130,10 +130,10 @@ def as_text(report: dict[str, Any]) -> str:
         found = report[name]
         spread = f"{found['median']:g} {unit}"
         if found["min"] != found["max"]:
-            spread += f" in the middle, {found['min']:g} to {found['max']:g}"
+            spread += f" (median), from {found['min']:g} to {found['max']:g}"
         lines.append(f"{name:8}{spread}")
     if report["mean"]:
-        lines.append(f"of the {report['statistics_of']} images not of the test part:")
+        lines.append(f"from {report['statistics_of']} images outside the test part:")
         for name in ("mean", "std"):
             numbers = ", ".join(f"{value:.4f}" for value in report[name])
             lines.append(f"  --config.{name}='({numbers})'")
@@ -149,9 +149,9 @@ def as_text(report: dict[str, Any]) -> str:
     lines += _some("  " + " = ".join(ids[:SHOWN]) for ids in groups)
     if "test" in report:
         pairs = report["identical_in_test"]
-        lines.append(f"{len(pairs)} images with the pixels of one of the test part")
+        lines.append(f"{len(pairs)} images have the pixels of a test image")
         lines += _some(f"  {one} = {other}" for one, other in pairs)
-    lines.append(f"{len(report['rejected'])} refused")
+    lines.append(f"{len(report['rejected'])} images cannot be used")
     lines += _some(f"  {key}: {reason}" for key, reason in report["rejected"].items())
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
-"""How every command begins and ends: its help, and what becomes of errors.
+"""Shared by all commands: help, error messages, exit statuses, signals.
 
-The exit statuses that all commands share: 0; 2 for a UserError, which is one line on
-stderr; 128 + n where signal n ended it; 141 where the reader of a pipe left, as head
-does. A command's own, such as 1 for a damaged checkpoint, are what it returns.
+Exit statuses: 0; 2 after a UserError, printed as one line on stderr; 128 + n after
+signal n; 141 if the reader of a pipe closed it, as head does. Commands return others of
+their own, such as 1 for a damaged checkpoint.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from xsmae.process.signals import StopRequest
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + signal.SIGPIPE
-LESS_MEMORY = "end other programs, or use a machine that has more"
+LESS_MEMORY = "end other programs, or use a machine with more memory"
 WIDTH = 88
 
-# What a command is: called with its arguments, returns its exit status.
+# A command: takes its arguments, returns its exit status.
 Call = Callable[[list[str]], int]
-# Title -> what defines the flags below it, for the help.
+# Title in the help -> a function that defines the flags below it.
 Sections = Mapping[str, Callable[[flags.FlagValues], None]]
-# How `flag_type` of absl is written in the help.
+# absl's `flag_type` -> its name in the help.
 KINDS = {
     "int": "INTEGER",
     "float": "NUMBER",
@@ -53,9 +53,9 @@ def run(
 ) -> int:
     """Call `call(argv)`, or print the help; returns the exit status.
 
-    doc: the module's docstring, whose first line is an example. argv: the name of the
-    command and its arguments, by default the process's own. less_memory: how the
-    command is made to need less.
+    doc: the module's docstring; its first line is an example. argv: the command's name
+    and its arguments, by default the process's own. less_memory: tells the user how to
+    make the command need less memory.
     """
     argv = list(sys.argv if argv is None else argv)
     try:
@@ -70,13 +70,13 @@ def run(
         closed = [s for s in (sys.stdout, sys.stderr) if _has_no_reader(s)]
         if not closed:
             raise
-        for stream in closed:  # what they still hold goes nowhere, without an error
+        for stream in closed:  # discard what they still hold, without an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return PIPE_CLOSED
 
 
 def _called(call: Call, argv: list[str], less_memory: str) -> int:
-    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of errors
+    logging.set_verbosity(logging.FATAL)  # Orbax logs every file and every error
     try:
         with shown(), _plain_warnings(), memory_shortage(less_memory):
             return call(argv)
@@ -90,7 +90,7 @@ def _called(call: Call, argv: list[str], less_memory: str) -> int:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show our own warnings as one line, without the place in the code."""
+    """Show our own warnings in one line, without the place in the code."""
 
     def show(message, category, filename, lineno, file=None, line=None):
         if issubclass(category, OutsideTrainingWarning):
@@ -109,7 +109,7 @@ def _has_no_reader(stream: TextIO) -> bool:
     """True if the stream is a pipe that nobody reads any more."""
     try:
         descriptor = stream.fileno()
-    except OSError:  # of a notebook, which has none
+    except OSError:  # a notebook's stream has no descriptor
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
@@ -120,10 +120,10 @@ def stoppable(
     call: Callable[[list[str], Callable[[], bool]], int],
     left: str = "stopped; the same command resumes from here",
 ) -> Call:
-    """A command that SIGINT and SIGTERM stop between two batches.
+    """A command that SIGINT and SIGTERM stop between batches.
 
-    call(argv, should_stop) raises KeyboardInterrupt where should_stop() is True. left:
-    what is printed then.
+    call(argv, should_stop) raises KeyboardInterrupt once should_stop() is true. left:
+    the line printed then.
     """
 
     def stopped(argv: list[str]) -> int:
@@ -138,12 +138,12 @@ def stoppable(
 
 
 def example(doc: str) -> str:
-    """The example that a command's docstring begins with."""
+    """The example in the first line of a command's docstring."""
     return doc.splitlines()[0]
 
 
 def help_text(doc: str, sections: Sections) -> str:
-    """The docstring, and under each title the flags that are defined."""
+    """The docstring, then the flags of each section under its title."""
     parts = [doc.strip()]
     for title, define in sections.items():
         values = flags.FlagValues()
@@ -153,7 +153,7 @@ def help_text(doc: str, sections: Sections) -> str:
 
 
 def _flag_help(flag: flags.Flag) -> str:
-    """A flag with the kind of its value and its default, and what it means."""
+    """A flag with its kind of value, its default and its meaning."""
     if isinstance(flag.parser, flags.EnumParser):
         told = f"--{flag.name}={'|'.join(flag.parser.enum_values)}"
     elif flag.boolean:
@@ -168,6 +168,6 @@ def _flag_help(flag: flags.Flag) -> str:
         WIDTH,
         initial_indent=" " * 6,
         subsequent_indent=" " * 6,
-        break_on_hyphens=False,  # so that the names of flags stay whole
+        break_on_hyphens=False,  # do not break the names of flags
     )
     return f"  {told}\n{about}"

@@ -2,8 +2,8 @@
 
 Reads an official checkpoint of Cross-Scale MAE, MAE, SatMAE or Scale-MAE, and writes
 OUT/encoder and a checkpoint for --config.init=OUT. `xsmae convert export --source=RUN
---format=timm --out=DIR` writes an encoder as timm's VisionTransformer or Hugging Face's
-ViTModel and ViTMAEModel load it.
+--format=timm --out=DIR` writes an encoder for timm's VisionTransformer, or for Hugging
+Face's ViTModel and ViTMAEModel.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ __all__ = ["import_checkpoint", "main", "read_pytorch", "write_import"]
 COMMANDS = ("import", "export")
 
 
-# OPTIONS -> what it means, with the argument of the official code that set it.
+# Option -> its meaning, with the argument of the official code that set it.
 MEANINGS = {
-    "method": f"The method: one of {', '.join(METHODS)}. Needed where a file holds an "
-    "encoder alone, whose names tell no more. Default: mae.",
+    "method": f"The method: one of {', '.join(METHODS)}. Needed if the file has only "
+    "an encoder, because its names do not show the method. Default: mae.",
     "num_heads": "The attention heads of the encoder, num_heads in the official "
     "models. Default: the standard number for its width.",
     "decoder_num_heads": "The attention heads of the decoder, decoder_num_heads in "
     "the official models. Default: the standard number for its width.",
     "image_size": "The height and width of the training images in pixels, the official "
-    "--input_size. Needed where the file holds no positions.",
-    "mask_ratio": "The part of the patches that was hidden, from 0 to below 1, the "
+    "--input_size. Needed if the file has no positions.",
+    "mask_ratio": "The share of patches that was hidden, from 0 to below 1, the "
     "official --mask_ratio.",
-    "norm_pix_loss": "true where each patch of the target was normalised by its mean "
-    "and standard deviation, the official --norm_pix_loss.",
+    "norm_pix_loss": "true if each patch of the target was normalised by its mean and "
+    "standard deviation, the official --norm_pix_loss.",
     "temperature": "The temperature of Cross-Scale MAE's contrastive loss, the "
     "official --temperature. Default: 0.5.",
     "channel_groups": "SatMAE's groups of bands by index, such as ((0, 1), (2,)), the "
     "official --grouped_bands. Needed unless the groups have 4, 4 and 2 bands.",
-    "spatial_mask": "true where SatMAE hid the same patches in all groups of bands, "
-    "the official --spatial_mask. Default: false.",
-    "band_config": "The sizes in pixels (high, low) that Scale-MAE shrinks its targets "
-    "to, such as (14, 224), the official --band_config.",
-    "use_l1_loss": "true where Scale-MAE's high frequencies have an absolute error, "
-    "false for a squared one, the official --use_l1_loss. Default: true.",
+    "spatial_mask": "true if SatMAE hid the same patches in all groups of bands, the "
+    "official --spatial_mask. Default: false.",
+    "band_config": "The sizes in pixels (high, low) to which Scale-MAE shrinks its "
+    "targets, such as (14, 224), the official --band_config.",
+    "use_l1_loss": "true for an absolute error of Scale-MAE's high frequencies, false "
+    "for a squared error, the official --use_l1_loss. Default: true.",
     "l1_loss_weight": "The weight of Scale-MAE's absolute error, the official "
     "--l1_loss_weight. Default: 1.",
     "base_resolution": "The metres per pixel at which Scale-MAE's positions count in "
     "patches, the official --base_resolution. Default: 2.5.",
-    "absolute_scale": "true where Scale-MAE's positions did not depend on the GSD, the "
+    "absolute_scale": "true if Scale-MAE's positions did not depend on the GSD, the "
     "official --absolute_scale. Default: false.",
 }
 
@@ -71,20 +71,19 @@ def define_flags(values: flags.FlagValues, command: str) -> None:
         flags.DEFINE_string(name, None, help, flag_values=values)
 
     if command == "export":
-        text("source", "What is exported: a run's workdir, an import or an encoder.")
+        text("source", "A run's workdir, an import or the folder of an encoder.")
         text("out", "The folder to write, which must be new or empty.")
         text("format", f"The format: one of {', '.join(FORMATS)}.")
         flags.DEFINE_float(
             "gsd",
             None,
-            "The metres per pixel for which positions that depend on the GSD are "
-            "written.",
+            "Metres per pixel. Positions that depend on the GSD are written for it.",
             flag_values=values,
         )
         flags.DEFINE_integer(
             "image_size",
             None,
-            "The pixels for which positions are written. Default: as in training.",
+            "Pixels. Positions are written for this size. Default: as in training.",
             flag_values=values,
         )
         return
@@ -92,13 +91,11 @@ def define_flags(values: flags.FlagValues, command: str) -> None:
     text("out", "The folder to write, which must be new or empty.")
     for name in OPTIONS:
         text(name, MEANINGS[name])
-    text(
-        "bands", "The bands in order, as red,green,blue. Needed unless there are three."
-    )
+    text("bands", "The bands in order: red,green,blue. Needed unless there are three.")
     text(
         "mean",
-        "The mean of each band that images were normalised with, in 0-1, as "
-        "0.4,0.4,0.4. Needed unless there are three bands. Default: the official one.",
+        "The mean of each band used for normalisation, in 0-1: 0.4,0.4,0.4. Needed "
+        "unless there are three bands. Default: the official one.",
     )
     text("std", "The standard deviation of each band, like --mean.")
 
@@ -123,16 +120,16 @@ def run_import(values: flags.FlagValues) -> str:
         f"{model.num_heads} heads, {model.norm_style}-norm; images of "
         f"{config.views.size} px, {len(config.bands)} bands",
         *imported.notes,
-        "every other tensor has its place",
+        "all other tensors were imported",
         f"encoder: {out / 'encoder'}",
     ]
     if not imported.encoder_only:
-        lines.append(f"to pretrain on: --config.init={out}")
+        lines.append(f"to continue pretraining: --config.init={out}")
     return "\n".join(lines)
 
 
 def _literal(name: str, text: str | None):
-    """A flag's value: a number, a truth, a tuple, or else the text."""
+    """A flag's value: a number, a boolean, a tuple, or the text itself."""
     if text is None:
         return None
     try:
@@ -140,11 +137,13 @@ def _literal(name: str, text: str | None):
     except (ValueError, SyntaxError):
         if name == "method":
             return text
-        raise UserError(f"--{name}={text}, expected a number or a list") from None
+        raise UserError(
+            f"--{name}={text}, expected a number, true, false or a list: see --help"
+        ) from None
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
-    """0.4,0.5 as numbers."""
+    """The numbers in a text such as 0.4,0.5."""
     try:
         return tuple(map(float, text.strip("()[]").rstrip(",").split(",")))
     except ValueError:
@@ -152,7 +151,7 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 
 def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
-    """The command and its flags; raises UserError for what is wrong in them."""
+    """The command and its flags; raises UserError if they are wrong."""
     if len(argv) < 2 or argv[1] not in COMMANDS:
         found = argv[1] if len(argv) > 1 else "nothing"
         raise UserError(f"{found} given, expected import or export: {example(__doc__)}")
@@ -161,17 +160,17 @@ def parse(argv: list[str]) -> tuple[str, flags.FlagValues]:
     parse_flags(values, [argv[0], *argv[2:]])
     for name in ("source", "out", "format"):
         if name in values and not values[name].value:
-            raise UserError(f"--{name} is missing")
+            raise UserError(f"--{name} is missing: {example(__doc__)}")
     out = Path(values.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} is there already: give a new folder")
+        raise UserError(f"--out={out} exists already: give a new folder")
     return argv[1], values
 
 
 def convert(argv: list[str]) -> int:
     """Import or export; returns the exit status."""
     command, values = parse(argv)
-    # What is written is written whole: half of it would be refused the next time.
+    # A signal waits until all is written: the next try would refuse a partial folder.
     with StopRequest() as stop:
         try:
             print(run_import(values) if command == "import" else run_export(values))
@@ -179,7 +178,8 @@ def convert(argv: list[str]) -> int:
             raise
         except OSError as error:
             raise UserError(
-                f"cannot write {error.filename or 'the output'}: {error.strerror}"
+                f"cannot write {error.filename or 'the output'}: {error.strerror}; "
+                "give another --out"
             ) from None
     return 0 if stop.signal is None else 128 + stop.signal
 

@@ -1,8 +1,8 @@
 """xsmae embed images --gsd=0.5 --encoder=runs/quickstart --out=features.parquet
 
-Writes the features of a folder of images to a Parquet table. A row is an image: id (its
-path in the folder), label (its sub-folder, if any), gsd (metres per pixel for the
-encoder) and embedding. pandas, DuckDB and pyarrow read it:
+Writes the features of a folder of images to a Parquet table with one row per image: id
+(its path in the folder), label (its sub-folder, if any), gsd (the metres per pixel that
+the encoder got) and embedding. pandas, DuckDB and pyarrow read it:
 
     table = pyarrow.parquet.read_table("features.parquet")
     x = numpy.stack(table["embedding"].to_numpy())
@@ -40,16 +40,16 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, default, text, flag_values=values)
 
     string("encoder", None, "An encoder's folder, a workdir, RUN/checkpoints/STEP.")
-    string("out", "features.parquet", "The file that is written.")
+    string("out", "features.parquet", "The file to write.")
     flags.DEFINE_float(
         "gsd", None, "Metres per pixel of the folder's images.", flag_values=values
     )
-    string("gsd_csv", None, "Or a table with the columns path,gsd.")
+    string("gsd_csv", None, "Instead of --gsd: a table with the columns path,gsd.")
     flags.DEFINE_integer(
         "size",
         None,
-        "Pixels that the largest central square of each image is resized to, with its "
-        "GSD. Default: those of training.",
+        "Pixels. The largest central square of each image is resized to this size; its "
+        "GSD changes accordingly. Default: the size of training.",
         flag_values=values,
     )
     flags.DEFINE_enum(
@@ -63,20 +63,20 @@ def define_flags(values: flags.FlagValues) -> None:
         "missing_bands",
         "refuse",
         MISSING_BANDS,
-        "What an encoder of more bands than the images have is given for the others: "
-        "their mean, or it is refused.",
+        "What to do if the encoder reads bands that the images lack: fill them with "
+        "their mean, or refuse.",
         flag_values=values,
     )
     flags.DEFINE_integer(
         "batch_size",
         64,
-        "Images that the encoder gets at a time.",
+        "How many images the encoder gets at a time.",
         flag_values=values,
     )
 
 
 def embed(argv: list[str], should_stop: Callable[[], bool]) -> int:
-    """Embed what the flags name, say what was left out; returns the exit status."""
+    """Embed, print which images were left out; returns the exit status."""
     fields, rest = split_parts(argv)
     values = flags.FlagValues()
     define_flags(values)
@@ -103,7 +103,7 @@ def embed(argv: list[str], should_stop: Callable[[], bool]) -> int:
     for name, reason in names[:SHOWN]:
         print(printable(f"left out: {name}: {reason}"))
     if len(names) > SHOWN:
-        print(f"and {len(names) - SHOWN} more: the metadata of {values.out}")
+        print(f"and {len(names) - SHOWN} more, listed in the metadata of {values.out}")
     left_out = f", {len(names)} left out" if names else ""
     print(f"{values.out}: {found.images} images{left_out}", flush=True)
     return 0
@@ -114,7 +114,7 @@ def _source(
     values: flags.FlagValues,
     config: ml_collections.ConfigDict | None,
 ) -> Source:
-    """The images of the one folder, or of the config."""
+    """The images of the folder, or of the config."""
     if len(folders) + (config is not None) != 1:
         raise UserError(
             f"{len(folders)} folders{' and --data' if config else ''} given, expected "
@@ -137,7 +137,7 @@ def _source(
 def main(argv: list[str] | None = None) -> int:
     """Run `xsmae embed`; returns the exit status."""
     return run(
-        stoppable(embed, "stopped, nothing is written"),
+        stoppable(embed, "stopped, nothing was written"),
         argv,
         doc=__doc__,
         sections={"Flags": define_flags},

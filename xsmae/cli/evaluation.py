@@ -1,4 +1,4 @@
-"""The flags that all evaluations share, the data that they name, and how they run."""
+"""Shared by all evaluations: flags, their data, and how they run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from xsmae.evaluation.subjects import MISSING_BANDS
 
 PARTS = ("train", "test")
 LESS_MEMORY = (
-    "lower --batch_size (where something is trained, --recipe.batch_size), or leave "
-    "the largest of --scales out"
+    "lower --batch_size (in a training, --recipe.batch_size), or remove the largest of "
+    "--scales"
 )
 
 
@@ -37,7 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
     string(
         "encoder",
         None,
-        "What is measured: a run's workdir, an exported encoder, "
+        "The encoder to measure: a run's workdir, an exported encoder, "
         "RUN/checkpoints/STEP, random:SIZE[,FIELD=VALUE...] (fields of the config's "
         "model), statistics or thumbnail.",
     )
@@ -46,21 +46,21 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "scales",
         [f"{percent:g}" for percent in scales_of.SCALES],
-        "Sizes of the images, in percent of the base size. Default where a classifier "
-        "is trained on crops: 100.",
+        "Sizes of the images, in percent of the base size. Default of the published "
+        "probe and of fine-tuning: 100.",
         flag_values=values,
     )
     integer(
         "base_size",
         0,
-        "Pixels at 100 %. 0: 256, or the images' own side where that is less.",
+        "Pixels at 100 %. 0 means 256, or the images' side if that is smaller.",
     )
     flags.DEFINE_enum(
         "gsd",
         "true",
         scales_of.GSD_POLICIES,
-        "The GSD that the encoder gets: the true one of each scale, or, as an "
-        "ablation, that of 100 % at every scale.",
+        "The GSD that the encoder gets. true: the GSD of each scale. fixed: the GSD of "
+        "100 % at every scale, as an ablation.",
         flag_values=values,
     )
     flags.DEFINE_list(
@@ -74,8 +74,8 @@ def define_flags(values: flags.FlagValues) -> None:
         "missing_bands",
         "refuse",
         MISSING_BANDS,
-        "What an encoder gets for bands that the images lack: their mean; or refuse "
-        "to measure it.",
+        "What to do if the encoder reads bands that the images lack: fill them with "
+        "their mean, or refuse.",
         flag_values=values,
     )
     integer("seed", 0, "The seed of random encoders and of the intervals.")
@@ -89,14 +89,14 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def define_data(values: flags.FlagValues) -> None:
-    """The flag of the data."""
+    """Define the flag --data."""
     flags.DEFINE_string(
         "data",
         None,
         "The images: NAME[:ARGUMENT], a config as in pretraining, such as folder or "
         "configs/folder.py. --data.FIELD=VALUE sets a field of its `data` for both "
-        "parts, --train.FIELD=VALUE or --test.FIELD=VALUE for one; --train.split and "
-        "--test.split take the path of a list too. Without them, the parts are those "
+        "parts, --train.FIELD=VALUE or --test.FIELD=VALUE for one part. --train.split "
+        "and --test.split also take the path of a list. By default the parts are those "
         "of the config's kNN monitor.",
         flag_values=values,
     )
@@ -111,11 +111,11 @@ def parse(
         lambda values: None
     ),
 ) -> tuple[flags.FlagValues, ml_collections.ConfigDict]:
-    """The flags of `argv`, and the config of `--data`, in which `train` and `test` are.
+    """Parse `argv`; returns the flags, and the config of `--data` with both parts.
 
-    `define` adds the command's flags to those of `define_flags`. `recipe_of(values)`,
-    where it is not None, is in the config as `recipe`, changed by --recipe.FIELD=VALUE.
-    doc: begins with an example. Raises UserError, in one line, for what is wrong.
+    define: adds the command's own flags to those of `define_flags`. recipe_of(values):
+    a recipe or None. The config gets it as `recipe`, changed by --recipe.FIELD=VALUE.
+    doc: begins with an example. Raises a one-line UserError.
     """
     fields, rest = split_parts(argv, "recipe")
     values = flags.FlagValues()
@@ -127,14 +127,14 @@ def parse(
     if recipe is not None:
         config.recipe = override(recipe, given, "recipe")
     elif given:
-        raise UserError(f"{', '.join(given)}: nothing is trained by a recipe")
+        raise UserError(f"{', '.join(given)}, but this has no recipe: leave it out")
     return values, config
 
 
 def split_parts(
     argv: Sequence[str], *others: str
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """The arguments that set fields of the data, and of `others`, and what is left."""
+    """Split off the arguments that set fields of the data, its parts and `others`."""
     return split_fields(argv, ["data", *PARTS, *others])
 
 
@@ -145,7 +145,7 @@ def parts_of(
     doc: str,
     needed: Sequence[str] = ("data",),
 ) -> ml_collections.ConfigDict:
-    """The config of `--data` with `data`, `train` and `test` as `fields` set them.
+    """The config of `--data`; `fields` set its `data`, `train` and `test`.
 
     needed: the flags that must be given. doc: begins with an example.
     """
@@ -161,11 +161,11 @@ def parts_of(
         )
     config = read_config(values.data, f"--data={values.data}").unlock()
     for part in ("data", *PARTS):
-        # The fields of `config.data` are set before the parts start from them.
+        # `data` comes first, because the parts start from its fields.
         start = ml_collections.ConfigDict(config.data)
         if part in PARTS:
-            # Unset fields are references, which a shallow copy shares: --test.root
-            # would set --train.root too. `data` shares them with `model`, on purpose.
+            # Unset fields are references, and a shallow copy shares them: --test.root
+            # would set --train.root too. `data` shares them with `model` on purpose.
             start = copy.deepcopy(start)
             start.update(config.knn[part])
         config[part] = override(start, fields[part], part)
@@ -173,7 +173,7 @@ def parts_of(
 
 
 def default(values: flags.FlagValues, name: str, value: Sequence[str]) -> None:
-    """Give a flag another default than `define_flags` does."""
+    """Change the default of a flag."""
     if not values[name].present:
         values[name].value = list(value)
 
@@ -188,8 +188,8 @@ def run(
 ) -> int:
     """Call `evaluate(argv, should_stop)`; returns the exit status.
 
-    define: defines the command's own flags. recipe: title -> the recipe whose fields
-    the help lists.
+    define: defines the command's own flags. recipe: title in the help -> the recipe
+    whose fields are listed below it.
     """
 
     def call(argv: list[str], should_stop: Callable[[], bool]) -> int:
@@ -211,7 +211,7 @@ def run(
 def _define_recipe(
     values: flags.FlagValues, *, recipe: ml_collections.ConfigDict
 ) -> None:
-    """A flag for each field, for the help alone."""
+    """Define a flag per field, for the help only."""
     kinds = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
     for name, value in recipe.items():
         define = kinds.get(type(value), flags.DEFINE_string)

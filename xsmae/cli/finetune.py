@@ -1,8 +1,8 @@
 """xsmae finetune --encoder=runs/quickstart --data=eurosat --data.root=DIR
 
-Measures an encoder by training all of it with a classifier, by MAE's recipe, whose
-numbers --recipe.FIELD=VALUE sets. The control is the same architecture trained in the
-same way from random weights.
+Measures an encoder by training all of it with a classifier, by MAE's recipe, which
+--recipe.FIELD=VALUE changes. The control is the same architecture, trained the same way
+from random weights.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from xsmae.evaluation.tasks import catalogue
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of this command alone."""
+    """This command's own flags."""
     flags.DEFINE_bool(
         "controls",
         True,
-        "Train the same architecture from random weights too, as a control.",
+        "Also train the same architecture from random weights, as a control.",
         flag_values=values,
     )
     recipe.define_flags(values)
 
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
-    """Measure what the flags name, and its control; prints the table."""
+    """Measure the encoder and its control; prints the table."""
     values, config = commandline.parse(
         argv, define_flags, doc=__doc__, recipe_of=lambda values: recipe.finetuning()
     )
     task = catalogue.finetune(recipe=config.recipe, num_workers=values.num_workers)
     if values["missing_bands"].present:
         raise UserError(
-            "--missing_bands has no meaning for fine-tuning, which needs an encoder of "
-            "the images' bands: leave it out"
+            "--missing_bands has no meaning for fine-tuning, which needs an encoder "
+            "that reads exactly the images' bands: leave it out"
         )
     commandline.default(values, "scales", ["100"])
     commandline.default(values, "feature", task.features)

@@ -1,7 +1,7 @@
 """xsmae knn --encoder=runs/quickstart --data=eurosat --data.root=DIR
 
-Measures an encoder over scales: an image gets the class that the most similar training
-images vote for. Image statistics, a thumbnail and the same architecture with random
+Measures an encoder over scales: the most similar training images vote for the class of
+a test image. Image statistics, a thumbnail and the same architecture with random
 weights are measured alongside, as controls.
 """
 
@@ -18,7 +18,7 @@ from xsmae.evaluation.tasks import catalogue
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of this command alone."""
+    """This command's own flags."""
     flags.DEFINE_integer("k", 20, "How many neighbours vote.", flag_values=values)
     flags.DEFINE_float(
         "temperature",
@@ -29,7 +29,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
-    """Measure what the flags name, and its controls; prints the table."""
+    """Measure the encoder and its controls; prints the table."""
     values, config = commandline.parse(argv, define_flags, doc=__doc__)
     task = catalogue.knn(k=values.k, temperature=values.temperature)
     return measure(values, config, task, should_stop=should_stop)

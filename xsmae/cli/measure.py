@@ -1,4 +1,4 @@
-"""What the flags of an evaluation ask for, measured and printed as a table."""
+"""Measures what the flags of an evaluation name, and prints the table."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def measure(
     should_stop: Callable[[], bool],
     **how: Any,
 ) -> list[Result]:
-    """The rows of the encoder and of its controls; prints their table.
+    """Measure the encoder and its controls; prints their table, returns the rows.
 
-    values, config: those of `evaluation.parse`. how: other arguments of `evaluate`.
+    values, config: from `evaluation.parse`. how: other arguments of `evaluate`.
     """
     try:
         scales = [float(text) for text in values.scales]

@@ -1,7 +1,7 @@
 """xsmae plan --config=fmow --topology=tpu:v5e:16x16
 
-Compiles the training step for machines that are not here. Prints the memory that each
-device needs, what the devices send each other, and the largest batch that fits.
+Compiles the training step for other machines, without them. Prints the memory that each
+device needs, the data that devices exchange, and the largest batch that fits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xsmae.weights import warm_start as init
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of pretraining that decide the step, and the machines."""
+    """The flags that decide the training step, and the machines."""
     define_config(values)
     flags.DEFINE_string(
         "topology",
@@ -33,14 +33,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "largest_batch",
         True,
-        "Find the largest batch too; this compiles the step two times more.",
+        "Also find the largest batch, which compiles the step two more times.",
         flag_values=values,
     )
 
 
 def plan(argv: list[str]) -> int:
     """Compile and print; returns the exit status."""
-    jax.config.update("jax_platforms", "cpu")  # no devices but those that are described
+    jax.config.update("jax_platforms", "cpu")  # use only the described devices
     values = parse(argv, define_flags, example=example(__doc__))
     if values.topology is None:
         raise UserError(f"--topology is missing: {example(__doc__)}")
@@ -48,7 +48,7 @@ def plan(argv: list[str]) -> int:
     given = given_fields(argv)
     if values.config.init:
         for change in init.adopt(values.config, given):
-            print(f"as the weights have it: {change}")
+            print(f"taken from the weights: {change}")
     said = choices.fit_warmup(values.config, given)
     config, chosen = choices.settle(values.config, None, devices=topology.devices)
     found = make_plan(config, topology, largest=values.largest_batch)

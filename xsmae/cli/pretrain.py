@@ -1,7 +1,7 @@
 """xsmae pretrain --config=quickstart --workdir=runs/quickstart
 
-Pretrains an encoder by the config, and measures it while it does. The same command
-resumes a run that has stopped, from its newest checkpoint in --workdir.
+Pretrains an encoder by the config, and measures it on the way. If the run has stopped,
+the same command resumes it from the newest checkpoint in --workdir.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "The folder of the run's files, from which it resumes. Default: runs/, then "
+        "The folder of the run's files; the run resumes from it. Default: runs/, then "
         "the config's name and argument.",
         flag_values=flag_values,
     )
     flags.DEFINE_bool(
         "hosts",
         False,
-        "This is one of several processes that Slurm, Open MPI, GKE or Cloud TPU has "
-        "started.",
+        "This is one of several processes started by Slurm, Open MPI, GKE or Cloud "
+        "TPU.",
         flag_values=flag_values,
     )
     flags.DEFINE_string(
         "coordinator",
         None,
-        "Without Slurm and the like: HOST:PORT of process 0, the same for all.",
+        "Instead of --hosts: HOST:PORT of process 0, the same for all processes.",
         flag_values=flag_values,
     )
     for name, text in (
@@ -54,7 +54,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "dry_run",
         False,
-        "Build everything, print parameters, memory, steps and shapes, train nothing.",
+        "Build everything, print parameters, memory, steps and shapes, but do not "
+        "train.",
         flag_values=flag_values,
     )
 
@@ -70,9 +71,9 @@ def default_workdir(argv: list[str]) -> Path:
 
 
 def pretrain(argv: list[str]) -> int:
-    """Train as the flags say; returns the exit status."""
+    """Train; returns the exit status."""
     values = parse(argv, define_flags, example=example(__doc__))
-    # After the flags, so that a wrong flag fails at once.
+    # Imported after parsing, so that a wrong flag fails at once.
     from xsmae import train
     from xsmae.run import choices, hosts, report
     from xsmae.weights import warm_start as init
@@ -82,13 +83,13 @@ def pretrain(argv: list[str]) -> int:
     given = given_fields(argv)
     if values.config.init:
         for change in init.adopt(values.config, given, workdir=workdir):
-            LOG.info(f"as the weights have it: {change}")
+            LOG.info(f"taken from the weights: {change}")
     for line in choices.fit_warmup(values.config, given, workdir=workdir):
         LOG.info(line)
     if values.dry_run:
         LOG.info(report.dry_run(values.config))
         return 0
-    # Caught here, so that too little memory ends all processes of a run.
+    # Catch it here, so that too little memory ends all processes of a run.
     with hosts.ends_with_the_others(), memory_shortage(LESS_MEMORY):
         return train.train_and_evaluate(values.config, workdir)
 

@@ -1,9 +1,9 @@
 """xsmae probe --encoder=runs/quickstart --data=eurosat --data.root=DIR
 
 Measures a frozen encoder by a linear classifier: --protocol=sweep fits logistic
-regressions to features, and --protocol=published trains batch norm and a linear layer
-on random crops, as the papers do. Image statistics, a thumbnail and the same
-architecture with random weights are measured alongside, as controls.
+regressions to features; --protocol=published trains batch norm and a linear layer on
+random crops, as in the papers. Image statistics, a thumbnail and the same architecture
+with random weights are measured alongside, as controls.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from xsmae.evaluation.rows import Result
 from xsmae.evaluation.tasks import catalogue
 from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION
 
-# The flags that one protocol alone has a use for.
+# The flags that only one protocol uses.
 FLAGS = {"sweep": ("penalties", "validation"), "published": ("num_workers",)}
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags of this command alone."""
+    """This command's own flags."""
     flags.DEFINE_enum(
         "protocol",
         "sweep",
         tuple(FLAGS),
-        "sweep: logistic regression, its penalty chosen on training images. published: "
-        "as in the papers, by LARS on random crops.",
+        "sweep: logistic regression; its penalty is chosen on training images. "
+        "published: as in the papers, trained by LARS on random crops.",
         flag_values=values,
     )
     flags.DEFINE_list(
@@ -44,15 +44,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "validation",
         VALIDATION,
-        "The part of each class's training images on which the sweep chooses the "
-        "penalty.",
+        "The fraction of each class's training images held out to choose the penalty.",
         flag_values=values,
     )
     recipe.define_flags(values)
 
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
-    """Measure what the flags name, and its controls; prints the table."""
+    """Measure the encoder and its controls; prints the table."""
     values, config = commandline.parse(
         argv, define_flags, doc=__doc__, recipe_of=_recipe_of
     )

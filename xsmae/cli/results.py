@@ -1,7 +1,7 @@
 """xsmae results results.jsonl --out=report
 
-Makes tables and pictures of the rows that the evaluations wrote. --out gets results.md,
-results.csv, the accuracy over scales of each protocol, and confusion matrices.
+Makes tables and figures of the rows that evaluations wrote. --out gets results.md,
+results.csv, a plot of accuracy by scale per protocol, and confusion matrices.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from xsmae.figures import results as pictures
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The flags; the files are what is left of the command line."""
+    """The flags; all other arguments are files."""
     flags.DEFINE_string(
         "out", "results", "The folder of the report.", flag_values=values
     )
 
 
 def write_report(files: list[Path], out: Path) -> list[Path]:
-    """Everything of the rows in `files`; returns what was written.
+    """Write the report of the rows in `files`; returns the written files.
 
-    Raises UserError where a file is missing, has no rows or cannot be read.
+    Raises UserError if a file is missing, has no rows or cannot be read.
     """
     rows = []
     for file in files:
@@ -41,7 +41,7 @@ def write_report(files: list[Path], out: Path) -> list[Path]:
                 f"{file} {what}: give the results.jsonl of xsmae knn, probe or finetune"
             )
         rows += found
-    # The same row in two files is one.
+    # A row that is in two files counts once.
     rows = list({row.identity: row for row in reversed(rows)}.values())[::-1]
     tables = create_tables(rows)
     try:
@@ -79,8 +79,8 @@ def draw(table: Table, out: Path) -> list[tuple[str, str]]:
 def whole_images(table: Table) -> list[tuple[Result, Line]]:
     """Each encoder's row at 100 %, and its line in the table.
 
-    Of its features the one that it is pooled by: a choice by accuracy would be one by
-    the test images.
+    The row is that of the encoder's own pooling. Choosing by accuracy would mean
+    choosing by the test images.
     """
     found = {}
     for line in table.lines:
@@ -92,7 +92,7 @@ def whole_images(table: Table) -> list[tuple[Result, Line]]:
 
 
 def _slug(name: str) -> str:
-    """ASCII for file names and links, no longer than file systems take."""
+    """An ASCII name for files and links, short enough for file systems."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:80].strip("-")
 
 

@@ -1,7 +1,8 @@
 """xsmae verify runs/quickstart
 
-Reads every checkpoint of a run, and prints for each step that it is good, or what of it
-is damaged; the exit status is then 1. The folder is a workdir or its checkpoints.
+Reads every checkpoint of a run, given by its workdir or its folder of checkpoints, and
+prints for each step whether it is good or what is damaged. The exit status is 1 if a
+step is damaged.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ DAMAGED = 1
 
 
 def verify(directory: Path) -> bool:
-    """Print a line a step; returns whether none is damaged."""
+    """Print one line per step; returns True if no step is damaged."""
     inner = directory / "checkpoints"
     checkpoints = Checkpoints(inner if inner.is_dir() else directory, read_only=True)
     steps, whole = checkpoints.steps(), True
     if not steps:
-        raise UserError(f"{directory} holds no checkpoint: give a run's workdir")
+        raise UserError(f"{directory} has no checkpoint: give a run's workdir")
     try:
         for step in steps:
             try:
@@ -43,7 +44,7 @@ def verify(directory: Path) -> bool:
 
 
 def check(argv: list[str]) -> int:
-    """Verify the one folder that is given; returns the exit status."""
+    """Verify the given folder; returns the exit status."""
     folders = parse_flags(flags.FlagValues(), argv, files=True)
     if len(folders) != 1:
         raise UserError(

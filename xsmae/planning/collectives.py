@@ -1,4 +1,4 @@
-"""What devices send each other in a step, read from the compiled program's text."""
+"""Reads from a compiled program's text which data devices exchange in a step."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)[a-z0-9]*\[([\d,]*)\]")
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\})")
-# The same as numbers counted up in one shape, transposed, and read in another.
+# Groups in short form: arange in one shape, transposed, then read in another shape.
 _COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-# TPUs: the axes of a mesh, and those, or parts of those, that a group goes along.
+# TPUs: the axes of a mesh, and the axes (or parts of axes) along which groups lie.
 _MESH = re.compile(
     r"replica_groups=mesh\[(?P<sizes>[^\]]*)\]"
     r"(?:, device_ids=\(\[(?P<counts>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))?"
     r" \{(?P<along>[^}]*)\}"
 )
-# TPUs spread an exchange over other computations, in pieces that look like it.
+# TPUs split an exchange into pieces that look like whole exchanges.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Collective:
-    """One kind of exchange among groups of `group` devices that lie on `hosts` hosts.
+    """One kind of exchange in groups of `group` devices on `hosts` hosts.
 
-    count: how often in a step. size: bytes in all, of the whole array that is reduced
-    or gathered. sent: bytes that each device sends, in a ring.
+    count: times per step. size: total bytes of the arrays that are reduced or gathered.
+    sent: bytes that each device sends, if devices form a ring.
     """
 
     kind: str
@@ -54,16 +54,17 @@ class Collective:
 
     @property
     def cards(self) -> int:
-        """Devices of one host that share what goes to another: those of a ring."""
+        """How many devices of a host share the traffic to other hosts (in a ring)."""
         ring = self.kind in ("all-reduce", "all-gather", "reduce-scatter")
         return self.group // self.hosts if ring else 1
 
 
 def read_collectives(text: str, devices: int, a_host: int) -> list[Collective]:
-    """Those of an optimised HLO module for `devices`, each `a_host` in a row on one.
+    """The collectives of an optimised HLO module for `devices` devices.
 
-    Loops are counted as often as they run. Raises UserError where the text does not
-    tell how often that is, or which devices take part.
+    a_host: consecutive devices per host. An exchange in a loop counts as often as the
+    loop runs. Raises UserError if the text does not show how often a loop runs, or
+    which devices take part.
     """
     lines, entry = _computations(text)
     found = collections.defaultdict(lambda: [0, 0.0])
@@ -88,7 +89,7 @@ def read_collectives(text: str, devices: int, a_host: int) -> list[Collective]:
                 size = _size(operation, group)
                 chain = _CHAIN.search(line)
                 if chain:
-                    # Pieces are in loops too; where it begins and ends, it is once.
+                    # Pieces also occur in loops, but outside them only once: take that.
                     least = chains.get(chain[1], (key, times, size))[1]
                     chains[chain[1]] = key, min(times, least), size
                 else:
@@ -118,7 +119,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(line: str, lines: dict[str, list[str]]) -> int:
-    """How often a loop runs: said of it, or what its condition compares with."""
+    """How often a loop runs: its annotation, or the constant in its condition."""
     said = _TRIPS.search(line)
     if said:
         return int(said[1])
@@ -130,7 +131,7 @@ def _trips(line: str, lines: dict[str, list[str]]) -> int:
 
 
 def _groups(line: str, devices: int) -> np.ndarray:
-    """Who exchanges with whom, [groups, devices of one]; pairs where one sends one."""
+    """Which devices exchange data, [groups, devices per group]; or pairs."""
     counted = _COUNTED.search(line)
     if counted:
         shape, counts, order = (_numbers(part or "") for part in counted.groups())
@@ -140,7 +141,7 @@ def _groups(line: str, devices: int) -> np.ndarray:
         return _along(mesh)
     groups = _GROUPS.search(line)
     if groups is None and "replica_groups=" in line:
-        raise _unread("which devices exchange", line)
+        raise _unread("which devices exchange data", line)
     if groups is None or groups[1] == "{}":
         return np.arange(devices)[None]
     rows = [_numbers(row) for row in re.findall(r"\{([\d,]+)\}", groups[1])]
@@ -152,7 +153,7 @@ def _counted(counts: list[int], order: list[int]) -> np.ndarray:
 
 
 def _along(mesh: re.Match) -> np.ndarray:
-    """Groups along some axes of a mesh, or along parts of them: `:(before)size`."""
+    """Groups along axes of a mesh, or along parts of axes, `:(before)size`."""
     axes = re.findall(r"'(\w+)'=(\d+)", mesh["sizes"])
     sizes = {axis: int(size) for axis, size in axes}
     numbers = _counted(
@@ -175,8 +176,8 @@ def _along(mesh: re.Match) -> np.ndarray:
 
 def _unread(what: str, line: str) -> UserError:
     return UserError(
-        f"{what} is not told in a way that is known, {line.strip()[:200]!r}: take the "
-        "versions of constraints.txt"
+        f"cannot read {what} from {line.strip()[:200]!r}: install the versions of "
+        "constraints.txt"
     )
 
 
@@ -185,14 +186,14 @@ def _numbers(text: str) -> list[int]:
 
 
 def _size(operation: re.Match, group: int) -> float:
-    """Bytes of the whole array: a gather's result, what a scatter begins with."""
+    """Bytes of the whole array: the result of a gather, the operand of a scatter."""
     total = sum(
         math.prod(int(n) for n in sizes.split(",") if n)
         * (1 if kind == "pred" else int(re.sub(r"\D", "", kind)) / 8)
         for kind, sizes in _ARRAY.findall(operation["shape"])
     )
     if operation["start"] and operation["kind"] in ("all-gather", "reduce-scatter"):
-        return total * group / (group + 1)  # the operands are named as well
+        return total * group / (group + 1)  # the shape also lists the operands
     if operation["kind"] == "reduce-scatter":
         return total * group
     if operation["start"] and operation["kind"] == "collective-permute":
@@ -201,7 +202,7 @@ def _size(operation: re.Match, group: int) -> float:
 
 
 def _sent(kind: str, group: int) -> float:
-    """The part of the whole that a device sends in a ring of `group`."""
+    """The share of the array that each device sends in a ring of `group`."""
     if kind == "collective-permute":
         return 1.0
     return (group - 1) / group * (2 if kind == "all-reduce" else 1)

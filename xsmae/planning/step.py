@@ -1,4 +1,4 @@
-"""Compiles a training step for a machine that is elsewhere, and reads what it takes."""
+"""Compiles a training step for another machine, and reads its memory and time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from xsmae.trainer import Trainer, batch_shapes, create_trainer
 
 
 class KernelError(UserError):
-    """A kernel that the chip cannot run, whatever the batch."""
+    """The chip cannot run a kernel, with any batch."""
 
 
 def multiplications(jaxpr: Any) -> float:
-    """Floating-point operations of the products in a traced function, loops included.
+    """Floating-point operations of the matrix products in a traced function.
 
-    Two for each multiplication and addition; what is not a product is left out.
+    A multiplication and an addition count as two. Loops count as often as they run.
+    Everything except products is left out.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -44,7 +45,7 @@ def multiplications(jaxpr: Any) -> float:
 
 
 def used_memory(compiled: Any) -> dict[str, int]:
-    """Bytes of a device: the state and batch, what a step adds to them, and the sum."""
+    """Bytes per device: state and batch, temporary memory of a step, and the total."""
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -57,18 +58,18 @@ def used_memory(compiled: Any) -> dict[str, int]:
 
 
 def attention_on(attention: str, chip: Chip) -> str:
-    """The `model.attention` that a run on the chip comes to.
+    """The `model.attention` that a run on the chip uses.
 
-    `auto` asks the GPU that is there, and none is there to ask. Raises UserError for
-    the fused kernel on a GPU that cannot run it.
+    `auto` normally asks the GPU, but here there is none. Raises UserError for the fused
+    kernel on a GPU that cannot run it.
     """
     capability = chip.capability
     if attention == "auto" and capability and capability not in CAPABILITIES:
         return "xla"
     if attention == "pallas" and capability and float(capability) < 8:
         raise KernelError(
-            "model.attention=pallas needs an NVIDIA GPU of compute capability 8.0 or "
-            f"newer, this one has {capability}: set --config.model.attention=auto"
+            "model.attention=pallas needs an NVIDIA GPU with compute capability 8.0 or "
+            f"higher, but this one has {capability}: give --config.model.attention=auto"
         )
     return attention
 
@@ -76,11 +77,11 @@ def attention_on(attention: str, chip: Chip) -> str:
 def trainer_for(
     config: ml_collections.ConfigDict, topology: Topology, batch_size: int
 ) -> tuple[ml_collections.ConfigDict, Trainer]:
-    """The config with another batch, and its trainer on the topology's devices."""
+    """The config with another batch size, and its trainer on the topology's devices."""
     config = copy.deepcopy(config)
     config.batch_size = batch_size
     config.model.attention = attention_on(config.model.attention, topology.chip)
-    # The number of images decides the schedule alone.
+    # The number of images decides only the schedule.
     return config, create_trainer(
         config, num_images=1000 * batch_size, devices=topology.devices
     )
@@ -89,17 +90,17 @@ def trainer_for(
 def compile_step(
     config: ml_collections.ConfigDict, topology: Topology, batch_size: int
 ) -> Any:
-    """The compiled step.
+    """Compile the step.
 
-    Raises UserError where the batch does not fit, and KernelError where a kernel needs
-    more of a core's own ("shared") memory than there is: a smaller batch is no help.
+    Raises UserError if the batch does not fit, and KernelError if a kernel needs more
+    shared memory than a core has: a smaller batch does not help then.
     """
     config, trainer = trainer_for(config, topology, batch_size)
     lowered = trainer.step.lower(trainer.state_shapes(), batch_shapes(config))
     with (
         memory_shortage(f"batch_size={batch_size} does not fit, lower it"),
         _kernel_too_large(),
-        # Kernels of a divided batch are lowered now: they ask it which GPU it is for.
+        # Kernels of a divided batch are lowered now, and ask the mesh for the GPU.
         jax.sharding.use_abstract_mesh(trainer.mesh.abstract_mesh),
     ):
         return lowered.compile()
@@ -107,7 +108,10 @@ def compile_step(
 
 @contextlib.contextmanager
 def _kernel_too_large() -> Iterator[None]:
-    """XLA reports both shortages as RESOURCE_EXHAUSTED."""
+    """Turn XLA's shortage of shared memory into a KernelError.
+
+    XLA reports this and a shortage of device memory as the same RESOURCE_EXHAUSTED.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -116,7 +120,7 @@ def _kernel_too_large() -> Iterator[None]:
             raise
         raise KernelError(
             f"a kernel needs more shared memory than the GPU has ({reason[:200]}), "
-            "with any batch_size: set --config.model.attention=xla"
+            "with any batch_size: give --config.model.attention=xla"
         ) from None
 
 
@@ -125,9 +129,9 @@ def largest_batch(
 ) -> int:
     """The largest batch whose step fits, 0 if none does.
 
-    Memory grows linearly with the batch: that of the config's batch, `used` bytes, and
-    that of half of it give an estimate. It is compiled, and lowered by an eighth of
-    itself until it fits. Raises UserError if memory does not grow with the batch.
+    Memory grows linearly with the batch. The estimate comes from the config's batch
+    (`used` bytes) and half of it. It is compiled, and lowered in steps of one eighth
+    until it fits. Raises UserError if memory does not grow with the batch.
     """
     devices, parts = len(topology.devices), config.optim.accumulation_steps
     unit = devices * parts
@@ -140,13 +144,13 @@ def largest_batch(
         raise
     except UserError:
         if half > config.batch_size and used <= topology.chip.memory:
-            return config.batch_size  # one unit, and two do not fit
+            return config.batch_size  # one unit fits, two do not
         raise
     slope = (used - other) / (config.batch_size - half)
     if slope <= 0:
         raise UserError(
             f"batches of {config.batch_size} and {half} take {used / 1e9:.2f} and "
-            f"{other / 1e9:.2f} GB, which does not grow with the batch: raise "
+            f"{other / 1e9:.2f} GB, but memory should grow with the batch: raise "
             "--config.batch_size"
         )
     fixed = used - slope * config.batch_size
@@ -173,7 +177,7 @@ def _fits(
 def _largest_or_reason(
     config: ml_collections.ConfigDict, topology: Topology, used: int
 ) -> tuple[int | None, str | None]:
-    """The largest batch, or None and why it is not known."""
+    """The largest batch, or None and the reason why it is unknown."""
     try:
         return largest_batch(config, topology, used), None
     except UserError as error:
@@ -183,7 +187,7 @@ def _largest_or_reason(
 def make_plan(
     config: ml_collections.ConfigDict, topology: Topology, *, largest: bool
 ) -> dict[str, Any]:
-    """What the step takes, by name; `table` shows it. largest: find that batch too."""
+    """The cost of a step, by name, for `table`. largest: find the largest batch too."""
     chip, devices = topology.chip, len(topology.devices)
     start = time.monotonic()
     compiled = compile_step(config, topology, config.batch_size)
@@ -216,14 +220,14 @@ def make_plan(
 def _products(config: ml_collections.ConfigDict, topology: Topology) -> float:
     """Floating-point operations of a step's products, over all devices."""
     plain = copy.deepcopy(config)
-    plain.model.attention = "xla"  # the same products, and nothing hidden in a kernel
+    plain.model.attention = "xla"  # same products, but none hidden in a kernel
     plain, trainer = trainer_for(plain, topology, config.batch_size)
     traced = trainer.step.trace(trainer.state_shapes(), batch_shapes(plain))
     return multiplications(traced.jaxpr.jaxpr)
 
 
 def table(plan: dict[str, Any]) -> str:
-    """A plan as Markdown."""
+    """A plan as a Markdown table."""
     memory = {name: value / 1e9 for name, value in plan["memory"].items()}
     peak = f"{plan['peak']['flops'] / 1e12:g} TFLOPS of {plan['peak']['of']}"
     rows = [
@@ -239,12 +243,12 @@ def table(plan: dict[str, Any]) -> str:
         ),
         ("network at its published rate", f"{1e3 * plan['network_seconds']:.2f} ms"),
         ("network's share, if nothing overlaps", f"{plan['network_share']:.1%}"),
-        ("compiling", f"{plan['compile_seconds']} s"),
+        ("time to compile", f"{plan['compile_seconds']} s"),
     ]
     if plan["largest_batch"] is not None:
         rows.append(("largest batch that fits, over all", plan["largest_batch"]))
     elif plan["largest_batch_unknown"]:
-        reason = f"not known: {plan['largest_batch_unknown']}"
+        reason = f"unknown: {plan['largest_batch_unknown']}"
         rows.append(("largest batch that fits, over all", reason))
     lines = ["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
     if plan["collectives"]:

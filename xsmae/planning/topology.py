@@ -1,4 +1,4 @@
-"""Machines to compile for that are not there, and what their makers publish of them."""
+"""Machines to compile for without having them, by their makers' published figures."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from xsmae.errors import UserError
 class Chip:
     """One device.
 
-    memory: bytes. flops: of dense products, a second, in `products`, the dtype that the
-    chip computes those of bfloat16 in. bandwidth: of the memory, bytes a second. link:
-    what it sends to the others of its host or slice, bytes a second, one way, all links
-    together. between_hosts: the same to other hosts, 0 where `link` reaches them or no
-    rate is published. capability: a GPU's compute capability, "9.0". target: what XLA
-    asks a GPU about itself. options: what libtpu is told of a chip beside its name.
+    memory: bytes. flops: dense operations per second in `products`, the dtype in which
+    the chip computes bfloat16 products. bandwidth: of memory, bytes per second. link:
+    bytes per second that it sends to other devices of its host or slice, one way, over
+    all links. between_hosts: the same to other hosts; 0 if `link` reaches them or if no
+    rate is published. capability: a GPU's compute capability, "9.0". target: XLA's
+    description of a GPU. options: for libtpu, besides the chip's name.
     """
 
     memory: float
@@ -40,10 +40,10 @@ def _gpu(
     memory, flops, bandwidth, link, card=0, *, name, capability, cores, fpus, threads,
     shared, reserved=1024, l2, ghz, products="bfloat16",
 ):  # fmt: skip
-    """A GPU of a host that has a network card of `card` bytes a second for each.
+    """A GPU whose host has one network card of `card` bytes per second per GPU.
 
-    Of a core (NVIDIA: multiprocessor): its fpus, the most threads on it, its shared
-    memory in bytes, and the part of that which is reserved for the system.
+    fpus, threads (maximum), shared (bytes of shared memory) and reserved (its part for
+    the system) are per core; NVIDIA calls a core a multiprocessor.
     """
     major, minor = capability.split(".")
     target = f"""
@@ -67,16 +67,16 @@ def _gpu(
 
 _hopper = {"capability": "9.0", "cores": 132, "fpus": 128, "threads": 2048}
 _hopper |= {"shared": 233472, "l2": 50 * 2**20, "ghz": 1.98}
-# Cores with 100 KiB of shared memory; CUDA C++ Programming Guide, table "Technical
+# Cores with 100 KiB of shared memory: CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability".
 _graphics = {"fpus": 128, "threads": 1536, "shared": 102400}
 _ada = {"capability": "8.9", **_graphics}
-# NVIDIA's data sheets of the SXM modules (half of NVLink's 600 and 900 GB/s is one way)
-# and DGX systems (a card a GPU: 200 Gbit/s beside the A100, 400 beside the others);
-# https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (half of the bidirectional
-# interconnect; TPUs' gigabytes are 2^30).
-# GPUs on PCI Express send half of what the sheets give for x16, which is both ways: 32
-# GB/s of generation 3, 64 of generation 4. NVIDIA publishes no system of several hosts.
+# Sources: NVIDIA's data sheets of the SXM modules (one way is half of NVLink's 600 and
+# 900 GB/s) and DGX systems (one card per GPU: 200 Gbit/s with the A100, 400 with the
+# others); https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (half of the
+# bidirectional interconnect; TPUs' gigabytes are 2^30).
+# The sheets give both ways of PCI Express x16, 32 GB/s for generation 3 and 64 for
+# generation 4; one way is half. NVIDIA publishes no such system with several hosts.
 GPUS = {
     "a100": _gpu(
         80e9, 312e12, 2.039e12, 300e9, 25e9, name="A100", capability="8.0",
@@ -113,7 +113,7 @@ GPUS = {
     ),
 }  # fmt: skip
 TPUS = {
-    # Its two cores are one device to JAX, as they are where the chip is.
+    # JAX sees the chip's two cores as one device, here as on the real machine.
     "v4": Chip(
         32 * 2**30, 275e12, 1228e9, 300e9, options={"chip_config_name": "megacore"}
     ),
@@ -126,16 +126,16 @@ INSTALL = "`make compiler`, or `pip install 'xsmae[compiler]'` in a new environm
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for; `a_host` of them are joined by the chip's own links."""
+    """Devices to compile for. The chip's own links join each `a_host` of them."""
 
     chip: Chip
     devices: Sequence[Any]
     a_host: int
 
     def bandwidth(self, hosts: int, cards: int = 1) -> float:
-        """Bytes a second that a device of a group on so many hosts sends.
+        """Bytes per second that a device sends in a group on `hosts` hosts.
 
-        cards: its devices of one host, over whose network cards a ring is spread.
+        cards: how many network cards per host a ring uses.
         """
         if hosts == 1 or not self.chip.between_hosts:
             return self.chip.link
@@ -143,7 +143,7 @@ class Topology:
 
 
 def parse(name: str) -> tuple[str, str, list[int]]:
-    """`KIND:CHIP:SHAPE` in its parts; raises UserError where it is not so."""
+    """The parts of `KIND:CHIP:SHAPE`; raises UserError for another form."""
     kind, _, rest = name.partition(":")
     chip, _, shape = rest.partition(":")
     try:
@@ -154,14 +154,14 @@ def parse(name: str) -> tuple[str, str, list[int]]:
     dimensions = (1, 2) if kind == "gpu" else (3,) if chip in ("v4", "v5p") else (2,)
     if chip not in chips or len(sizes) not in dimensions or min(sizes) < 1:
         raise UserError(
-            f"topology={name!r}, expected gpu:CHIP:GPUS[xHOSTS] with a chip of "
-            f"{', '.join(GPUS)}, or tpu:CHIP:SHAPE with {', '.join(TPUS)}: gpu:h200:8, "
-            "gpu:h200:8x4, tpu:v5e:16x16, tpu:v5p:4x4x8"
+            f"topology={name!r}, expected gpu:CHIP:GPUS[xHOSTS] with one of "
+            f"{', '.join(GPUS)}, or tpu:CHIP:SHAPE with one of {', '.join(TPUS)}: "
+            "gpu:h200:8, gpu:h200:8x4, tpu:v5e:16x16, tpu:v5p:4x4x8"
         )
     if kind == "gpu" and sizes[1:] not in ([], [1]) and not GPUS[chip].between_hosts:
         known = [other for other, gpu in GPUS.items() if gpu.between_hosts]
         raise UserError(
-            f"topology={name!r} has several hosts, and NVIDIA publishes no network for "
+            f"topology={name!r} has several hosts, but NVIDIA publishes no network for "
             f"{chip}: give gpu:{chip}:{sizes[0]}, or one of {', '.join(known)}"
         )
     return kind, chip, sizes
@@ -170,8 +170,8 @@ def parse(name: str) -> tuple[str, str, list[int]]:
 def describe_topology(name: str) -> Topology:
     """The devices of `KIND:CHIP:SHAPE`.
 
-    Raises UserError for a name that is none, a shape that the maker does not build, and
-    where the compiler is not installed.
+    Raises UserError for an invalid name, for a shape that the maker does not build, and
+    if the compiler is not installed.
     """
     kind, chip, sizes = parse(name)
     try:
@@ -182,7 +182,7 @@ def describe_topology(name: str) -> Topology:
                 target_config=GPUS[chip].target,
             )  # fmt: skip
             return Topology(GPUS[chip], found.devices, a_host)
-        # Nothing here to ask for, or to keep from others.
+        # There is no TPU here to query or to lock.
         for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
             os.environ.setdefault(variable, "1")
         options: dict[str, Any] = dict(TPUS[chip].options)
@@ -191,11 +191,11 @@ def describe_topology(name: str) -> Topology:
         shape = "x".join(map(str, sizes))
         found = topologies.get_topology_desc(f"{chip}:{shape}", "tpu", **options)
         return Topology(TPUS[chip], found.devices, len(found.devices))
-    # A compiler that is not installed and a shape that it does not know come as JAX's
-    # own errors or Python's, which are all of this class.
+    # A missing compiler and an unknown shape raise different errors of JAX and Python,
+    # all of this class.
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"topology={name!r} cannot be compiled for: {reason[:200]}. The compilers "
-            f"come with {INSTALL}"
+            f"cannot compile for topology={name!r} ({reason[:200]}): install the "
+            f"compilers with {INSTALL}, or give another shape"
         ) from None

@@ -97,7 +97,7 @@ def finer_views(config: ml_collections.ConfigDict, source: Source) -> str:
     if finer.max() / DRAWS < SHOWN_SHARE:
         return ""
     return (
-        f"\nupsampled, because finer than their images: {' and '.join(shares)}; to "
+        f"\nviews finer than their images are upsampled: {' and '.join(shares)}; to "
         "have fewer, give a smaller --config.views.size or a larger "
         "--config.views.area"
     )
@@ -131,7 +131,7 @@ def summary(workdir: Path) -> str:
             cells = [_percent(knn.get(f"{name}_{f}")) for f in ("cls", "mean")]
             lines.append(f"{title:32}{cells[0]:>10}{cells[1]:>10}")
         cell = _percent(knn.get("image_statistics"))
-        lines.append(f"{'image statistics only':32}{cell:>10}")
+        lines.append(f"{'image statistics alone':32}{cell:>10}")
     lines += ["", "figures:"]
     lines += [f"  {path}" for path in sorted((workdir / "figures").glob("*.png"))]
     return "\n".join([*lines, f"encoder: {workdir / 'encoder'}"])
