@@ -101,7 +101,7 @@ def pretrain(
         with shown(), ends_with_the_others(), memory_shortage(LESS_MEMORY):
             if config.init:
                 for change in warm_start.adopt(config, keep, workdir=workdir):
-                    LOG.info(f"as the weights have it: {change}")
+                    LOG.info(f"taken from the weights: {change}")
             for line in choices.fit_warmup(config, keep, workdir=workdir):
                 LOG.info(line)
             status = train.train_and_evaluate(config, workdir)
