@@ -136,6 +136,7 @@ def test_timm_s_config(source, tmp_path):
     assert config["pretrained_cfg"]["mean"] == pytest.approx([0.1, 0.2, 0.3])
     assert config["pretrained_cfg"]["input_size"] == [3, 16, 16]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]

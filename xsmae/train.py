@@ -112,7 +112,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
             Knn(run, *monitors),
             Reconstructions(run),
             GsdHistogram(run),
-            WriteEncoder(run),
+            WriteEncoder(run, *monitors),
             Profile(run),  # last, so that it starts after the other hooks of a step
         ]
         for hook in hooks:

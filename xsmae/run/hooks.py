@@ -30,14 +30,18 @@ import numpy as np
 from flax import nnx
 
 from xsmae.bands import Bands
+from xsmae.evaluation.tasks.knn import KnnMonitor
 from xsmae.process.log import LOG
 from xsmae.run.hosts import counted_together
+from xsmae.run.origin import describe_run
 from xsmae.run.run import Run
 from xsmae.sharding import replicated
 from xsmae.train_state import TrainState
 from xsmae.weights.description import describe_encoder
 from xsmae.weights.encoder import Encoder
 from xsmae.weights.gsd_range import GsdRange, seen_by_all
+from xsmae.weights.model_card import NAME as CARD
+from xsmae.weights.model_card import write_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +133,16 @@ class Log(Hook):
 
 
 class WriteEncoder(Hook):
-    """Writes `<workdir>/encoder` at the end, and records the GSD range on the way."""
+    """Writes `<workdir>/encoder` at the end, and records the GSD range on the way.
+
+    during, full: from `create_monitors`, for the results in the model card.
+    """
 
     timed = True  # it writes only when the range of GSDs widens
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, during: KnnMonitor | None, full: KnnMonitor | None):
         super().__init__(run)
+        self._monitors = during, full
         self._gsd_range = GsdRange(run.workdir, start=run.start)
 
     def due(self, step: int) -> bool:
@@ -156,15 +164,12 @@ class WriteEncoder(Hook):
             image_size=config.views.size,
             bands=Bands.of(config),
             gsd_range=gsd_range,
-            run={
-                "method": config.method,
-                "seed": config.seed,
-                "steps": run.num_steps,
-                "batch_size": config.batch_size,
-                "data": repr(run.source),
-            },
+            run=describe_run(run, *self._monitors),
         )
-        Encoder(model.encoder, described).save(run.workdir / "encoder")
+        folder = run.workdir / "encoder"
+        Encoder(model.encoder, described).save(folder)
+        if not write_card(folder, described):
+            LOG.info(f"{folder / CARD} was edited, so it is kept")
 
 
 class Profile(Hook):

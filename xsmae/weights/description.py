@@ -67,7 +67,8 @@ def describe_encoder(
     """The content of `encoder.json`.
 
     model: `config.model`. run: describes the run that made the encoder. gsd_range: the
-    smallest and largest metres per pixel in training, None if unknown.
+    smallest and largest metres per pixel in training, None if unknown. The model card
+    also shows a field `data_licence` if a person adds one.
     """
     seen = {} if gsd_range is None else {"gsd_range": [float(end) for end in gsd_range]}
     content = {

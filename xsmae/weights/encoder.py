@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Gsd = float | Sequence[float] | np.ndarray | None
 
 # Fields of a description that do not change features.
-NOT_IN_DIGEST = ("run", "licence", "gsd_range")
+NOT_IN_DIGEST = ("run", "licence", "data_licence", "gsd_range")
 # Every crop is a little finer than its whole image, so whole training images must not
 # count as outside.
 GSD_MARGIN = 1.1

@@ -15,6 +15,8 @@ from xsmae.models.build import channel_groups
 from xsmae.process.files import atomic_write, write_json
 from xsmae.weights.encoder import Encoder, load_encoder
 from xsmae.weights.layouts import NAMINGS, collect, encoder_weights
+from xsmae.weights.model_card import NAME as CARD
+from xsmae.weights.model_card import write_card
 
 FORMATS = ("timm", "huggingface")
 
@@ -32,9 +34,10 @@ def export(
         xsmae.export("runs/mine", "mine-timm", format="timm")
 
     source: an encoder in memory, or anything that `load_encoder` takes. out: a new
-    folder. gsd: metres per pixel for which GSD-scaled positions are written, because
-    the other frameworks have fixed positions. image_size: pixels, by default the size
-    of training. Raises UserError if the format cannot express the encoder.
+    folder; it also gets a model card. gsd: metres per pixel for which GSD-scaled
+    positions are written, because the other frameworks have fixed positions.
+    image_size: pixels, by default the size of training. Raises UserError if the format
+    cannot express the encoder.
     """
     if format not in FORMATS:
         raise UserError(f"--format={format}, expected one of {', '.join(FORMATS)}")
@@ -64,6 +67,8 @@ def export(
         f"images of {size} px, bands {bands}, in 0-1, then normalised with mean "
         f"{loaded.info['mean']} and std {loaded.info['std']}"
     )
+    if not write_card(out, loaded.info, format=format, notes=notes):
+        notes.append(f"{out / CARD} was edited, so it is kept")
     return notes
 
 
