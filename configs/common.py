@@ -65,39 +65,41 @@ def get_common(
 ) -> ml_collections.ConfigDict:
     """The whole config except `data`, with the fields that the argument decides."""
     config = ml_collections.ConfigDict()
-    config.method = method
+    config.method = method  # set by the config's argument
     # Imported weights or another run's workdir; a new run starts with their weights.
     config.init = placeholder(str)
-    config.seed = 0
+    config.seed = 0  # of weights, crops and masks
     config.batch_size = 512  # samples per step, over all devices
     # All devices share the batch. Devices along fsdp also share the state.
     config.mesh = "data:-1"
-    config.num_epochs = 400.0
+    config.num_epochs = 400.0  # passes over the images
     config.num_steps = placeholder(int)  # if set, used instead of num_epochs
 
     # The images' statistics in 0-1, and their bands in order. They are stored with the
     # weights. The config of each data set sets its own.
     config.bands = ("red", "green", "blue")
-    config.mean, config.std = IMAGENET
+    config.mean, config.std = IMAGENET  # of each band, in 0-1
 
     config.views = views = ml_collections.ConfigDict()
     views.size = 128  # pixels, height and width of the encoder's input
     views.area = (0.25, 1.0)  # view 1, as a fraction of the image
     views.ratio = (3 / 4, 4 / 3)  # width / height of the crops
     views.area_distribution = "uniform"  # or log_uniform
-    views.interpolation = "bicubic"
+    views.interpolation = "bicubic"  # or bilinear, of view 1
     views.horizontal_flip = 0.5  # probability
-    views.vertical_flip = 0.5
+    views.vertical_flip = 0.5  # probability
 
     (embed_dim, depth, num_heads), decoder = SIZES[size]
     config.model = model = ml_collections.ConfigDict()
-    model.patch_size = 16
+    model.patch_size = 16  # pixels, height and width
+    # Width, blocks and attention heads; set by the size.
     model.embed_dim, model.depth, model.num_heads = embed_dim, depth, num_heads
+    # The same of the decoder.
     model.decoder_embed_dim, model.decoder_depth, model.decoder_num_heads = decoder
-    model.mlp_ratio = 4.0
-    model.mask_ratio = 0.75
-    model.norm_style = "pre"
-    model.norm_epsilon = 1e-6
+    model.mlp_ratio = 4.0  # hidden width of a block's MLP, in widths of the block
+    model.mask_ratio = 0.75  # fraction of the patches that is hidden
+    model.norm_style = "pre"  # or post: norm before or after the residual sum
+    model.norm_epsilon = 1e-6  # of every layer norm
     model.encoder_norm = True  # apply the encoder's final LayerNorm
     model.position = "fixed"  # or gsd: scale positions by each image's GSD
     model.reference_gsd = 1.0  # metres per pixel at which patch positions step by 1
@@ -112,19 +114,19 @@ def get_common(
     config.loss = ml_collections.ConfigDict()  # one group of fields per loss term
 
     config.optim = optim = ml_collections.ConfigDict()
-    optim.learning_rate = 1.5e-4
+    optim.learning_rate = 1.5e-4  # peak
     optim.learning_rate_batch = 256  # the rate is for this batch size, scaled linearly
-    optim.weight_decay = 0.05
-    optim.b1, optim.b2 = 0.9, 0.95
-    optim.warmup_epochs = 40.0
+    optim.weight_decay = 0.05  # none on biases and norms
+    optim.b1, optim.b2 = 0.9, 0.95  # AdamW's moments
+    optim.warmup_epochs = 40.0  # linear warm-up; then a cosine to 0
     optim.warmup_steps = placeholder(int)  # if set, used instead of warmup_epochs
     optim.clip_norm = 0.0  # largest gradient norm; 0: no clipping
-    optim.accumulation_steps = 1
+    optim.accumulation_steps = 1  # parts that a batch is computed in
     optim.max_nonfinite = 10  # non-finite losses in a row before the run stops
 
     config.input = ml_collections.ConfigDict()
     config.input.num_workers = 0  # reader processes; 0: threads of this process
-    config.input.num_threads = 4
+    config.input.num_threads = 4  # threads that read images, per process
     config.input.prefetch = 4  # batches
     # The run stops if more than this fraction of the images, and more than one, is bad.
     # 0: it stops at the first bad image.
@@ -148,7 +150,7 @@ def get_common(
     config.watchdog_minutes = 30.0
     config.figures = ml_collections.ConfigDict()
     config.figures.every = placeholder(int)  # 4 times, at most 5000; 0: only at the end
-    config.figures.samples = 6
+    config.figures.samples = 6  # images in a picture of reconstructions
 
     # The kNN monitor, for data with labels. `train` and `test` override fields of
     # `data` for the labelled bank and for the queries.
@@ -157,14 +159,14 @@ def get_common(
     knn.train = ml_collections.ConfigDict()
     knn.test = ml_collections.ConfigDict()
     knn.k = 20  # k and temperature follow Scale-MAE's protocol
-    knn.temperature = 0.07
+    knn.temperature = 0.07  # of the votes, exp(similarity / temperature)
     knn.max_train = 5000  # images, evenly spaced, during the run; 0: all
-    knn.max_test = 1000
+    knn.max_test = 1000  # like max_train, of the test images
     knn.full_at_end = True  # use all images at the end
-    knn.batch_size = 256
+    knn.batch_size = 256  # images that the encoder gets at a time
 
-    config.tensorboard = True
-    config.wandb = False
+    config.tensorboard = True  # write events for TensorBoard
+    config.wandb = False  # log to Weights & Biases too
 
     for group, values in (
         METHODS[method].fields(preset, size=size, model=config.model.to_dict()).items()

@@ -222,7 +222,7 @@ def allowed(name: str, ranges: Mapping[str, tuple[float, float]]) -> str:
 
 
 def entry(name: str, meaning: str, value: str, ranges: str = "") -> str:
-    """A field and what is told of it, in a Markdown definition list."""
+    """A field and its description, as an item of a Markdown definition list."""
     if re.match(r"[a-z]{2}", meaning):
         meaning = meaning[0].upper() + meaning[1:]
     if meaning:

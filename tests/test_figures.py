@@ -154,7 +154,7 @@ def test_loss_curves_leave_a_gap(tmp_path, drawn_lines):
     assert np.flatnonzero(np.isnan(points)).tolist() == [100, 200, 250]
     assert np.flatnonzero(np.isnan(line)).tolist() == [100, 200, 250]
     assert len(marks) == 3
-    # Seven values a mean, but for the gap and the ends, which it does not bend.
+    # A mean over seven values, which neither the gap nor the ends bend.
     np.testing.assert_allclose(line[50], points[47:54].mean())
     np.testing.assert_allclose(line[99], np.nanmean(points[96:103]))
     np.testing.assert_allclose(line[0], points[:4].mean())

@@ -113,7 +113,7 @@ def test_stops_between_two_tiles():
 
 @pytest.fixture
 def data(image_folder):
-    """Flags for the folder of images, of which one is in both parts by its pixels."""
+    """Flags for the folder; one image is in both parts by its pixels."""
     copied = (image_folder / "roof" / "00.jpg").read_bytes()
     (image_folder / "roof" / "02.jpg").write_bytes(copied)
     names = sorted(p.relative_to(image_folder) for p in image_folder.glob("*/*.jpg"))

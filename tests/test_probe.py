@@ -28,7 +28,7 @@ def test_the_fit_is_scikit_learns(data, penalty):
     expected.fit(standardised, labels)
     scale = np.abs(expected.coef_).max()
     np.testing.assert_allclose(found.kernel, expected.coef_.T, atol=1e-3 * scale)
-    # The bias is free but for a constant that no prediction depends on.
+    # The bias may differ by a constant, on which no prediction depends.
     bias = np.asarray(found.bias) - np.mean(found.bias)
     expected_bias = expected.intercept_ - expected.intercept_.mean()
     np.testing.assert_allclose(bias, expected_bias, atol=2e-3 * max(scale, 1))

@@ -108,7 +108,7 @@ ROTATED = (10 * np.cos(0.5), -20 * np.sin(0.5), 10 * np.sin(0.5), 20 * np.cos(0.
         # The scale on the central meridian is 0.9996: 10 m of the map are more.
         ("EPSG:32633", UTM, (10 / 0.9996,) * 2),
         ("EPSG:4326", north_up(10, 60, 1e-4), np.multiply(1e-4, meridian_arc(60))),
-        # The ground is smaller than the map by the cosine, but for the ellipsoid.
+        # On a sphere, the ground is smaller than the map by the cosine.
         ("EPSG:3857", north_up(0, 8399737.89, 10), (5.0, 5.0)),
         # State planes of Texas, in US survey feet and in feet of the metre.
         ("EPSG:2276", north_up(2_490_000, 7_000_000, 2), (2 * SURVEY_FOOT,) * 2),

@@ -65,7 +65,7 @@ def test_a_part_can_be_off(name, off):
 
 
 def test_the_schedule():
-    """500 images in tens: 50 steps an epoch; 20 epochs of which 4 are warm-up."""
+    """500 images in tens: 50 steps an epoch; 20 epochs, the first 4 warm-up."""
     fields = recipe.finetuning()
     fields.update(batch_size=10, epochs=20.0, warmup_epochs=4.0, learning_rate=0.512)
     plan = recipe.create_plan(fields, num_images=500)

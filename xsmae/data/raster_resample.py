@@ -67,7 +67,7 @@ class Resampled:
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """float32 [height, width, bands], 0 where not valid; bool [height, width]."""
-        # The weights of a row add up to 1 but for rounding.
+        # The weights of a row add up to 1, up to rounding.
         valid = self._areas >= 0.5 - 1e-4
         areas = np.where(valid, self._areas, 1)[..., None]
         return np.where(valid[..., None], self._sums / areas, 0), valid

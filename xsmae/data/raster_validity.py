@@ -70,8 +70,8 @@ class Validity:
         """bool [h, w] of a window.
 
         numbers: [bands, h, w] as they are stored; None unless `by_number`. bands: their
-        places among those that are read. whole: the raster of which `dataset` is an
-        overview. Its masks are read, since an overview that has none says that every
+        places among those that are read. whole: the raster that `dataset` is an
+        overview of. Its masks are read, since an overview that has none says that every
         pixel is valid.
         """
         shape = int(window.height), int(window.width)

@@ -57,7 +57,7 @@ def fields(
             "area2": (0.25, 0.75),  # view 2, as a fraction of view 1
             "view2_from": "view1" if published else "source",  # pixels it is cut from
             "view2_box": "batch" if published else "sample",  # one box per ...
-            "interpolation2": "bilinear" if published else "bicubic",
+            "interpolation2": "bilinear" if published else "bicubic",  # of view 2
         },
         "model": {
             # The released weights use xFormers' post-norm with 1e-5. The official code
@@ -74,15 +74,15 @@ def fields(
         "loss": {
             "reconstruction": {
                 "weight": 1.0,
-                "norm_pix_loss": not published,
-                "views": "sum" if published else "mean",
+                "norm_pix_loss": not published,  # targets normalised per patch
+                "views": "sum" if published else "mean",  # of the views' losses
             },
             "contrastive": {
                 "weight": 1.0,
                 # 0.1 is SimCLR's best (Chen et al. 2020, table 5). With 0.5,
                 # `corrected` loses four points of kNN accuracy (docs/study.md).
                 "temperature": 0.5 if published else 0.1,
-                "positive_in_denominator": not published,
+                "positive_in_denominator": not published,  # of the softmax
                 # 1: negatives from the global batch. n: negatives from the sample's own
                 # n-th part of it, like the official code on n GPUs with local
                 # negatives.
@@ -90,8 +90,8 @@ def fields(
             },
             "cross_prediction": {
                 "weight": 1.0,
-                "stop_gradient": not published,
-                "aligned": not published,
+                "stop_gradient": not published,  # at the target
+                "aligned": not published,  # tokens paired by the ground they show
             },
         },
         "optim": {"learning_rate": 5e-5},

@@ -40,7 +40,7 @@ def fields(
             "channel_groups": (),
             # Channels that encode the group; official B and L: 256, decoder 128.
             "group_dim": 256 if model["embed_dim"] >= 768 else model["embed_dim"] // 4,
-            "decoder_group_dim": model["decoder_embed_dim"] // 4,
+            "decoder_group_dim": model["decoder_embed_dim"] // 4,  # the same, decoder
             "spatial_mask": False,  # True: one mask for all groups
             # If the groups are not in order, `concatenated` compares a group's
             # prediction with another group's bands, like the official code.

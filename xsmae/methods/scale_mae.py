@@ -47,8 +47,8 @@ def fields(
             "decoder_depth": 3,
             "target_scale": 2,  # side of the predicted image / side of the view
             "head_dim": 64 if size == "tiny" else 512,  # channels; official: 512
-            "head_depth": 2,
-            "independent_heads": True,
+            "head_depth": 2,  # convolutional blocks of a head
+            "independent_heads": True,  # one for each frequency band
             "progressive": False,  # the finer map continues from the coarser
         },
         "loss": {
