@@ -361,4 +361,4 @@ def test_an_image_that_is_good_again_is_listed_as_that(tmp_path):
     rejected = RejectedImages(tmp_path / "r", source, max_fraction=0.3)
     for batch in found:
         rejected.check(batch, step=1)
-    assert "read later" in json.loads((tmp_path / "r").read_text())["reason"]
+    assert "a second one did not" in json.loads((tmp_path / "r").read_text())["reason"]
