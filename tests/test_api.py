@@ -203,7 +203,7 @@ def test_a_source_that_cannot_be_opened(data, fields, said):
 
 @pytest.fixture
 def world():
-    """Train and test images of the built-in world, as fields."""
+    """Fields for training and test images of the built-in world."""
     fields = {"source": "synthetic", "size": 32, "gsd": 1.0}
     train, test = ((40, 0), (20, 1))
     return [{**fields, "num_images": n, "seed": seed} for n, seed in (train, test)]

@@ -16,7 +16,7 @@ jitted_mix = jax.jit(mix, static_argnames=("mixup", "cutmix", "switch"))
 
 
 def constant_images(batch=8, size=16):
-    """Image i is i everywhere, so that a pixel tells which image it is of."""
+    """All pixels of image i are i, so a pixel shows its image."""
     values = jnp.arange(batch, dtype=jnp.float32)
     return jnp.broadcast_to(values[:, None, None, None], (batch, size, size, 3))
 
@@ -58,7 +58,7 @@ def test_cutmix_labels_are_pixel_areas():
         for row in (0, 3):
             own = np.asarray(images[row, :, :, 0] == row)
             assert own.mean() == pytest.approx(float(targets[row, row]), abs=1e-6)
-            # The rest is the other image's, and a rectangle.
+            # The rest is a rectangle of the other image.
             assert (images[row, :, :, 0][~own] == 7 - row).all()
             tall, wide = (~own).any(1).sum(), (~own).any(0).sum()
             assert tall * wide == (~own).sum()
@@ -73,7 +73,7 @@ def test_a_rectangle_inside_has_the_area_drawn():
         for n in range(40)
     ]
     assert max(found) == pytest.approx(0.25)
-    assert min(found) < 0.25  # cut off at an edge
+    assert min(found) < 0.25  # clipped at an edge
 
 
 def test_either_is_taken_as_often_as_the_switch_says():
@@ -81,7 +81,7 @@ def test_either_is_taken_as_often_as_the_switch_says():
         len(np.unique(mixed(number, mixup=0.8, cutmix=1.0, switch=0.3)[0][0])) == 2
         for number in range(120)
     ]
-    # A rectangle of no pixels, or of all, is taken for mixup here: a few in a hundred.
+    # An empty or full rectangle looks like mixup here: a few percent.
     assert np.mean(cut) == pytest.approx(0.28, abs=0.13)
     assert not any(
         len(np.unique(mixed(n, mixup=0.8, cutmix=1.0, switch=0.0)[0][0])) == 2
@@ -96,7 +96,7 @@ def test_erased_areas():
     share = erased.mean((1, 2))
     hit = share > 0
     assert hit.mean() == pytest.approx(0.25, abs=0.035)
-    # Uniform from 0.02 to 1/3, to whole pixels.
+    # Uniform from 0.02 to 1/3, rounded to pixels.
     assert share[hit].min() >= 0.01
     assert share[hit].max() < 0.37
     assert share[hit].mean() == pytest.approx((0.02 + 1 / 3) / 2, abs=0.02)
@@ -116,7 +116,7 @@ def test_erased_areas():
 
 
 def test_smoothed_labels_are_the_formulas():
-    """Szegedy et al. 2016: (1 - s) of the label and s spread over all classes."""
+    """Szegedy et al. 2016: 1 - s for the label, s spread over all classes."""
     found = optax.smooth_labels(jnp.eye(5)[jnp.array([1, 4])], 0.1)
     expected = np.full((2, 5), 0.02)
     expected[0, 1] = expected[1, 4] = 0.92
@@ -132,7 +132,7 @@ def test_drop_path_rises_linearly_and_keeps_the_expectation():
     np.testing.assert_allclose(scales.mean(axis=2), 1, atol=0.02)
     kept = scales[2][scales[2] > 0]
     np.testing.assert_allclose(kept, 1 / 0.8, rtol=1e-6)
-    # Samples, and the two residuals, on their own.
+    # Samples and the two residual branches are independent.
     assert abs(np.corrcoef(scales[4])[0, 1]) < 0.03
 
 

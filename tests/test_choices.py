@@ -1,4 +1,4 @@
-"""What a run chooses by the data, the device and its length, and what it says of it."""
+"""Settings that a run chooses by data, device and length, and its messages."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def call(*arguments):
 
 
 def save(root, sides, colour=(140, 90, 60)):
-    """Images of those (height, width), noise around a colour."""
+    """Images of the given (height, width): noise around a colour."""
     rng = np.random.default_rng(0)
     root.mkdir(parents=True, exist_ok=True)
     for i, (height, width) in enumerate(sides):
@@ -83,7 +83,7 @@ def test_a_folder_of_small_images(tmp_path):
         assert f"{name}=" in said
     assert "24 of 24 images" in said
     assert "--config.FIELD=VALUE" in said
-    # What is chosen is no change of the config that was given.
+    # The given config does not change.
     assert all(flatten(config.to_dict())[name] is None for name in FIELDS)
 
 
@@ -158,7 +158,7 @@ def test_the_batch_of_few_images(images, devices, parts, batch):
 
 
 def test_the_measured_images_are_a_sample(tmp_path, monkeypatch):
-    """Evenly spaced, without the bad ones, the same again."""
+    """Evenly spaced images without bad ones, the same every time."""
     root = save(tmp_path / "images", [(40, 40)] * 12)
     (root / "006.png").write_bytes(b"<html>")
     monkeypatch.setattr(choices, "MEASURED", 4)
@@ -270,7 +270,7 @@ def test_a_resumed_run_keeps_what_it_chose(run_of, tmp_path, monkeypatch, capsys
     assert "upsampled: 100% of view 1" in printed
     before = values_of(workdir)
     rows = read_jsonl(workdir / "metrics.jsonl")
-    # From step 2; whatever would be measured or chosen now would fail.
+    # Resume from step 2; any measurement or choice would fail now.
     (workdir / "checkpoints" / "3").rename(tmp_path / "3")
     monkeypatch.setattr(choices, "survey", None)
     monkeypatch.setattr(choices, "_dtype", None)
@@ -283,7 +283,7 @@ def test_a_resumed_run_keeps_what_it_chose(run_of, tmp_path, monkeypatch, capsys
     losses = [row["loss"] for row in rows if "loss" in row]
     again = [r["loss"] for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
     assert again == losses
-    # An explicit value wins where it may differ, and is refused where not.
+    # An explicit value wins if it may change, and is refused otherwise.
     assert call(*run, "--config.log_every=2") == 0
     assert values_of(workdir)["log_every"] == 2
     assert call(*run, "--config.views.size=16") == 2
@@ -291,7 +291,7 @@ def test_a_resumed_run_keeps_what_it_chose(run_of, tmp_path, monkeypatch, capsys
 
 
 def test_a_run_from_before_there_were_choices_resumes(run_of, capsys):
-    """Its config.json has the values that the config then had."""
+    """The config.json of an old run has the values of its time."""
     run, _, workdir = run_of
     old = [
         "--config.batch_size=4", "--config.views.size=64",
@@ -352,7 +352,7 @@ def test_workdirs_that_disturb_no_data(tmp_path):
     data = {"source": "folder", "root": str(root)}
     for path in (tmp_path / "run", tmp_path / "images2", root / ".runs" / "one"):
         check_outside_data(path, data, ["000.png"], flag="--workdir")
-    # A table's images are those that it lists.
+    # A table has only the images that it lists.
     table = {"source": "csv", "root": str(root)}
     check_outside_data(root / "run", table, ["000.png"], flag="--workdir")
     with pytest.raises(UserError, match="--out"):
@@ -378,7 +378,7 @@ def test_views_that_are_finer_than_their_images(tmp_path):
 
     assert line(200, 64) == ""
     assert "100% of view 1" in line(40, 64)
-    # Uniform areas from a quarter to 1 of 200 px: below 128 px is f < 0.41.
+    # Areas are uniform from 0.25 to 1 of 200 px: below 128 px means f < 0.41.
     share = int(re.search(r"(\d+)% of view 1", line(200, 128))[1])
     assert share == pytest.approx(100 * (0.4096 - 0.25) / 0.75, abs=5)
     assert "view 2" not in line(200, 128)

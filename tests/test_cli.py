@@ -1,4 +1,4 @@
-"""The one command: its help, how it ends, and the configs that it finds and refuses."""
+"""The command xsmae: help, exit statuses, finding and refusing configs."""
 
 import os
 import re
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def refused(capsys, *arguments):
-    """The one line that a wrong call prints."""
+    """The single line that a wrong call prints."""
     assert cli.main(["xsmae", *arguments]) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
@@ -126,7 +126,7 @@ def test_exit_statuses(capsys):
     assert "too little memory (MemoryError): lower --size" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         ended(fail(RuntimeError("a bug")))
-    with pytest.raises(BrokenPipeError):  # of a worker process, say
+    with pytest.raises(BrokenPipeError):  # e.g. of a worker process
         ended(fail(BrokenPipeError()))
 
 
@@ -185,7 +185,7 @@ def test_help_into_a_closed_pipe(tmp_path):
 
 def test_a_config_by_its_bare_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quickstart").mkdir()  # a folder of that name is no config
+    (tmp_path / "quickstart").mkdir()  # a folder of that name is not a config
     bare, whole = (
         load_config(name) for name in ("quickstart", "configs/quickstart.py")
     )
@@ -193,7 +193,7 @@ def test_a_config_by_its_bare_name(tmp_path, monkeypatch):
     assert bare.is_locked
     values = parse(["xsmae", "--config", "quickstart:mae"], pretrain.define_flags)
     assert values.config.method == "mae"
-    # One's own goes before the installed one of that name.
+    # A user's config takes precedence over the installed one.
     (tmp_path / "configs").mkdir()
     own = tmp_path / "configs" / "quickstart.py"
     own.write_text(

@@ -1,7 +1,7 @@
-"""Official checkpoints in: every system, what is refused, runs that start from them.
+"""Importing official checkpoints: every system, every error, runs that start there.
 
-The files are made here from networks of ours with random weights, and of the official
-cases in `../shared/parity` where that folder is present.
+The files come from our own networks with random weights, and from the official cases in
+`../shared/parity` if that folder exists.
 """
 
 import functools
@@ -48,9 +48,9 @@ HEADS = {"num_heads": 3, "decoder_num_heads": 2}
 GROUPS = ((0, 2), (1, 3, 4))
 GROUPED = {"channel_groups": GROUPS, "group_dim": 8, "decoder_group_dim": 4}
 SCALE = {"head_dim": 8, "reference_gsd": 2.5}
-# As the official code with timm's blocks is.
+# The official code with timm's blocks.
 PRE_NORM = {"norm_style": "pre", "norm_epsilon": 1e-6, "predictor_hidden_dim": 20}
-# A system: the method, the names, and how it differs from the published config.
+# System -> method, naming, and its differences from the published config.
 SYSTEMS = {
     "mae": ("mae", "timm", {}),
     "mae_of_cross_scale": ("mae", "cross_scale_timm", {"encoder_norm": False}),
@@ -70,7 +70,7 @@ SYSTEMS = {
         {"predictor_hidden_dim": 20},
     ),
 }
-# What no key of these files tells.
+# Options that the keys of these files do not show.
 TOLD = {
     "sat_mae": {"method": "sat_mae"},
     "sat_mae_groups": {"channel_groups": GROUPS},
@@ -90,14 +90,14 @@ def num_bands(model):
 
 
 def abstract(model, method):
-    """The network without numbers."""
+    """The network with shapes only."""
     sizes = {"channels": num_bands(model), "view_size": SIZE}
     build = METHODS[method].build
     return nnx.eval_shape(lambda: build(model, **sizes, rngs=nnx.Rngs(0)))
 
 
 def randomized(network, seed=0):
-    """With random numbers in every array, as none is after training as it began."""
+    """Random numbers in every array: after training, none has its initial values."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -126,7 +126,7 @@ def pos_embed(width, side):
 
 
 def encodings(model, naming, parts=("", "decoder_")):
-    """The encodings that official files hold beside the weights."""
+    """The encodings that official files store with the weights."""
     groups, found = len(model.get("channel_groups", ())), {}
     for part in parts:
         width = model[f"{part}embed_dim"]
@@ -145,7 +145,7 @@ def encodings(model, naming, parts=("", "decoder_")):
 
 @functools.cache
 def original(system):
-    """A network of ours, and the same as an official file has it."""
+    """A network of ours, and the same network in an official file's layout."""
     method, naming, changes = SYSTEMS[system]
     model = model_of(method, **{**SMALL, **changes})
     network = randomized(abstract(model, method))
@@ -169,7 +169,7 @@ def written(tensors, tmp_path, name="x.safetensors"):
 
 @pytest.fixture
 def saved_as(monkeypatch):
-    """`saved_as(content)`: what every checkpoint file is then taken to hold."""
+    """`saved_as(content)`: makes every checkpoint file appear to have this content."""
     return lambda content: monkeypatch.setattr(
         official, "read_pytorch", lambda path: content
     )
@@ -187,7 +187,7 @@ def inputs(model, views=1):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef, params, rest, views, noise):
-    rest = jax.tree.map(lambda x: x, rest)  # written to in this trace
+    rest = jax.tree.map(lambda x: x, rest)  # a copy that this trace may write to
     return nnx.merge(graphdef, params, rest)(views, noise)
 
 
@@ -210,7 +210,7 @@ def test_the_import_computes_what_the_original_does(system, tmp_path):
     assert imported.config.method == method
     assert not imported.encoder_only
     found = imported.config.model.to_dict()
-    # Where a config's field has no effect, its default stays.
+    # A field without effect keeps its default.
     assert {k: v for k, v in found.items() if v != model[k]} == {}
     views, noise = inputs(model, METHODS[method].num_views)
     expected = outputs(network, views, noise)
@@ -227,11 +227,11 @@ def test_an_encoder_alone(system, tmp_path):
     alone = {name: tensors[name] for name in names}
     options = {k: v for k, v in options_of(system).items() if "decoder" not in k}
     if method == "scale_mae":
-        options["method"] = method  # its encoder's names are MAE's
+        options["method"] = method  # its encoder has the same names as MAE's
     imported = import_checkpoint(written(alone, tmp_path), **options)
     assert imported.encoder_only
     assert imported.encoder is imported.network
-    # Cross-Scale MAE's baseline cannot be told from it by the encoder.
+    # The encoder of Cross-Scale MAE's baseline looks the same.
     expected = "cross_scale_mae" if naming.startswith("cross") else method
     assert imported.config.method == expected
     assert imported.config.views.size == SIZE
@@ -280,7 +280,7 @@ def test_official_files(name, method):
     assert imported.config.views.size == side
 
 
-# What a file says besides its tensors.
+# Arguments and options besides tensors.
 
 
 def with_arguments(tensors, **arguments):
@@ -315,7 +315,7 @@ def test_the_groups_of_satmae_s_arguments(saved_as):
     model = import_checkpoint("x.pth", **HEADS).config.model
     assert model.channel_groups == GROUPS
     assert model.spatial_mask is False
-    # The default, where SatMAE has no groups.
+    # The default means no groups.
     saved_as(with_arguments(tensors_of("sat_mae"), grouped_bands=[]))
     imported = import_checkpoint("x.pth", **HEADS, method="sat_mae")
     assert imported.config.model.channel_groups == ()
@@ -396,11 +396,11 @@ def test_any_width_of_the_mlp(hidden, tmp_path):
     assert imported.encoder.blocks.fc1.kernel.shape == (2, 44, hidden)
 
 
-# Keys that are not as they should be.
+# Wrong keys.
 
 
 def told(tensors, tmp_path, system="mae", **options):
-    """Why the file is refused."""
+    """The message of the refusal."""
     with pytest.raises(UserError) as error:
         import_checkpoint(written(tensors, tmp_path), **options_of(system) | options)
     assert "\n" not in str(error.value)
@@ -415,7 +415,7 @@ def test_every_key_renamed(tmp_path):
         assert key in line.replace(f"{key}_2", ""), (key, line)
 
 
-# Of each system some whose shapes tell sizes, and some that do not.
+# For each system, some keys that decide sizes and some that do not.
 KEYS = [
     ("mae", "cls_token"),
     ("mae", "mask_token"),
@@ -452,7 +452,7 @@ KEYS = [
 
 
 def transposed(tensor):
-    """Square matrices stay as they are: they are made longer instead."""
+    """The transposed tensor; a square one is made longer instead."""
     if tensor.shape == tensor.T.shape:
         return np.concatenate([tensor, tensor])
     return tensor.T
@@ -497,7 +497,7 @@ def test_all_of_several_are_named(tmp_path):
 
 
 def test_a_decoder_in_part(tmp_path):
-    """A key of the decoder is not taken to be missing because another is."""
+    """Missing keys of a decoder are named even if only some are missing."""
     tensors = tensors_of("mae")
     for key in [k for k in tensors if k.startswith("decoder") or k == "mask_token"]:
         if key != "decoder_pred.bias":
@@ -511,7 +511,7 @@ def test_a_decoder_in_part(tmp_path):
 
 
 def test_the_first_block_has_the_encoder_s_width(tmp_path):
-    """Safetensors sorts: Cross-Scale MAE's `decoder.0` stands before `encoder.0`."""
+    """Safetensors sorts keys: `decoder.0` comes before `encoder.0`."""
     path = written(tensors_of("cross_scale_mae"), tmp_path)
     names = list(load_file(path))
     first, second = (f"{part}.0.mlp.fc1.bias" for part in ("decoder", "encoder"))
@@ -598,7 +598,7 @@ def test_scale_mae_as_published(tmp_path):
     imported = scale_mae(tmp_path)
     model, loss = imported.config.model, imported.config.loss
     assert (model.position, model.reference_gsd) == ("gsd", 2.5)
-    # From 14 of 448 pixels, which is what the official default says, to 1 of 32.
+    # The official default, 14 of 448 pixels, means 1 of 32.
     assert loss.high_frequency.cutoff * SIZE * 2 == 1
     assert loss.low_frequency.through == 0
     assert loss.high_frequency.absolute is True
@@ -652,7 +652,7 @@ def flags_of(system):
 
 
 def refused(capsys, *arguments):
-    """The one line that a wrong call prints."""
+    """The single line that a wrong call prints."""
     assert call(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -664,7 +664,7 @@ def refused(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def imports(tmp_path_factory):
-    """`imports(system)`: the folder of its import, which stays as it is."""
+    """`imports(system)`: the folder of its import; tests must not change it."""
     root = tmp_path_factory.mktemp("imports")
 
     @functools.cache
@@ -813,7 +813,7 @@ ARGUMENTS = {
 
 
 def abstract_state(config):
-    """Of the right shapes, zero."""
+    """A state of zeros with the right shapes."""
     trainer = create_trainer(config, num_images=30)
     shapes = jax.eval_shape(trainer.initial_state)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -851,7 +851,7 @@ def run(capsys, argument, *more):
 
 
 def test_training_goes_on_from_an_import(imports, tmp_path, capsys):
-    """A vanishing rate leaves the weights as they are: those of the import."""
+    """With a vanishing rate the weights stay those of the import."""
     first = tmp_path / "first"
     rate = "--config.optim.learning_rate=1e-30"
     status, printed = run(
@@ -867,7 +867,7 @@ def test_training_goes_on_from_an_import(imports, tmp_path, capsys):
     names = "encoder/encoder.safetensors"
     before, after = (load_file(d / names) for d in (imports("mae"), first))
     assert_same(after.values(), [before[name] for name in after])
-    # And from that run the next one, whose own config then has the sizes.
+    # The next run starts from this one, whose own config then has the sizes.
     config, changes = config_of("method=mae", first)
     assert any(change.startswith("model.embed_dim 192 -> 24") for change in changes)
     again = load_weights(first, abstract_state(config))
@@ -894,7 +894,7 @@ def test_a_run_resumes_without_the_folder_of_its_weights(
     assert status == 0, printed.err
     assert [r["step"] for r in read_jsonl(workdir / "metrics.jsonl")] == [1, 2]
     assert run(capsys, "method=mae", *command, "--dry_run")[0] == 0
-    # What the command itself changes is refused as before.
+    # Changes by the command itself are still refused.
     for change, said in (
         ("--config.seed=5", "seed was 0, is 5"),
         ("--config.model.mask_ratio=0.5", "model.mask_ratio was 0.75, is 0.5"),
@@ -907,7 +907,7 @@ def test_a_run_resumes_without_the_folder_of_its_weights(
     status, printed = run(capsys, "method=mae", *command)
     assert status == 2
     assert "init.json is damaged" in printed.err
-    # A run that has saved nothing yet needs the weights themselves.
+    # A run without a checkpoint still needs the weights.
     shutil.rmtree(workdir / "checkpoints")
     shutil.rmtree(weights, ignore_errors=True)
     status, printed = run(capsys, "method=mae", *command)

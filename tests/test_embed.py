@@ -52,7 +52,7 @@ def test_a_row_an_image_in_order(tmp_path, monkeypatch):
     used = [0, 1, 3, 8, 9, 10]
     assert table["id"].to_pylist() == [f"{i}.png" for i in used]
     assert table["label"].to_pylist() == [source.class_names[i % 3] for i in used]
-    # 12 pixels of 1 + index metres to 6.
+    # 12 pixels of 1 + index metres become 6.
     assert table["gsd"].to_pylist() == [2.0 * (1 + i) for i in used]
     images = np.stack([square(source[i].image, 1.0, 6)[0] for i in used])
     expected = mean_colour(images, None)["mean"].astype(np.float32)

@@ -1,4 +1,4 @@
-"""The encoder that is carried away: timm's names, the round trip, every refusal."""
+"""The trained encoder: timm's names, the round trip, every error."""
 
 import functools
 import json
@@ -43,7 +43,7 @@ SIZE = 12
 
 @functools.cache
 def build(**changes):
-    """An encoder with no parameter at zero or one, as after training."""
+    """An encoder without parameters of 0 or 1, as after training."""
     encoder = build_encoder({**MODEL, **changes}, channels=3, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(encoder)
     rng = np.random.default_rng(0)
@@ -75,7 +75,7 @@ def folder(tmp_path):
 
 @functools.cache
 def loaded(**changes):
-    """A loaded encoder without a file, for what only reads it."""
+    """A loaded encoder without files, for tests that only read it."""
     info = {
         "architecture": {**MODEL, **changes},
         "bands": ["red", "green", "blue"],
@@ -97,7 +97,7 @@ def normalised(images):
 
 
 def refused(match, call, *args, **kwargs):
-    """Asserts a one-line UserError."""
+    """Assert a one-line UserError."""
     with pytest.raises(UserError, match=match) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -174,7 +174,7 @@ def test_workdir_and_folder_and_text_are_taken(folder):
 
 
 def test_names_and_shapes_are_timms(folder):
-    """Those of timm.models.VisionTransformer(img_size=12, patch_size=4, ...)."""
+    """The shapes of timm.models.VisionTransformer(img_size=12, patch_size=4, ...)."""
     block = {
         "norm1.weight": (16,),
         "norm1.bias": (16,),
@@ -225,7 +225,7 @@ def test_patch_embedding_is_a_convolution():
 
 
 def timm_forward(tensors, patches, heads, epsilon):
-    """timm's VisionTransformer in NumPy: embedded patches to tokens, pre-norm."""
+    """timm's pre-norm VisionTransformer in NumPy, from embedded patches to tokens."""
     erf = np.vectorize(math.erf)
 
     def linear(x, name):

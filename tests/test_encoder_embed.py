@@ -1,4 +1,4 @@
-"""Many images to features: every kind of image, any size, what cannot be used."""
+"""Embedding many images: every type and size, and unusable images."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_batches_change_nothing(encoder, batch_size):
 
 
 def test_the_gsd_follows_the_size(encoder):
-    """Of an oblong image its central square, three times as fine."""
+    """The central square of an oblong image, at three times the resolution."""
     images = some_images(3 * SIZE, 3 * SIZE + 10)
     small = images[:, :, 5:-5].reshape(5, SIZE, 3, SIZE, 3, 3).mean((2, 4))
     found = encoder.embed(images, GSD)
@@ -72,7 +72,7 @@ def test_arrays_pictures_and_files_in_any_mixture(encoder, tmp_path):
     expected = encoder.embed(images, GSD)
     found = encoder.embed(mixture, GSD, batch_size=3)
     np.testing.assert_allclose(found, expected, atol=0.02)
-    rows = [0, 2, 3, 4]  # but the fractions, which are not rounded to 8 bits
+    rows = [0, 2, 3, 4]  # all except the fractions, which are not rounded to 8 bits
     near(found[rows], expected[rows])
     near(encoder.embed(tmp_path / "d.png", GSD[3]), expected[3:4])
     near(encoder.embed(mixture[2], GSD[2]), expected[2:3])
@@ -80,7 +80,7 @@ def test_arrays_pictures_and_files_in_any_mixture(encoder, tmp_path):
 
 def test_a_picture_is_left_as_it_was(encoder):
     picture = Image.fromarray(some_images(20, 30)[0])
-    picture.getexif()[0x0112] = 6  # to be turned
+    picture.getexif()[0x0112] = 6  # a rotated photograph
     encoder.embed([picture], 1.0)
     assert picture.size == (30, 20)
 
@@ -104,7 +104,7 @@ def test_bands_that_are_no_picture_are_resized_one_by_one():
     assert found.shape == (8, 8, 4)
     fractions, _ = square(several / 255, 2.0, 8)
     assert fractions.dtype == np.float32
-    # Of 8 bits, rounded along each axis.
+    # 8-bit images are rounded once per axis.
     np.testing.assert_allclose(fractions, found / 255, atol=1.01 / 255)
     enlarged, _ = square((several > 127).astype(np.float64), 2.0, 50)
     assert (enlarged.min(), enlarged.max()) == (0, 1)

@@ -56,7 +56,7 @@ def test_random_encoders_differ_by_their_seed():
 
 
 def test_digest_is_that_of_the_rows_until_now(tmp_path):
-    """Rows and cached features of finished runs are found again by it."""
+    """Result rows and cached features of old runs are found by it."""
     write(tmp_path, build())
     info = json.loads((tmp_path / "encoder.json").read_text())
     told = {k: v for k, v in info.items() if k not in ("run", "licence")}
@@ -127,7 +127,7 @@ def test_a_gsd_that_training_has_not_seen_is_said_once():
         # A whole image is a little coarser than the largest crop of it.
         for gsd in (0.5, 2.0, [0.7, 1.9], 2.19, 0.46):
             encoder(images, gsd=gsd)
-        build_without = Encoder(build(), described())  # of before there was a range
+        build_without = Encoder(build(), described())  # as before ranges existed
         build_without(images, gsd=100.0)
     with pytest.warns(UserWarning, match="0.5 to 2 metres per pixel.* 0.4 to 3:"):
         encoder(images, gsd=[0.4, 3.0])

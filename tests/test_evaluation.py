@@ -1,4 +1,4 @@
-"""Features of whole images, the nearest-neighbour vote, its monitor and controls."""
+"""Features of whole images, the kNN vote, the kNN monitor and its controls."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def angles(*degrees):
     ("temperature", "expected"), [(0.005, 1), (0.07, 1), (100.0, 0)]
 )
 def test_the_weight_is_exp_of_similarity_over_temperature(temperature, expected):
-    """One close against two far: 40 degrees are 0.234 of cosine, and exp(0.234 / t)."""
+    """One close neighbour against two far ones at 40 degrees: 1 - cos 40 = 0.234."""
     found = knn_predict(
         angles(0, 40, -40),
         [1, 0, 0],
@@ -81,7 +81,7 @@ def test_the_weight_is_exp_of_similarity_over_temperature(temperature, expected)
 
 
 def test_the_weights_balance_at_ln_2():
-    """Two votes of cos 40 weigh as one of cos 0 at t = (1 - cos 40) / ln 2."""
+    """Two votes at 40 degrees equal one at 0 degrees if t = (1 - cos 40) / ln 2."""
     balance = (1 - np.cos(np.deg2rad(40))) / np.log(2)
     votes = {
         factor: int(
@@ -165,7 +165,7 @@ def test_images_are_read_in_order_and_bad_ones_left_out():
     assert [batch.index.tolist() for batch in found] == [[9, 8, 7, 6], [3, 2], [0]]
     for batch in found:
         np.testing.assert_array_equal(batch.labels, batch.index % 3)
-        # 12 pixels to 6: twice the GSD, which is 1 + index here.
+        # 12 pixels become 6, so the GSD (1 + index) doubles.
         expected = 2.0 * (1 + batch.index[:, None]).repeat(2, axis=1)
         np.testing.assert_allclose(batch.gsd, expected)
         for image, index in zip(batch.images, batch.index, strict=True):
@@ -194,7 +194,7 @@ def test_features_in_order_and_encode_sees_one_shape():
 
     def encode(images, gsd):
         seen.append((images.shape, gsd.shape))
-        assert (gsd > 0).all()  # the padding's too
+        assert (gsd > 0).all()  # also the padding
         return {"gsd": gsd, "sum": images.sum((1, 2, 3))}
 
     source = ColourSource(11, bad=[2])
@@ -321,7 +321,7 @@ def test_monitor_stops_when_asked_to():
 
 
 def test_monitor_is_asked_in_the_search_too():
-    """Which also tells the watchdog that it goes on."""
+    """`should_stop` also feeds the watchdog, so it must be called often."""
     calls, asked_after = [], []
 
     def encode(images, gsd):
@@ -331,5 +331,5 @@ def test_monitor_is_asked_in_the_search_too():
     asked = monitor(should_stop=lambda: bool(asked_after.append(len(calls))))
     asked.accuracy(encode)
     batches = len(calls)
-    # Once before each batch, and for each feature at least once after the last.
+    # Once before each batch, and at least once per feature after the last.
     assert asked_after.count(batches) >= 2

@@ -1,4 +1,4 @@
-"""What the exports of an encoder hold; tests/peers loads them where they are for."""
+"""Exports of an encoder; tests/peers loads them in the other frameworks."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scaled(tmp_path_factory):
-    """With positions scaled by the GSD."""
+    """An encoder with positions scaled by the GSD."""
     return make_encoder(tmp_path_factory.mktemp("scaled"), position="gsd")
 
 
@@ -111,7 +111,7 @@ def test_both_formats_hold_the_same_numbers(source, tmp_path):
     np.testing.assert_array_equal(
         timm["pos_embed"], theirs["embeddings.position_embeddings"]
     )
-    # And timm's are those that the encoder itself is kept in.
+    # timm's tensors are also those of the encoder's own file.
     ours = load_file(source / "encoder.safetensors")
     assert ours.keys() == timm.keys()
     for name, tensor in ours.items():

@@ -1,4 +1,4 @@
-"""The pictures: written whole, of a plausible size, and the pixels that they show."""
+"""Figures: written atomically, with plausible sizes and the right pixels."""
 
 import types
 
@@ -23,7 +23,7 @@ def rng():
 
 
 def make_views(rng, num_views):
-    """Views in 0-255 and normalised, a quarter of their patches visible."""
+    """Views as 0-255 and normalised, with 25 % of their patches visible."""
     shape = (SAMPLES, num_views, SIZE, SIZE, 3)
     pixels = rng.integers(0, 256, shape, dtype=np.uint8)
     images = ((pixels / 255 - MEAN) / STD).astype(np.float32)
@@ -32,7 +32,7 @@ def make_views(rng, num_views):
 
 
 def read_png(path):
-    """The picture; the only file in its folder, so nothing temporary is left."""
+    """The figure. It must be the only file in its folder: no temporary file is left."""
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -65,7 +65,7 @@ def test_reconstructions(tmp_path, rng, num_views):
     hidden = mask.reshape(SAMPLES, num_views, SIZE // PATCH, SIZE // PATCH)
     hidden = hidden.repeat(PATCH, axis=2).repeat(PATCH, axis=3)[..., None] > 0.5
     predicted = images.copy()
-    predicted[0, 0, 0] = np.nan  # a diverged model still gives a picture
+    predicted[0, 0, 0] = np.nan  # a diverged model must still give a figure
     larger = images.repeat(2, axis=2).repeat(2, axis=3)
     pictures = Pictures(
         images,
@@ -164,12 +164,12 @@ def test_loss_curves_show_accuracy_in_percent(tmp_path, drawn_lines):
     rows = [{"step": 10, **KNN, "knn/accuracy_mean": 0.65}, {"step": 5, **KNN}]
     figures.loss_curves(tmp_path / "losses.png", rows)
     labelled = {label: values for values, label in drawn_lines}
-    # By step, not in the order of the rows.
+    # In order of step, not of rows.
     np.testing.assert_allclose(labelled["encoder, patch mean: 65.0%"], [70, 65])
 
 
 def test_equal_accuracies_are_both_seen(tmp_path):
-    """Of the two features: the wider line shows on both sides of the other."""
+    """Equal curves of two features: the wider line shows on both sides."""
     colour = figures.VIEW_COLOURS[0]
     rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     shown = []
@@ -186,7 +186,7 @@ def test_equal_accuracies_are_both_seen(tmp_path):
     ("num_views", "spread", "as_line"), [(1, 0, True), (2, 1e-6, True), (2, 0.5, False)]
 )
 def test_gsd_histogram(tmp_path, rng, monkeypatch, num_views, spread, as_line):
-    """Sources of one GSD, to rounding, are one line; else a histogram of their own."""
+    """Sources with one GSD (up to rounding) are a line, others a histogram."""
     lines, axvline = [], matplotlib.axes.Axes.axvline
     monkeypatch.setattr(
         matplotlib.axes.Axes,
@@ -238,9 +238,9 @@ def test_gsds_of_a_run_are_drawn_once_there_are_enough(tmp_path, rng):
     call(enough, 2)
     assert read_png(path).size
     path.unlink()
-    call(last, 3)  # no more will come
+    call(last, 3)  # the last step
     assert read_png(path).size
-    for again in (enough, last, GsdHistogram(run)):  # it goes on, and is begun again
+    for again in (enough, last, GsdHistogram(run)):  # the same run, and a new start
         assert not again.due(3)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning's classifier, and the learning rate of each of its layers."""
+"""Fine-tuning's classifier and the learning rates of its layers."""
 
 import jax
 import jax.numpy as jnp

@@ -67,7 +67,7 @@ def test_a_checkpoint_is_loaded_as_the_exported_encoder_is(workdir):
 
 
 def test_the_gsd_range_is_that_of_the_crops(workdir):
-    """Of the run's batches, drawn again without it."""
+    """The GSD range of the run's batches, drawn again outside the run."""
     config = ml_collections.ConfigDict(
         json.loads((workdir / "config.json").read_text())
     )
@@ -99,7 +99,7 @@ def test_looking_at_a_checkpoint_changes_nothing(workdir, config):
     assert content() == before
 
 
-# Orbax leaves the reads that another one's failure cancelled to the collector.
+# After a failed read, Orbax leaves its cancelled reads to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_cannot_be_opened(workdir, config, tmp_path):
     unfinished = tmp_path / "unfinished"
@@ -166,7 +166,7 @@ def test_a_size_without_reference_gsd_is_refused(config):
 
 
 def test_bands_that_images_lack_are_refused_or_at_their_mean(config):
-    """An encoder of bands in another order, among them one that no image has."""
+    """An encoder with another order of bands, and with one that images lack."""
     config.bands = ("near_infrared", "blue", "red", "green")
     config.mean, config.std = (0.6, 0.3, 0.1, 0.2), (0.1, 0.2, 0.3, 0.4)
     text = "random:tiny,depth=1"

@@ -1,4 +1,4 @@
-"""The range of GSDs that a run has seen: written, resumed, and told honestly."""
+"""The range of GSDs in a run: writing, resuming, and when it is unknown."""
 
 import json
 
@@ -10,7 +10,7 @@ from xsmae.weights.gsd_range import NAME, GsdRange, seen_by_all, seen_by_run, se
 
 
 def add(folder, start, *batches):
-    """The steps after `start`, each with these GSDs."""
+    """Add the steps after `start`, each with its GSDs."""
     seen = GsdRange(folder, start=start)
     for step, gsd in enumerate(batches, start + 1):
         seen.add(step, np.array(gsd, np.float32))
@@ -32,7 +32,7 @@ def test_resumed_it_is_that_of_one_run(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     add(whole, 0, *batches)
-    add(tmp_path, 0, *batches[:4])  # killed; step 2 was the last one saved
+    add(tmp_path, 0, *batches[:4])  # killed; the last saved step was 2
     add(tmp_path, 2, *batches[2:])
     assert (tmp_path / NAME).read_text() == (whole / NAME).read_text()
 
@@ -63,14 +63,14 @@ def test_the_processes_of_a_run_are_put_together(tmp_path, monkeypatch):
     other = tmp_path / "process_1"
     other.mkdir()
     add(tmp_path, 0, [1.0, 2.0])
-    assert seen_by_run(tmp_path, 1) is None  # of one of two alone
+    assert seen_by_run(tmp_path, 1) is None  # only one of two processes is known
     add(other, 0, [0.5, 1.5])
     assert seen_by_run(tmp_path, 1) == (0.5, 2.0)
 
 
 def test_a_full_disk_is_made_up_for(tmp_path, caplog):
     seen = GsdRange(tmp_path, start=0)
-    (tmp_path / NAME).mkdir()  # nothing can be appended to a folder
+    (tmp_path / NAME).mkdir()  # a folder cannot be appended to
     for step in (1, 2):
         seen.add(step, np.float32([1.0, 2.0]))
     assert caplog.text.count("cannot be written") == 1

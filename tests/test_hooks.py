@@ -1,4 +1,4 @@
-"""What a run does besides its steps: its order, its time, evaluators, profiles."""
+"""Hooks of a run: order, time, evaluators, profiles."""
 
 import textwrap
 import types
@@ -80,7 +80,7 @@ def test_a_profile_of_some_steps_is_written_once(tmp_path, capsys):
     assert trace.stat().st_size > 1000
     (said,) = (x for x in capsys.readouterr().out.splitlines() if "the profile" in x)
     assert f"from step 2 is in {workdir / 'profile'}" in said
-    assert call(*RUN, *profile) == 0  # it is past them
+    assert call(*RUN, *profile) == 0  # the run is already past these steps
     assert call(*RUN, f"--workdir={workdir}") == 0
     assert "the profile" not in capsys.readouterr().out
     assert len(list(workdir.glob("profile/plugins/profile/*"))) == 1
@@ -91,7 +91,7 @@ def test_a_profile_of_some_steps_is_written_once(tmp_path, capsys):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """What is asked of jax's profiler, and after which step."""
+    """The calls to jax's profiler, and the step after which they happen."""
     asked = []
     for name in ("start", "stop"):
         monkeypatch.setattr(
@@ -104,7 +104,7 @@ def traced(monkeypatch):
 
 
 def traced_run(tmp_path, profile, *, start=0, num_steps=8, stop=None):
-    """The calls that the loop makes of a run that starts after `start`."""
+    """Call the hook like the loop of a run that starts after `start`."""
     run = types.SimpleNamespace(
         config=types.SimpleNamespace(profile=profile),
         workdir=tmp_path,

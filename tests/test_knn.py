@@ -1,4 +1,4 @@
-"""The vote against scikit-learn, ties, tiling and devices; the kNN binary."""
+"""The kNN vote against scikit-learn, ties, tiling, devices; the command."""
 
 import functools
 import re
@@ -61,7 +61,7 @@ def test_of_equal_similarities_the_lower_row_is_nearer(bank_chunk):
 
 
 def test_equal_images_are_equally_similar_wherever_they_lie():
-    """The same vector at every place of a tile, where a float32 product may differ."""
+    """The same vector in every row of a tile: float32 products could differ by row."""
     rng = np.random.default_rng(0)
     bank = np.tile(rng.normal(size=(1, 501)).astype(np.float32), (200, 1))
     queries = rng.normal(size=(37, 501)).astype(np.float32)
@@ -150,7 +150,7 @@ def test_rows_of_an_encoder_and_its_controls(tmp_path, data, capsys):
     assert call(tmp_path, SMALL, *data, "--scales=20,50,100", "--k=3") == 0
     printed = capsys.readouterr().out
     rows = read(tmp_path / "results.jsonl")
-    # Three scales and their average, of two features and two controls from pixels.
+    # Three scales and their average, for two features and two pixel controls.
     assert len(rows) == 4 * 4
     assert {row.encoder["kind"] for row in rows} == {
         "random", "statistics", "thumbnail",
@@ -170,14 +170,14 @@ def test_rows_of_an_encoder_and_its_controls(tmp_path, data, capsys):
     assert statistics.value == 1.0  # the class is the colour
     assert statistics.confusion == [[2, 0], [0, 2]]
     assert statistics.gsd_told is None
-    # 40 px of 0.5 m, to 20, 40, 100 % of the base size, which is theirs.
+    # 40 px of 0.5 m are resized to 20, 50 and 100 % of 40 px.
     told = {s: of["random", "cls", s].gsd_told for s in (20.0, 50.0, 100.0)}
     assert told == pytest.approx({20.0: 2.5, 50.0: 1.0, 100.0: 0.5})
     average = of["random", "mean", "average"]
     values = [of["random", "mean", s].value for s in (20.0, 50.0, 100.0)]
     assert average.value == pytest.approx(np.mean(values))
     assert average.size == [8, 20, 40]
-    # The same again adds no row, and computes nothing.
+    # A second call adds no row and computes nothing.
     before = (tmp_path / "results.jsonl").read_bytes()
     assert call(tmp_path, SMALL, *data, "--scales=20,50,100", "--k=3") == 0
     assert (tmp_path / "results.jsonl").read_bytes() == before
@@ -188,7 +188,7 @@ def test_rows_of_an_encoder_and_its_controls(tmp_path, data, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_monitor_measures_what_the_binary_does(tmp_path, dtype):
-    """One encoder, one number, however the run that it comes from computes."""
+    """Monitor and command give the same number for an encoder, with any dtype."""
     images = {"data.num_images": 200, "data.size": 40, "data.gsd": 1.5}
     model = {"embed_dim": 48, "num_heads": 3, "depth": 2, "dtype": dtype}
     fields = {
@@ -243,7 +243,7 @@ def test_k_and_data_are_other_protocols(tmp_path, data):
         assert call(tmp_path, *arguments, *more) == 0
     rows = read(tmp_path / "results.jsonl")
     assert len({row.protocol.key for row in rows}) == 4
-    assert len(rows) == 2 * 4  # a thumbnail beside each
+    assert len(rows) == 2 * 4  # each with a thumbnail
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_help(capsys):
 
 
 def test_signal_stops_it_and_the_same_command_goes_on(tmp_path, data):
-    """SIGTERM from within, after some batches; then no image is encoded again."""
+    """SIGTERM after some batches; afterwards no image is encoded twice."""
     results, cache = tmp_path / "results.jsonl", tmp_path / "cache"
     code = f"""
 import os, signal, sys

@@ -1,4 +1,4 @@
-"""The pretraining binary, end to end, and everything that it refuses."""
+"""The pretraining command, end to end, and everything that it refuses."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from xsmae.process.files import read_jsonl
 
 CONFIGS = sorted({p.name for p in (ROOT / "configs").glob("[a-z]*.py")} - {"common.py"})
 
-# The methods, and the presets of the one that has two.
+# All methods, and both presets of Cross-Scale MAE.
 ARGUMENTS = (
     "published",
     "corrected",
@@ -44,7 +44,7 @@ ARGUMENTS = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The workdir of a small quickstart that ran to its end, and what it printed."""
+    """The workdir of a finished small quickstart, and its printed output."""
     workdir = tmp_path_factory.mktemp("runs") / "small"
     done = subprocess.run(
         command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=400
@@ -71,7 +71,7 @@ def test_a_run_leaves_what_it_should(finished):
     assert {f"loss/{term}" for term in terms} < last.keys()
     assert {"learning_rate", *TIMES, "epoch", "rejected"} < last.keys()
     first, *others = (row["waiting_for_data"] for row in rows if "loss" in row)
-    assert first is None  # it compiles
+    assert first is None  # the first step compiles
     assert all(0 <= share <= 1 for share in others)
     assert all(row["schema"] == 1 for row in rows)
     assert "knn/image_statistics" in rows[0]
@@ -161,7 +161,7 @@ def test_the_other_methods_run_the_same_way(method, flags, terms, tmp_path):
 
 
 def test_killed_runs_end_as_the_uninterrupted_one(finished, tmp_path):
-    """SIGKILL at two moments, SIGTERM at a third: the same lines in the end."""
+    """SIGKILL twice and SIGTERM once: the final lines are the same."""
     workdir = tmp_path / "killed"
     for seen, number in ((3, signal.SIGKILL), (5, signal.SIGTERM), (6, signal.SIGKILL)):
         process = subprocess.Popen(
@@ -190,7 +190,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(finished, tmp_path):
 
 @pytest.mark.parametrize("stopped_in", ["monitor", "last monitor", "finish"])
 def test_ctrl_c_while_measuring(finished, tmp_path, stopped_in, monkeypatch, capfd):
-    """The state is saved, and what was left out is made up for."""
+    """The state is saved, and the skipped measurement happens at the next start."""
     calls = {"monitor": 2, "last monitor": 3, "finish": 4}[stopped_in]
     measured = KnnMonitor.accuracy
 
@@ -208,7 +208,7 @@ def test_ctrl_c_while_measuring(finished, tmp_path, stopped_in, monkeypatch, cap
     assert "SIGINT: stopping" in capfd.readouterr().err
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert saved == (4 if stopped_in == "monitor" else 8)
-    if stopped_in != "finish":  # and again, while it is made up for
+    if stopped_in != "finish":  # and once more during that measurement
         calls = 1
         assert call(*arguments) == 130
         assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == saved
@@ -224,13 +224,13 @@ def test_worker_processes_change_nothing(finished, tmp_path):
 
 
 def test_the_monitor_may_be_switched_on_later(tmp_path, capsys):
-    """Its controls are measured then, which the table and the figure need."""
+    """The controls are measured then, because table and figure need them."""
     workdir = tmp_path / "run"
     config = "--config=configs/quickstart.py:method=mae"
     run = [config, *SMALL_RUN, f"--workdir={workdir}", "--config.knn.full_at_end=False"]
     assert call(*run, "--config.knn.every=-1") == 0
     assert "kNN" not in capsys.readouterr().out
-    for _ in range(2):  # and once, however often the run is started
+    for _ in range(2):  # only once, however often the run starts
         assert call(*run, "--config.knn.every=0") == 0
         assert "image statistics alone" in capsys.readouterr().out
     rows = read_jsonl(workdir / "metrics.jsonl")
@@ -491,7 +491,7 @@ def test_each_config_builds(name, argument):
     state = jax.eval_shape(trainer.initial_state)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 20e6
     assert 0 < trainer.schedule.warmup_steps < trainer.schedule.num_steps
-    if argument == "published":  # whatever a data set sets, this stays as published
+    if argument == "published":  # data sets do not change the published setting
         assert config.loss.contrastive.temperature == 0.5
         assert config.model.position == "fixed"
     assert json.loads(config.to_json())["mean"]
@@ -534,7 +534,7 @@ def test_default_workdir_and_config_lookup(tmp_path, monkeypatch):
     assert found == Path("runs/fmow-published-size-large")
     found = main.default_workdir(["--seed", "--config", "configs/quickstart.py"])
     assert found == Path("runs/quickstart")
-    monkeypatch.chdir(tmp_path)  # no configs/ here: the installed one is taken
+    monkeypatch.chdir(tmp_path)  # without configs/ here, the installed config is used
     assert parse(["xsmae", "--config=configs/fmow.py"], main.define_flags).config.method
     assert (
         parse(

@@ -1,4 +1,4 @@
-"""What a run leaves: its numbers, its config and environment; how it is stopped."""
+"""The files of a run: numbers, config, environment; and how it stops."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def test_what_json_has_no_number_for_is_null(tmp_path, value):
 
     line = write(tmp_path, [1], broken=value).read_text()
     assert json.loads(line, parse_constant=refuse)["broken"] is None
-    # It stays so when the file is written again on resuming.
+    # The mode stays when the file is rewritten on resuming.
     write(tmp_path, [], resume_step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == line
 
@@ -119,7 +119,7 @@ def test_no_file_is_no_lines(tmp_path):
 def read_events(workdir):
     """(step, name, value) of the TFRecords: length, checksum, event, checksum.
 
-    The name is START where TensorBoard drops what it has of that step and later ones.
+    The name START makes TensorBoard drop events of that step and later ones.
     """
     found = []
     for path in sorted(workdir.glob("events.out.tfevents.*")):
@@ -181,7 +181,7 @@ def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
     writer.write(2, {"loss": 0.5, "broken": math.nan})
     writer.close()
     assert calls == [{"seed": 3}, (2, {"loss": 0.5}), "finish"]
-    # Started again it is the same run.
+    # A restart continues the same W&B run.
     MetricsWriter(
         tmp_path, resume_step=2, tensorboard=False, wandb_config={"seed": 3}
     ).close()
@@ -192,7 +192,7 @@ def test_wandb_gets_the_same_numbers(tmp_path, monkeypatch):
 
 
 class Clock:
-    """`time.monotonic` that a test sets."""
+    """A `time.monotonic` that the test sets."""
 
     def __init__(self):
         self.now = 1000.0
@@ -221,7 +221,7 @@ VALUES = {
 
 def test_progress_line(clock):
     progress = Progress(start_step=10, num_steps=2010, batch_size=8)
-    clock.now += 40  # 20 steps: 2 s each
+    clock.now += 40  # 20 steps of 2 s
     assert progress.line(30, VALUES) == (
         "step 30/2010  epoch 0.46  loss 1.5000 (reconstruction 1.2500, "
         "contrastive 0.2500)  32 images/s  1:06:00 left"
@@ -368,7 +368,7 @@ def test_a_new_workdir_gets_config_and_environment(tmp_path):
 
 
 def begin(workdir):
-    """A workdir in which a run has saved a step."""
+    """The workdir of a run that has saved a step."""
     open_workdir(workdir, some_config())
     (workdir / "checkpoints" / "5").mkdir(parents=True)
 
@@ -478,7 +478,7 @@ def test_write_json_replaces_whole_files(tmp_path):
 
 @pytest.fixture
 def handler():
-    """A SIGTERM handler of the test's own, which lists what it received."""
+    """A SIGTERM handler that records the signals it receives."""
     received = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(1))
     yield received

@@ -67,7 +67,6 @@ def test_a_run_writes_its_card(run):
             "remote-sensing", "earth-observation", "self-supervised", "vit",
             "cross-scale-mae",
         ],
-        "datasets": ["synthetic"],
         "metrics": ["accuracy"],
     }  # fmt: skip
     table = cells(body)
@@ -125,6 +124,16 @@ def test_without_results_there_is_no_section(info):
     assert "accuracy" not in body
     assert "metrics" not in front
     assert "datasets" not in front
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"), [("owner/data_1", True), ("synthetic", False), ("a/b/c", False)]
+)
+def test_only_ids_of_hugging_face_are_its_data_sets(info, name, listed):
+    info["run"] = {"data_name": name}
+    front, body = parts(card(info, format="xsmae"))
+    assert front.get("datasets") == ([name] if listed else None)
+    assert cells(body)["data set"] == [name.replace("_", r"\_")]
 
 
 def test_an_accuracy_without_interval(info):

@@ -1,4 +1,4 @@
-"""Planning for machines that are not there: what is counted, and what is refused."""
+"""Planning for other machines: what is counted, and what is refused."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def test_several_hosts_need_a_published_network(chip):
 
 @pytest.mark.parametrize("name", GPUS)
 def test_what_xla_is_told_of_a_gpu(name):
-    """No kernel may ask for more than a block can have; of others it is no estimate."""
+    """The shared memory that a kernel may use is the limit of a block."""
     told = GPUS[name].target
     major, minor = GPUS[name].capability.split(".")
     assert f"major: {major} minor: {minor} " in told
@@ -138,7 +138,7 @@ def test_exchanges_are_read_from_the_program():
     found = run_on_devices("tests.support.collectives_on_devices", 4)
     (summed,) = [c for c in found["summed_in_a_loop"] if c["size"] > 100]
     assert (summed["kind"], summed["group"], summed["count"]) == ("all-reduce", 4, 5)
-    assert summed["hosts"] == 2  # of two devices, as the module has it
+    assert summed["hosts"] == 2  # two devices per host, as in the module
     assert summed["size"] == 5 * 100 * 4
     assert summed["sent"] == pytest.approx(summed["size"] * 2 * 3 / 4)
     (gather,) = found["gathered"]
@@ -168,7 +168,7 @@ ENTRY %main (x: f32[6,4]) -> f32[6,4] {
 
 
 def test_exchanges_of_tpus_are_read():
-    """Their text names axes of a mesh, and no loop's number of turns."""
+    """A TPU program names mesh axes, and does not annotate loops."""
     gather, reduce, scatter = read_collectives(TPU_TEXT, 16, 16)
     size = 6 * (128 * 512 * 2 + 128 * 4)
     assert vars(reduce) == {
@@ -199,7 +199,7 @@ def test_exchanges_of_tpus_are_read():
     ],
 )
 def test_devices_of_a_group_and_their_hosts(groups, group, hosts):
-    """Of 8 devices, 4 a host: few that lie on two are slower than many on one."""
+    """8 devices, 4 per host: the size of a group, and the hosts that it is on."""
     text = f"""
 ENTRY %main (x: f32[64]) -> f32[64] {{
   %all-reduce.1 = f32[64]{{0}} all-reduce(%x), {groups}, to_apply=%add
@@ -232,7 +232,7 @@ ENTRY %main (x: f32[8]) -> f32[64] {
 
 
 def test_an_exchange_in_pieces_is_one():
-    """Its pieces lie in a loop as well; another that is whole in it runs 6 times."""
+    """Its pieces also occur in a loop; a whole exchange in that loop runs 6 times."""
     (found,) = read_collectives(TPU_CHAIN, 8, 8)
     assert (found.count, found.size) == (1 + 6, 7 * 64 * 4)
 
@@ -263,7 +263,7 @@ def test_a_plan_is_of_the_real_step():
     found = step_of.make_plan(config, LOCAL, largest=False)
     state = step_of.trainer_for(config, LOCAL, 8)[1].state_shapes()
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
-    # Parameters and two moments, and a batch.
+    # Parameters, two moments and a batch.
     assert found["memory"]["arguments"] > 3 * kept + 8 * 16 * 16 * 3
     assert found["memory"]["all"] >= sum(
         found["memory"][name] for name in ("arguments", "temporary")
@@ -280,12 +280,12 @@ def test_a_plan_is_of_the_real_step():
 
 
 def test_a_t4_is_planned_by_its_float32():
-    """It has no bfloat16: XLA computes such products in float32."""
+    """A T4 has no bfloat16, so XLA computes such products in float32."""
     assert (GPUS["t4"].products, GPUS["t4"].flops) == ("float32", 8.1e12)
 
 
 def test_the_largest_batch_fits_and_a_larger_does_not(monkeypatch):
-    """Memory as a line in the batch, bent upwards at its end."""
+    """Memory grows linearly with the batch, and faster at the end."""
     chip = TPUS["v5e"]
 
     def compile_step(config, topology, batch_size):
@@ -308,7 +308,7 @@ ENTRY %main (x: f32[6]) -> f32[6] {
 
 
 def memory_by_batch(monkeypatch, needed):
-    """Let a step take `needed(batch)` bytes; returns the batches compiled, a list."""
+    """Make a step need `needed(batch)` bytes; returns the list of compiled batches."""
     compiled = []
 
     def compile_step(config, topology, batch_size):
@@ -337,7 +337,7 @@ def test_memory_that_does_not_grow_tells_no_largest_batch(monkeypatch, needed):
 
 
 def test_no_batch_fits(monkeypatch):
-    """The state alone takes more than there is: no batch below 0 is compiled."""
+    """The state alone does not fit: no negative batch is compiled."""
     compiled = memory_by_batch(monkeypatch, lambda batch: 99e9 + 1e9 * batch)
     assert step_of.largest_batch(small_config(), LOCAL, int(107e9)) == 0
     assert compiled == [4]
@@ -398,7 +398,7 @@ def test_the_line_for_programs(monkeypatch, capsys):
 
 
 def compiler_that_fails(monkeypatch, text):
-    """Let every step's compilation fail with `text`."""
+    """Make every compilation fail with `text`."""
 
     def compile_nothing():
         raise jax.errors.JaxRuntimeError(text)
@@ -426,7 +426,7 @@ def test_a_step_without_room_is_told_by_its_batch(monkeypatch, text, error):
     assert ("batch_size=64 does not fit" in str(caught.value)) == (error is UserError)
 
 
-# As jax 0.10 has it, of the fused attention with heads of 128 on an A10.
+# The message of jax 0.10 for the fused attention with heads of 128 on an A10.
 SHARED = (
     "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 102400, "
     "available: 101376, context: []"
@@ -439,13 +439,13 @@ def test_a_kernel_too_large_is_no_batch_too_large(monkeypatch):
         step_of.compile_step(None, None, 64)
     assert "model.attention=xla" in str(caught.value)
     assert "does not fit" not in str(caught.value)
-    # Nor does it make the largest batch 0.
+    # It does not make the largest batch 0 either.
     with pytest.raises(step_of.KernelError):
         step_of.largest_batch(small_config(), LOCAL, 10**9)
 
 
 def test_attention_is_what_the_gpu_would_run():
-    """A run's `auto` asks its GPU; a plan has none to ask."""
+    """In a run `auto` asks its GPU, but a plan has none."""
     for name in ("a10", "l4", "rtx4090", "t4"):
         assert step_of.attention_on("auto", GPUS[name]) == "xla"
     for chip in (GPUS["a100"], GPUS["h200"], TPUS["v5e"]):

@@ -1,4 +1,4 @@
-"""The linear probe: against scikit-learn, its choice of penalty, and the binary."""
+"""The linear probe: scikit-learn, the choice of the penalty, the command."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_random_labels_stay_at_chance():
 
 
 def test_the_penalty_is_chosen_for_what_was_held_out():
-    """Few images in many dimensions: no penalty would learn them by heart."""
+    """Few images in many dimensions: without a penalty the fit memorises them."""
     features, labels = clusters(60, width=200, spread=25.0)
     said = []
     options = {"penalties": (1e-6, 1.0), "say": said.append, "num_classes": 4}
@@ -100,7 +100,7 @@ def test_the_binary(tmp_path, monkeypatch, capsys):
     rows = read(tmp_path / "results.jsonl")
     assert {row.protocol.task for row in rows} == {"linear_probe"}
     assert rows[0].protocol.options["penalties"] == [0.01, 1.0]
-    # Two features and an average over two scales; the two controls have one each.
+    # Two scales and their average, for two features and two controls.
     assert len(rows) == 2 * 3 + 2 * 3
     assert "held-out training images" in capsys.readouterr().out
     assert linear_probe.main(["xsmae", *SMALL]) == 0

@@ -1,4 +1,4 @@
-"""Result rows on disk, intervals, scales, the features kept on disk, and leaks."""
+"""Result rows on disk, intervals, scales, cached features, and leaks."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_rows_come_back_as_they_were(tmp_path):
 def test_a_row_is_added_once(tmp_path):
     path = tmp_path / "results.jsonl"
     assert append(path, some_row())
-    # What was measured anew, elsewhere, of data under another name.
+    # The same measurement again, on another machine and under another data name.
     named = dataclasses.replace(PROTOCOL, data={**PROTOCOL.data, "name": "other"})
     assert not append(path, some_row(value=0.5, seconds=9.0, run={}, protocol=named))
     others = [
@@ -130,7 +130,7 @@ def test_a_disk_that_fills_leaves_the_rows_as_they_were(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
         append(path, some_row(seed=1))
     assert path.read_bytes() == before
-    # Nor one of several rows, where the first would have had room.
+    # Nothing is written even if the first of several rows would have had room.
     size = len(before) + 50
     monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:size]))
     with pytest.raises(UserError, match=r"cannot write to .*: No space left on device"):
@@ -158,14 +158,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(accuracy, images):
         right = rng.random(images) < accuracy
         low, high = bootstrap_interval(right, seed=seed, resamples=1000)
         covered += low <= accuracy <= high
-    # Four standard deviations of the binomial, and the percentile bootstrap's own
-    # shortfall for so few images, under one point.
+    # Four standard deviations of the binomial, plus the percentile bootstrap's own
+    # error for so few images, below one point.
     tolerance = 4 * np.sqrt(0.95 * 0.05 / sets)
     assert 0.95 - tolerance - 0.01 < covered / sets < 0.95 + tolerance
 
 
 def test_the_interval_of_an_average_over_scales_covers_it():
-    """Images of several difficulties, each right at some of four scales."""
+    """Images of different difficulty, each right at some of four scales."""
     sets, images = 600, 200
     rng = np.random.default_rng(1)
     covered = 0
@@ -232,16 +232,16 @@ def test_area_averages_every_pixel_alike():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     expected = image.reshape(8, 8, 8, 8, 3).mean((1, 3))
     found, _ = square(image, 1.0, 8)
-    # Pillow rounds twice, once an axis.
+    # Pillow rounds twice, once per axis.
     np.testing.assert_allclose(found, expected, atol=1.0)
-    # Enlarged, it is not made of repeated pixels.
+    # Enlarging does not just repeat pixels.
     larger, gsd = square(image, 1.0, 128)
     bicubic = Image.fromarray(image).resize((128, 128), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(larger, bicubic)
     assert gsd == 0.5
 
 
-# Features that are kept
+# Cached features
 
 
 SCALE = Scale(50, 6, 1.0)
@@ -292,7 +292,7 @@ def test_others_may_read_kept_features(tmp_path):
 def test_two_extractions_at_once_count_every_image_once(tmp_path):
     source, began = Fingerprinted(18), []
 
-    def encode(images, gsd):  # another process, in other batches, meanwhile
+    def encode(images, gsd):  # another process with other batches at the same time
         if not began:
             began.append(True)
             cached_features(
@@ -317,7 +317,7 @@ def test_a_stopped_extraction_computes_nothing_twice(tmp_path, batches_before):
     assert len(calls) == 5  # 18 images in fours
     assert found.computed == 18 - 4 * batches_before
     assert found.positions.tolist() == list(range(18))
-    # Whatever the next one's batches.
+    # This holds for any batches of the next call.
     np.testing.assert_array_equal(
         found.feature("mean"),
         cached_features(
@@ -375,7 +375,7 @@ def test_what_decides_the_features_decides_the_place(tmp_path):
 
 
 def test_the_gsd_told_is_the_one_after_resizing_or_that_of_all(tmp_path):
-    """12 px of 1 + index metres, seen at 6 and 3 px."""
+    """Images of 12 px and 1 + index metres, resized to 6 and 3 px."""
     source = Fingerprinted(4)
     for policy, factors in (("true", (2, 4)), ("fixed", (1, 1))):
         scales = create_scales([50, 25], base=12, patch_size=3, gsd_policy=policy)
@@ -401,7 +401,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_labels_of_the_test_images_reach_no_prediction(tmp_path):
-    """Other test labels change the score, and nothing that is predicted."""
+    """Other test labels change the score but no prediction."""
     found, values = [], []
     for number, kind in enumerate((Fingerprinted, Permuted)):
         folder = tmp_path / str(number)
@@ -452,7 +452,7 @@ def test_rows_of_every_scale_and_their_average(tmp_path):
 
 
 def test_equal_pixels_are_found():
-    train, test = Fingerprinted(6), Fingerprinted(5)  # of one seed: the same images
+    train, test = Fingerprinted(6), Fingerprinted(5)  # same seed, so the same images
     pixels = [
         next(
             iter(

@@ -56,7 +56,7 @@ def test_the_probes_batch_norm():
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(
         nnx.state(model, nnx.Param)
     )}  # fmt: skip
-    assert names == {"head.kernel", "head.bias"}  # no affine
+    assert names == {"head.kernel", "head.bias"}  # no scale and bias
     np.testing.assert_array_equal(model.head.bias[...], 0)
     assert 0.003 < jnp.std(model.head.kernel[...]) < 0.03
     mean, var = np.zeros(4), np.ones(4)
@@ -72,11 +72,11 @@ def test_the_probes_batch_norm():
     x = rng.normal(size=(5, 4))
     expected = (x - mean) / np.sqrt(var + 1e-6) @ np.asarray(model.head.kernel[...])
     np.testing.assert_allclose(model(x, training=False), expected, atol=1e-5)
-    np.testing.assert_allclose(model.norm.mean[...], mean, rtol=1e-5)  # as it was
+    np.testing.assert_allclose(model.norm.mean[...], mean, rtol=1e-5)  # unchanged
 
 
 def test_the_most_that_lars_moves_a_matrix():
-    """Gradients along the weights: nothing is lost, so the bound is nearly reached."""
+    """Gradients along the weights nearly reach the bound."""
     config = recipe.published_probe()
     plan = recipe.create_plan(config, num_images=3 * config.batch_size)
     most = most_movement(plan, config)

@@ -1,4 +1,4 @@
-"""Tables, CSV and pictures of result rows."""
+"""Tables, CSV and figures of result rows."""
 
 import csv
 import dataclasses
@@ -29,7 +29,7 @@ CONTROL = {
 
 
 def rows_of(encoder=None, features=("cls", "mean"), protocol=PROTOCOL, seed=0):
-    """Two scales and their average of an encoder."""
+    """The rows of an encoder at two scales and their average."""
     encoder = encoder or some_row().encoder
     rows = []
     for feature in features:
@@ -66,7 +66,7 @@ def test_a_table_of_one_protocol():
     assert table.columns == [
         (50.0, 32), (100.0, 64), ("average", (50.0, 100.0), (32, 64)),
     ]  # fmt: skip
-    # Encoders before controls, in whatever order they were measured.
+    # Encoders come before controls, in any order of measurement.
     assert [(line.name, line.feature) for line in table.lines] == [
         ("ours", "cls"), ("ours", "mean"), ("statistics", "statistics"),
     ]  # fmt: skip
@@ -161,7 +161,7 @@ def test_encoders_of_one_name_are_told_apart():
         "ours (a/encoder)", "ours (b/encoder), seed 0", "ours (b/encoder), seed 1",
         "other",
     ]  # fmt: skip
-    # In another table as well, and by the digest where nothing else differs.
+    # Also across tables, and by the digest if nothing else differs.
     other = dataclasses.replace(PROTOCOL, task="linear_probe")
     tables = create_tables([*rows_of(first), *rows_of(second, protocol=other)])
     names = [{line.name for line in table.lines} for table in tables]
@@ -186,7 +186,7 @@ def test_data_and_protocols_of_one_name_are_told_apart():
     split = other_data(test={**PROTOCOL.data["test"], "split": "9" * 16})
     names = [t.data for t in create_tables([*rows_of(), *rows_of(protocol=split)])]
     assert len(set(names)) == 2
-    # One data set that has two names is one.
+    # A data set with two names counts as one.
     (table,) = create_tables([*rows_of(), *rows_of(protocol=other_data(name="x"))])
     assert (table.data, table.heading) == ("tiles", "knn, tiles")
 
@@ -243,7 +243,7 @@ def test_report(tmp_path, capsys):
     file, out = tmp_path / "results.jsonl", tmp_path / "out"
     for row in [*rows_of(), *controls()]:
         append(file, row)
-    # Twice the same file: the rows stay what they are.
+    # Giving a file twice does not change the rows.
     assert results.main(["results", str(file), str(file), f"--out={out}"]) == 0
     printed = capsys.readouterr().out.split()
     stem = f"knn_tiles_{PROTOCOL.key}"
@@ -315,7 +315,7 @@ def test_classes_that_are_not_utf8_or_look_like_formulas(tmp_path):
 
 @pytest.mark.parametrize("features", [("cls",), ("cls", "mean")])
 def test_equal_curves_are_all_seen(tmp_path, features):
-    """Three encoders of the same accuracies, flat, where lines lie on each other."""
+    """Three encoders with equal, constant accuracies: their lines coincide."""
     rows = []
     for digest in "123":
         encoder = encoder_at(f"run {digest}", digest)
@@ -325,7 +325,7 @@ def test_equal_curves_are_all_seen(tmp_path, features):
     path = tmp_path / "scales.png"
     assert pictures.accuracy_by_scale(path, table)
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    # A third of the way between the scales: no markers or bars there.
+    # Look at a third of the way between the scales: no markers or bars are there.
     (a, b) = line_ends(picture, pictures.COLOURS[0])
     strip = picture[: int(0.8 * len(picture)), int(a + (b - a) * 0.3) :]
     strip = strip[:, : int((b - a) * 0.4)]
@@ -339,7 +339,7 @@ def near(picture, colour):
 
 
 def line_ends(picture, colour):
-    """The columns between which the first panel has a colour."""
+    """The first and last column of the first panel with a colour."""
     half = near(picture[: int(0.8 * len(picture)), : picture.shape[1] // 2], colour)
     columns = np.flatnonzero(half.any(0))
     return columns[0], columns[-1]

@@ -1,7 +1,7 @@
-"""Reading PyTorch's files without PyTorch: every format, and every refusal.
+"""Reading PyTorch's files without PyTorch: every format, every error.
 
-The files are written here by hand, so that PyTorch is not needed and so that they can
-be wrong in the ways that PyTorch would never write.
+The files are written by hand, so that PyTorch is not needed, and so that they can be
+wrong in ways that PyTorch would never write.
 """
 
 import argparse
@@ -48,7 +48,7 @@ STORAGES = {
 
 
 class Name(NamedTuple):
-    """A global of the pickle, whether or not there is such a module."""
+    """A global name in the pickle; its module need not exist."""
 
     module: str
     name: str
@@ -62,7 +62,7 @@ class Call(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A reference to a storage, as it is to be written."""
+    """A reference to a storage, to be pickled."""
 
     value: tuple
 
@@ -90,7 +90,7 @@ class Writer(pickle._Pickler):
 
 
 def pickled(value, protocol=2):
-    """The pickle of `value`; bytes are taken for one already."""
+    """The pickle of `value`; bytes are already a pickle."""
     if type(value) is bytes:
         return value
     file = io.BytesIO()
@@ -138,7 +138,7 @@ def storage(data, key="0", **changes):
 
 
 def tensor(data, size=None, stride=(1,), offset=0, *, key="0", **changes):
-    """The call that makes a tensor of a 1-D array; all of it when no size is said."""
+    """The call that makes a tensor of a 1-D array; of all of it by default."""
     return Call(
         Name("torch._utils", "_rebuild_tensor_v2"),
         (
@@ -153,7 +153,7 @@ def tensor(data, size=None, stride=(1,), offset=0, *, key="0", **changes):
 
 
 def refusal(path):
-    """The message of a refusal: one line, about this file, that says how to mend it."""
+    """The message of a refusal: one line that names the file and says how to fix it."""
     with pytest.raises(UserError) as caught:
         read_pytorch(path)
     message = str(caught.value)
@@ -311,7 +311,7 @@ def test_what_stands_beside_the_tensors(write, protocol):
 
 
 def test_names_of_other_versions(write):
-    """numpy 1 names its core otherwise, Python 3.13 its pathlib."""
+    """numpy 1 and Python 3.13 use other module names."""
     scalar = Name("numpy.core.multiarray", "scalar")
     little, big = (
         Call(Name("numpy", "dtype"), ("f4", False, True), (3, order, *[None] * 3))
@@ -395,7 +395,7 @@ def test_safetensors(tmp_path, name):
     assert "cut short" in refusal(tmp_path / name)
 
 
-# What is no checkpoint
+# Files that are not checkpoints
 
 
 def zip_of(**entries):
@@ -429,7 +429,7 @@ def zip_of(**entries):
         (zip_of(**{"data.pkl": b"N.", "byteorder": b"big"}), "big-endian"),
         (zip_of(**{"data.pkl": b"N.", "byteorder": b"x" * 99}), "expected at most 9"),
     ],
-    # A zip has the time in it, and workers must agree on the names.
+    # A zip contains the time, but workers must agree on the test names.
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_no_checkpoint(tmp_path, content, message):
@@ -500,7 +500,7 @@ def test_cut_short_at_every_byte_of_the_pickle(tmp_path):
         refusal(write_zip(tmp_path / "x", data[:length], {"0": FLOATS}))
 
 
-# What means harm
+# Hostile files
 
 MARKER = "ran"
 HOSTILE = [
@@ -529,7 +529,7 @@ HOSTILE = [
 
 
 def first_name(function, args):
-    """What is refused is what comes first."""
+    """The first hostile name is refused."""
     return function if type(function) is Name else function.function
 
 
@@ -562,7 +562,7 @@ def test_nothing_runs(tmp_path, monkeypatch, function, args, protocol, place):
 
 
 def test_the_marker_shows_what_runs(tmp_path, monkeypatch):
-    """The test above can fail: Python's own reader does run it."""
+    """The test above can fail, because Python's own unpickler runs the code."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickled(Call(*HOSTILE[0])))
     assert Path(MARKER).exists()
@@ -762,7 +762,7 @@ def test_calls_with_wrong_arguments(write, value):
     "data", [b"Nr\xff\xff\xff\x7f.", b"\x95\xff\xff\xff\xff\xff\xff\xff\x7fN."]
 )
 def test_claims_take_no_memory(tmp_path, data):
-    """A high place in the memo, a long frame: the reader in C reserves for them."""
+    """A high memo index and a long frame, for which the C unpickler reserves memory."""
     path = write_zip(tmp_path / "x", data)
     tracemalloc.start()
     assert read_pytorch(path) is None
@@ -791,7 +791,7 @@ def test_nested_and_shared_without_end(write):
 
 @pytest.mark.parametrize("tuples", [b"\x85" * 10**5, b"q\x00h\x00\x86" * 100])
 def test_the_hash_of_nested_tuples_is_never_asked_for(write, tuples):
-    """It would take the stack, or forever."""
+    """Hashing would overflow the stack or take forever."""
     assert "has a key" in refusal(write(b"})" + tuples + b"K\x01s."))
 
 
@@ -799,7 +799,7 @@ def test_bombs(tmp_path):
     path = tmp_path / "x"
 
     def write(data, size, claimed):
-        """A deflated storage of `size` zeros, `claimed` in the directory."""
+        """A deflated storage of `size` zeros; the zip's directory claims `claimed`."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("x/data.pkl", pickled(data))
             archive.writestr("x/data/0", bytes(size))
@@ -843,7 +843,7 @@ def test_damage_gives_a_value_or_a_refusal(sound, data):
     path, contents = sound
     kind = data.draw(st.sampled_from(sorted(contents)))
     content = bytearray(contents[kind])
-    # Where a pickle stands alone, the checksum of the zip does not hide the damage.
+    # A pickle outside a zip has no checksum that would catch the damage first.
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(content) - 1))
         content[place] = data.draw(st.integers(0, 255))

@@ -31,7 +31,8 @@ LICENCES = (
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0",
     "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "odbl", "gpl-3.0",
 )  # fmt: skip
-DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # an id on Hugging Face
+# An id on Hugging Face. Without an owner it may name another data set there.
+DATASET = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_CLASSES = 20  # class names that the card lists
 # Name of an accuracy in `run.knn` -> encoder and feature in the table.
 SUBJECTS = {
@@ -78,7 +79,7 @@ def write_card(
 def card(info: Mapping[str, Any], *, format: str, notes: Iterable[str] = ()) -> str:
     """The text of the card.
 
-    format: one of LIBRARIES, the format of the weights beside the card. notes: what a
+    format: one of LIBRARIES, the format of the weights next to the card. notes: what a
     user of an exported encoder must know.
     """
     parts = [
