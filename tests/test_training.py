@@ -187,7 +187,7 @@ def test_a_damaged_state_is_begun_anew(tmp_path, uninterrupted):
     said = []
     again = measure(training(tmp_path, say=said.append))
     assert any(
-        re.search(r"is damaged \(.+\): this training begins anew", line)
+        re.search(r"is damaged \(.+\): this training starts again", line)
         for line in said
     )
     assert comparable(again) == comparable(uninterrupted("probe")[1])
