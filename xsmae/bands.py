@@ -1,7 +1,8 @@
 """The bands of images, and the only place that normalises them.
 
 Images are stored as digital numbers (uint8, 0 to 255). Mean and standard deviation
-describe the numbers divided by `scale`, that is values in 0-1.
+describe the numbers divided by `scale`, that is values in 0-1. Images of float32 are
+stored in the units of mean and standard deviation, and may lack pixels.
 """
 
 from __future__ import annotations
@@ -12,37 +13,72 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xsmae.errors import UserError
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Shaped
 
-BANDS = ("red", "green", "blue")  # the bands of every decoded image, in order
+UNITS = "digital numbers 0-255 divided by 255"  # of every 8-bit image
+BANDS = ("red", "green", "blue")  # of every decoded image, in this order
+# How red, green and blue are called, in names and in numbers of sensors.
+TRUE_COLOUR = (BANDS, ("B04", "B03", "B02"), ("B4", "B3", "B2"))
+
+# The dtypes of stored images: the units and the scale that they have if none are given.
+STORED = {
+    "uint8": (UNITS, 255.0),
+    "float32": ("as stored", 1.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
     """The bands of images in order, and the conversion of values to network input.
 
-    mean, std: one number per band, for values in 0-1. units: the units of mean and std,
-    in words. dtype: the dtype of stored images. scale: divides stored values to bring
-    them into 0-1.
+    mean, std: one number per band, for values in 0-1; for float32, for stored values.
+    units: the units of mean and std, in words. dtype: the dtype of stored images.
+    scale: divides stored values to bring them into 0-1.
     """
 
     names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    units: str = "digital numbers 0-255 divided by 255"
+    units: str = UNITS
     dtype: str = "uint8"
-    scale: float = 255.0
+    scale: float = STORED["uint8"][1]
+
+    def __post_init__(self):
+        if self.dtype not in STORED:
+            raise UserError(
+                f"dtype={self.dtype!r} of the images, expected {' or '.join(STORED)}"
+            )
+        if not (isinstance(self.scale, int | float) and 0 < self.scale < np.inf):
+            raise UserError(
+                f"scale={self.scale!r} of the images, expected a number above 0"
+            )
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Bands:
-        """Reads `bands`, `mean` and `std` of a config or an encoder.json."""
-        return cls(*(tuple(fields[name]) for name in ("bands", "mean", "std")))
+        """The `bands`, `mean` and `std` of a config or an encoder.json.
+
+        Its `units`, `dtype` and `scale` are read where it has them.
+        """
+        given = {name: fields.get(name) for name in ("units", "dtype", "scale")}
+        given = {name: value for name, value in given.items() if value is not None}
+        units, scale = STORED.get(given.get("dtype"), STORED["uint8"])
+        numbers = (tuple(fields[name]) for name in ("bands", "mean", "std"))
+        return cls(*numbers, **{"units": units, "scale": scale, **given})
+
+    @property
+    def has_valid(self) -> bool:
+        """True if batches of such images say which pixels are valid."""
+        return self.dtype == "float32"
 
     def rescale(
         self, images: Shaped[Array, "*batch bands"]
     ) -> Float[Array, "*batch bands"]:
-        """Stored values as float32 in 0-1, not normalised."""
+        """Stored values as float32 in the units of `mean`: of uint8, in 0-1."""
+        if self.dtype == "float32":
+            return images.astype(np.float32)
         return images.astype(np.float32) / self.scale
 
     def normalize(
@@ -50,12 +86,12 @@ class Bands:
     ) -> Float[Array, "*batch bands"]:
         """float32 values with zero mean and unit variance; NumPy or JAX arrays.
 
-        images: stored values, or floating-point numbers in 0-1.
+        images: as stored, or floating numbers in the units of `mean`.
         """
         # Use the arrays' own namespace: this module must import without JAX.
         xp = images.__array_namespace__()
         mean, std = (xp.asarray(x, dtype=xp.float32) for x in (self.mean, self.std))
-        if images.dtype == self.dtype:
+        if self.dtype != "float32" and images.dtype == self.dtype:
             # This saves one pass over the images compared with `rescale`.
             mean, std = self.scale * mean, self.scale * std
         axes = (1,) * (images.ndim - 1)
@@ -65,9 +101,19 @@ class Bands:
     def denormalize(
         self, images: Float[np.ndarray, "*batch bands"]
     ) -> Float[np.ndarray, "*batch bands"]:
-        """Undoes `normalize`: float32 values, nominally in 0-1."""
+        """Undoes `normalize`: float32 values in the units of `mean`."""
         images = np.asarray(images, np.float32)
         return images * np.float32(self.std) + np.float32(self.mean)
+
+    def colours(self) -> tuple[int, int, int]:
+        """The places of red, green and blue; without these of the first three bands.
+
+        Of fewer than three bands it is the first one, three times: grey.
+        """
+        for names in TRUE_COLOUR:
+            if set(names) <= set(self.names):
+                return tuple(self.places(names))
+        return (0, 1, 2) if len(self.names) > 2 else (0, 0, 0)
 
     def places(self, names: Sequence[str]) -> list[int]:
         """The index of each of `names` in these bands; ValueError if one is missing."""
@@ -76,7 +122,10 @@ class Bands:
     def complete(
         self, images: Shaped[np.ndarray, "*batch some"], names: Sequence[str]
     ) -> Float[np.ndarray, "*batch bands"]:
-        """All bands in 0-1, from stored images of `names`; the rest get their mean."""
+        """All bands as `rescale` gives them, from stored images of `names`.
+
+        The other bands get their mean.
+        """
         whole = np.tile(np.float32(self.mean), (*images.shape[:-1], 1))
         whole[..., self.places(names)] = self.rescale(images)
         return whole

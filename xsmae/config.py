@@ -77,6 +77,13 @@ RANGES = {
 }
 
 
+def ranges_of(config: ml_collections.ConfigDict) -> Ranges:
+    """`RANGES`; float32 images have a mean and std in their own units."""
+    if config.get("dtype") != "float32":
+        return RANGES
+    return {**RANGES, "mean": (-LARGE, LARGE), "std": (SMALL, LARGE)}
+
+
 DTYPES = ("float32", "bfloat16")  # for matrix products; parameters are float32
 
 
@@ -88,7 +95,7 @@ def check_ranges(
     of_method: the ranges of the method's own fields, `Method.ranges`.
     """
     flat = flatten(config.to_dict())
-    check_numbers(flat, {**RANGES, **of_method})
+    check_numbers(flat, {**ranges_of(config), **of_method})
     profile = tuple(config.get("profile", ()))  # missing in configs of older runs
     whole = all(isinstance(step, int) for step in profile)
     if len(profile) not in (0, 2) or not whole or list(profile) != sorted(profile):

@@ -19,13 +19,23 @@ VIEW_REDUCTIONS = ("mean", "sum")
 
 def patch_statistics(
     target: Float[Array, "... patches values"],
+    *,
+    valid: Bool[Array, "... patches pixels"] | None = None,
 ) -> tuple[Float[Array, "... patches 1"], Float[Array, "... patches 1"]]:
     """Mean and standard deviation of each patch, for `norm_pix_loss`.
 
     The variance is the unbiased one, plus 1e-6 (official models_mae.py, forward_loss).
+    With `valid`, of the values of the valid pixels alone.
     """
-    mean = target.mean(axis=-1, keepdims=True)
-    var = target.var(axis=-1, keepdims=True, ddof=1)
+    if valid is None:
+        mean = target.mean(axis=-1, keepdims=True)
+        var = target.var(axis=-1, keepdims=True, ddof=1)
+        return mean, jnp.sqrt(var + 1e-6)
+    valid = _of_values(valid, target)
+    mean = _mean(target, valid)[..., None]
+    square = jnp.where(valid, jnp.square(target - mean), 0)
+    count = valid.sum(axis=-1, keepdims=True)
+    var = square.sum(axis=-1, keepdims=True) / jnp.maximum(count - 1, 1)
     return mean, jnp.sqrt(var + 1e-6)
 
 
@@ -37,6 +47,7 @@ def reconstruction(
     norm_pix_loss: bool,
     channel_groups: tuple[tuple[int, ...], ...] = (),
     channels: int = 1,
+    valid: Bool[Array, "batch views patches pixels"] | None = None,
 ) -> Float[Array, " views"]:
     """Mean squared error on the hidden patches, one value per view.
 
@@ -45,19 +56,23 @@ def reconstruction(
     `channel_groups`, the error is averaged over the bands of each group and the mask is
     [batch, views, groups, patches]. `channels` is the number of bands; they are the
     fastest axis of the values.
+
+    With `valid`, a patch's error is the mean over its valid pixels. A view without any
+    valid target has the loss 0.
     """
     pred, target = pred.astype(jnp.float32), target.astype(jnp.float32)
     if norm_pix_loss:
-        mean, std = patch_statistics(target)
+        mean, std = patch_statistics(target, valid=valid)
         target = (target - mean) / std
     error = jnp.square(pred - target)
     if channel_groups:
-        error = rearrange(error, "b v l (p c) -> c b v l p", c=channels).mean(axis=-1)
+        error = rearrange(error, "b v l (p c) -> c b v l p", c=channels)
+        error = _mean(error, None if valid is None else valid[None])
         groups = [error[jnp.array(group)].mean(axis=0) for group in channel_groups]
         error = jnp.stack(groups, axis=2)
     else:
-        error = error.mean(axis=-1)
-    return _masked_mean(error, mask)
+        error = _mean(error, None if valid is None else _of_values(valid, error))
+    return _masked_mean(error, mask, may_be_empty=valid is not None)
 
 
 def frequency_band(
@@ -67,23 +82,41 @@ def frequency_band(
     *,
     absolute: bool,
     grid: tuple[int, int],
+    valid: Bool[Array, "batch views height width"] | None = None,
 ) -> Float[Array, " views"]:
     """Squared (or absolute) error on the pixels of hidden patches, one value per view.
 
     As in Scale-MAE, it is the SUM over bands and the mean over pixels (official
-    models_mae.py, forward_loss). `grid` is the mask's (rows, columns).
+    models_mae.py, forward_loss). `grid` is the mask's (rows, columns). With `valid` it
+    is over the valid pixels, 0 if there are none.
     """
     error = pred.astype(jnp.float32) - target.astype(jnp.float32)
     error = (jnp.abs(error) if absolute else jnp.square(error)).sum(axis=-1)
     mask = rearrange(mask, "b v (h w) -> b v h w 1", h=grid[0], w=grid[1])
     mask = resize.nearest(mask, error.shape[2:])[..., 0]
-    return _masked_mean(error, mask)
+    if valid is not None:
+        mask = mask * valid
+    return _masked_mean(error, mask, may_be_empty=valid is not None)
 
 
-def _masked_mean(error, mask):
-    """The mean per view of [batch, views, ...] where the mask is 1."""
+def _of_values(valid, values):
+    """[..., pixels] as the values of patches are ordered: the bands of each pixel."""
+    return jnp.repeat(valid, values.shape[-1] // valid.shape[-1], axis=-1)
+
+
+def _mean(values, valid):
+    """Over the last axis, of the valid values; 0 where there are none."""
+    if valid is None:
+        return values.mean(axis=-1)
+    total = jnp.where(valid, values, 0).sum(axis=-1)
+    return total / jnp.maximum(valid.sum(axis=-1), 1)
+
+
+def _masked_mean(error, mask, *, may_be_empty):
+    """Of [batch, views, ...], over all axes but the views', where the mask is 1."""
     axes = (0, *range(2, error.ndim))
-    return (error * mask).sum(axes) / mask.sum(axes)
+    total, count = (error * mask).sum(axes), mask.sum(axes)
+    return total / (jnp.maximum(count, 1) if may_be_empty else count)
 
 
 def over_views(per_view: Float[Array, " views"], reduction: str) -> Float[Array, ""]:
@@ -138,6 +171,7 @@ def cross_prediction(
     stop_gradient: bool,
     box: Float[Array, "batch 4"] | None = None,
     grid: tuple[int, int] | None = None,
+    valid: Bool[Array, "batch two patches"] | None = None,
 ) -> Float[Array, ""]:
     """Mean squared error between view 2's prediction and view 1's decoder tokens.
 
@@ -145,15 +179,25 @@ def cross_prediction(
     2's (top, left, bottom, right) in fractions of view 1, and `grid` the (rows,
     columns) of patches. With them, a token is compared with view 1's tokens at the same
     ground; patches with a centre outside view 1 do not count.
+
+    `valid`: the patches of views 1 and 2. A patch counts if it is valid in view 2 and
+    its target is made only of valid patches. If there are none, the loss is 0.
     """
     predicted, target = predicted.astype(jnp.float32), target.astype(jnp.float32)
     if stop_gradient:
         target = jax.lax.stop_gradient(target)
     if box is None:
-        return optax.squared_error(predicted, target).mean()
-    target, inside = sample_tokens(target, box, grid=grid)
+        if valid is None:
+            return optax.squared_error(predicted, target).mean()
+        counts = valid.all(axis=1)
+    else:
+        target, counts = sample_tokens(target, box, grid=grid)
+        if valid is not None:
+            missing = (~valid[:, 0, :, None]).astype(jnp.float32)
+            missing, _ = sample_tokens(missing, box, grid=grid)
+            counts = counts & valid[:, 1] & (missing[..., 0] == 0)
     per_patch = optax.squared_error(predicted, target).mean(axis=-1)
-    return (per_patch * inside).sum() / jnp.maximum(inside.sum(), 1)
+    return (per_patch * counts).sum() / jnp.maximum(counts.sum(), 1)
 
 
 def sample_tokens(

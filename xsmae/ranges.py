@@ -37,6 +37,8 @@ def _within(value: object, low: float, high: float) -> bool:
 
 def expected_number(low: float, high: float) -> str:
     """A range in words."""
+    if (low, high) == (-LARGE, LARGE):
+        return "a finite number"
     start = "above 0" if low == SMALL else f"{low} or more"
     if high == LARGE:
         return start

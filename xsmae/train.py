@@ -40,11 +40,11 @@ from xsmae.run.workdir import check_outside_data, open_workdir, told_in_one_line
 from xsmae.sharding import by_batch, put_batch
 from xsmae.train_state import TrainState
 from xsmae.trainer import (
-    STEP_FIELDS,
     Trainer,
     batches_of,
     create_sampler,
     create_trainer,
+    step_fields,
 )
 from xsmae.weights.warm_start import keep_config, load_weights
 
@@ -61,7 +61,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
     source = build_source(config.data)
     ids = map(source.id, range(len(source)))
     check_outside_data(workdir, config.data, ids, flag="--workdir")
-    check_bands(source, config.bands)
+    check_bands(source, config)
     config, chosen = choices.settle(config, source, workdir=workdir)
     check_batch_size(source, config.batch_size)
     sampler = create_sampler(config)
@@ -184,7 +184,7 @@ def train(run: Run, hooks: Sequence[Hook], state: TrainState) -> TrainState:
     previous, save_due = None, False  # previous: metrics and images of the last step
     for step, batch in enumerate(run.progress.receive(batches), run.start + 1):
         replaced = _account_for(run, batch, step, state)
-        arrays = put_batch({name: batch[name] for name in STEP_FIELDS}, sharding)
+        arrays = put_batch(step_fields(batch), sharding)
         state, metrics = run.trainer.step(state, arrays)
         run.watchdog.feed()
         run.saver.poll()

@@ -70,17 +70,32 @@ def prepare_views(
     """Turns a pipeline batch into model input: normalised images, relative boxes.
 
     With `target_scale` > 1, the batch's images are the target, and the model reads
-    their means over `target_scale` x `target_scale` pixels.
+    their means over `target_scale` x `target_scale` pixels. If the batch has `valid`,
+    the other pixels become 0, whatever they are, and means are over the valid ones.
     """
+    if batch["image"].dtype != bands.dtype:
+        raise ValueError(
+            f"a batch of {batch['image'].dtype} images, expected {bands.dtype}, the "
+            "dtype of the bands"
+        )
     images, target = bands.normalize(batch["image"]), None
+    valid, target_valid = batch.get("valid"), None
+    if valid is not None:
+        images = jnp.where(valid[..., None], images, 0)
     if target_scale > 1:
-        target, (height, width) = images, images.shape[2:4]
-        images = resize.area(target, (height // target_scale, width // target_scale))
+        target, target_valid, (height, width) = images, valid, images.shape[2:4]
+        size = (height // target_scale, width // target_scale)
+        if valid is None:
+            images = resize.area(target, size)
+        else:
+            images, valid = resize.area_of_valid(target, valid, size)
     return Views(
         images=images,
         gsd=batch["gsd"] * target_scale,
         box=relative_box(batch["box"], batch["flip"]),
         target=target,
+        valid=valid,
+        target_valid=target_valid,
     )
 
 
@@ -112,7 +127,8 @@ def train_step(
     of the batch. The masks are drawn for the whole batch. So for losses that are means
     over samples, the gradient equals that of the whole batch. It differs where samples
     interact: the negatives of the contrastive loss and the statistics of batch norm
-    come from one part only.
+    come from one part only. It also differs if parts have different numbers of valid
+    patches: each part counts the same.
 
     If the total or the gradient is not finite, parameters, optimiser and batch
     statistics do not change, and the step is counted as skipped.

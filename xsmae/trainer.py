@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,8 @@ from xsmae.data.records import Source
 from xsmae.data.views import ViewSampler
 from xsmae.errors import UserError
 from xsmae.methods import METHODS, Method, Pictures
-from xsmae.models.build import EXECUTION
+from xsmae.models.build import EXECUTION, with_group_indices
+from xsmae.models.masking import valid_patches_needed
 from xsmae.models.pooling import POOLINGS, pool
 from xsmae.optim import Optimizer, create_optimizer
 from xsmae.sharding import (
@@ -42,8 +43,9 @@ from xsmae.train_state import (
     train_step,
 )
 
-# The fields of a batch that the step reads; the host uses the others.
-STEP_FIELDS = ("image", "gsd", "box", "flip")
+# The fields of a batch that the step reads; the host uses the others. Only batches of
+# images that may lack pixels have `valid`.
+STEP_FIELDS = ("image", "gsd", "box", "flip", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +128,11 @@ def create_trainer(
     mesh = create_mesh(config.batch_size, config.mesh, devices=devices)
     schedule = create_schedule(config, num_images=num_images)
     optimizer = _optimizer(config, schedule)
-    model, loss = config.model.to_dict(), config.loss.to_dict()
     size, channels = config.views.size, len(config.bands)
     bands = Bands.of(config)
+    with _as_user_error():
+        model = with_group_indices(config.model.to_dict(), bands.names)
+    loss = config.loss.to_dict()
     preparation = {"bands": bands, "target_scale": method.target_scale(model)}
 
     def build(rngs: nnx.Rngs, **changes: Any) -> nnx.Module:
@@ -208,17 +212,38 @@ def create_trainer(
     )
 
 
+def step_fields(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a batch that the step reads."""
+    return {name: batch[name] for name in STEP_FIELDS if name in batch}
+
+
+def min_valid_patches(config: ml_collections.ConfigDict) -> int:
+    """How many patches of a view must be valid, so that all visible ones can be."""
+    model = config.model
+    groups = len(model.get("channel_groups", ()))
+    if model.get("spatial_mask", False):
+        groups = 0  # all groups have one mask
+    return valid_patches_needed(
+        (config.views.size // model.patch_size) ** 2,
+        model.mask_ratio,
+        groups=max(groups, 1),
+    )
+
+
 def batch_shapes(
     config: ml_collections.ConfigDict,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the batch fields that the step reads."""
     views = (config.batch_size, _method(config).num_views)
-    size, channels = crop_size(config), len(config.bands)
+    size, bands = crop_size(config), Bands.of(config)
+    image = (*views, size, size, len(bands.names))
+    valid = {"valid": jax.ShapeDtypeStruct(image[:-1], bool)} if bands.has_valid else {}
     return {
-        "image": jax.ShapeDtypeStruct((*views, size, size, channels), np.uint8),
+        "image": jax.ShapeDtypeStruct(image, np.dtype(bands.dtype)),
         "gsd": jax.ShapeDtypeStruct((*views, 2), np.float32),
         "box": jax.ShapeDtypeStruct((*views, 4), np.float32),
         "flip": jax.ShapeDtypeStruct((config.batch_size, 2), bool),
+        **valid,
     }
 
 
@@ -238,6 +263,7 @@ def batches_of(
         start_step=start,
         num_steps=stop,
         max_rejected_fraction=config.input.max_rejected_fraction,
+        min_valid=min_valid(config),
         num_workers=config.input.num_workers,
         num_threads=config.input.num_threads,
         prefetch=config.input.prefetch,
@@ -258,8 +284,19 @@ def first_samples(
         start_step=0,
         num_steps=1,
         max_rejected_fraction=config.input.max_rejected_fraction,
+        min_valid=min_valid(config),
     )
     return next(batches)
+
+
+def min_valid(config: ml_collections.ConfigDict) -> float:
+    """The smallest valid part of a view's pixels, so that all visible tokens are valid.
+
+    A patch is valid if half of its pixels are. With a part f of the pixels valid, at
+    least 2 f - 1 of the patches are.
+    """
+    patches = (config.views.size // config.model.patch_size) ** 2
+    return 0.5 + min_valid_patches(config) / patches / 2
 
 
 def _method(config: ml_collections.ConfigDict) -> Method:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from xsmae.bands import Bands
 from xsmae.cli.arguments import parse_flags
 from xsmae.cli.command import run, stoppable
 from xsmae.cli.evaluation import define_data, parts_of, split_parts
@@ -53,7 +54,9 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
     out = Path(values.out)
     check_outside_data(out, config.data, flag="--out")
     parts = {"data": _survey("data", config.data, should_stop)}
-    if config.test.to_dict() != config.data.to_dict():
+    # Without labels nothing is measured, so there is no test part unless it is given.
+    wanted = parts["data"].source.class_names or fields["test"]
+    if wanted and config.test.to_dict() != config.data.to_dict():
         parts["test"] = _survey("test", config.test, should_stop)
     if not parts["data"].images:
         raise UserError(
@@ -133,7 +136,8 @@ def as_text(report: dict[str, Any]) -> str:
             spread += f" (median), from {found['min']:g} to {found['max']:g}"
         lines.append(f"{name:8}{spread}")
     if report["mean"]:
-        lines.append(f"from {report['statistics_of']} images outside the test part:")
+        outside = " outside the test part" if "test" in report else ""
+        lines.append(f"from {report['statistics_of']} images{outside}:")
         for name in ("mean", "std"):
             numbers = ", ".join(f"{value:.4f}" for value in report[name])
             lines.append(f"  --config.{name}='({numbers})'")
@@ -192,7 +196,9 @@ def _draw(path: Path, data: Survey, samples: int) -> None:
 
     rows = np.linspace(0, len(data.images) - 1, min(samples, len(data.images)))
     chosen = [data.images[row].index for row in rows.round().astype(int)]
-    contact_sheet(path, [data.source[i] for i in chosen], data.source.class_names)
+    source = data.source
+    bands = Bands(source.bands, *data.statistics(), dtype=source.dtype)
+    contact_sheet(path, [source[i] for i in chosen], source.class_names, bands)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import ml_collections
 
 from xsmae.data.fmow import FmowCsvSource, FmowSource
 from xsmae.data.folder import FolderSource
+from xsmae.data.geotiff_source import GeotiffSource
 from xsmae.data.records import Source
 from xsmae.data.synthetic.source import SyntheticSource
 from xsmae.data.tables import CsvSource
@@ -21,6 +22,7 @@ SOURCES = {
     "fmow": FmowSource,
     "fmow_csv": FmowCsvSource,
     "folder": FolderSource,
+    "geotiff": GeotiffSource,
     "synthetic": SyntheticSource,
     "tfds": TfdsSource,
 }
@@ -31,6 +33,7 @@ REQUIRED = {
     "fmow": ("root",),
     "fmow_csv": ("csv_path",),
     "folder": ("root",),
+    "geotiff": ("root",),
     "synthetic": (),
     "tfds": ("name", "data_dir"),
 }

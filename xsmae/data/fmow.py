@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xsmae.data.files import FileSource, Listing, check_folder, file_size
+from xsmae.data.gsd import check_gsd
 from xsmae.data.images import MAX_PIXELS, MIN_SIDE
-from xsmae.data.records import check_gsd
 from xsmae.data.splits import split_indices
 from xsmae.data.tables import read_listing
 from xsmae.errors import BadImageError, UserError

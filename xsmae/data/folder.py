@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from xsmae.data.files import FileSource, Listing, check_folder, file_size
+from xsmae.data.gsd import GSD_HELP, check_gsd
 from xsmae.data.images import MAX_PIXELS, MIN_SIDE, SUFFIXES
-from xsmae.data.records import GSD_HELP, check_gsd, number
+from xsmae.data.records import number
 from xsmae.data.splits import split_indices
 from xsmae.data.tables import gsds_from_csv
 from xsmae.errors import UserError

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from xsmae.data import gdal
-from xsmae.data.records import check_gsd
+from xsmae.data.gsd import check_gsd
 from xsmae.data.tables import (
     LABEL_COLUMNS,
     PATH_COLUMNS,

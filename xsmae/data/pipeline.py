@@ -6,7 +6,8 @@ import dataclasses
 import gc
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
 import numpy as np
@@ -16,6 +17,7 @@ from xsmae.data.records import Source
 from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError, UserError
 
+DRAWS = 20  # of views with enough valid pixels, before an image counts as bad
 SHOWN = 20  # most bad images to name when a run stops
 
 
@@ -49,6 +51,9 @@ class LoadViews:
     The draws depend only on (seed, position). The next good image of the source
     replaces a bad one. After `max_tries` bad images in a row, the sample is blank and
     its `index` is -1. `RejectedImages.check` turns that into an error.
+
+    min_valid: the smallest valid part of every view of a raster. Views with less are
+    drawn again; an image that has none is bad.
     """
 
     source: Source
@@ -56,30 +61,48 @@ class LoadViews:
     seed: int
     batch_size: int
     max_tries: int
+    min_valid: float = 0.0
 
     def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
         sample = None
         used = -1
         for candidate in range(index, index + self.max_tries):
-            draws = draws_of(self.seed, position, batch_size=self.batch_size)
             try:
-                with self.source.open(candidate % len(self.source)) as record:
-                    sample = self.sampler(record.image, record.gsd, **draws)
+                sample = self._views(candidate % len(self.source), position)
             except BadImageError:
                 continue
             used = candidate % len(self.source)
             break
         if sample is None:
             views, size = self.sampler.num_views, self.sampler.size
+            shape = (views, size, size, len(self.source.bands))
             sample = {
-                "image": np.zeros((views, size, size, 3), np.uint8),
+                "image": np.zeros(shape, self.source.dtype),
                 "box": np.zeros((views, 4), np.float32),
                 "gsd": np.ones((views, 2), np.float32),
                 "flip": np.zeros(2, bool),
             }
+            if self.source.dtype != "uint8":
+                sample["valid"] = np.zeros(shape[:3], bool)
         sample["index"] = np.int64(used)
         sample["requested"] = np.int64(index)
         return sample
+
+    def _views(self, index: int, position: int) -> dict[str, np.ndarray]:
+        draws = draws_of(self.seed, position, batch_size=self.batch_size)
+        with self.source.open(index) as record:
+            for _ in range(DRAWS):
+                sample = self.sampler(record.image, record.gsd, **draws)
+                if "valid" not in sample:
+                    return sample
+                if sample["valid"].mean(axis=(1, 2)).min() >= self.min_valid:
+                    return sample
+                # The whole batch has one box 2, in every draw.
+                again = draws_of(self.seed, position, batch_size=self.batch_size)
+                draws["batch_rng"] = again["batch_rng"]
+        raise BadImageError(
+            f"no view in {DRAWS} draws has {self.min_valid:.0%} valid pixels"
+        )
 
 
 def make_batches(
@@ -91,6 +114,7 @@ def make_batches(
     start_step: int,
     num_steps: int,
     max_rejected_fraction: float,
+    min_valid: float = 0.0,
     num_workers: int = 0,
     num_threads: int = 4,
     prefetch: int = 4,
@@ -117,6 +141,7 @@ def make_batches(
         seed,
         batch_size,
         max_tries=allowed_rejections(len(source), max_rejected_fraction) + 1,
+        min_valid=min_valid,
     )
     epochs = math.ceil(num_steps * batch_size / len(source))
     local = batch_size // process_count
@@ -181,9 +206,25 @@ def check_batch_size(source: Source, batch_size: int) -> None:
         )
 
 
-def check_bands(source: Source, bands: Sequence[str]) -> None:
-    """Raises UserError unless `bands` are the source's bands, in its order."""
-    if tuple(bands) != source.bands:
+def check_bands(source: Source, config: Mapping[str, Any]) -> None:
+    """Raises UserError unless the config describes the source's images.
+
+    Its `bands` must be the source's, in order, and its `dtype` (uint8 if it has none)
+    and `units` the source's too. What is None has not been chosen yet.
+    """
+    dtype, units = config.get("dtype") or "uint8", config.get("units")
+    if dtype != source.dtype:
+        raise UserError(
+            f"the config is for {dtype} images, but {source!r} has {source.dtype}: use "
+            "a config of its kind, geotiff for rasters and folder for 8-bit images"
+        )
+    if units is not None and units != source.units:
+        raise UserError(
+            f"units={units!r}, but {source!r} has {source.units!r}: give the sensor, "
+            "scale and offset that mean and std were measured with"
+        )
+    bands = config.get("bands")
+    if bands is not None and tuple(bands) != source.bands:
         unknown = [band for band in bands if band not in source.bands]
         raise UserError(
             f"bands={', '.join(bands)}, but {source!r} has {', '.join(source.bands)}"

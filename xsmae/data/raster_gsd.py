@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xsmae.data.records import check_gsd
+from xsmae.data.gsd import check_gsd
 from xsmae.errors import UserError
 
 if TYPE_CHECKING:

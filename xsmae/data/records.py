@@ -11,33 +11,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from xsmae.bands import UNITS
 from xsmae.data.picture import Picture
-from xsmae.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Int
 
-GSD_HELP = "give it in metres per pixel with --config.data.gsd=..."
+    from xsmae.data.raster_views import RasterImage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """One image: uint8 [height, width, 3], metres per pixel, label or None, id.
+    """One image: [height, width, bands], metres per pixel, label or None, id.
 
-    A record from `Source.open` may hold an undecoded image, a `Picture`.
+    image: of the source's `dtype`, uint8 or float32. A record from `Source.open` may
+    hold an undecoded one. gsd: one number, or (y, x) for a raster. valid: bool [height,
+    width], the pixels of a raster that have a value; None if all have.
     """
 
-    image: np.ndarray | Picture
-    gsd: float
+    image: np.ndarray | Picture | RasterImage
+    gsd: float | tuple[float, float]
     label: int | None
     id: str
+    valid: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -54,6 +56,14 @@ class Source(Protocol):
     @property
     def bands(self) -> tuple[str, ...]:
         """The names of the image's channels, in order."""
+
+    @property
+    def dtype(self) -> str:
+        """`uint8`, numbers 0 to 255, or `float32`, values in `units`."""
+
+    @property
+    def units(self) -> str:
+        """What the values are, in words."""
 
     @property
     def fingerprint(self) -> str:
@@ -90,7 +100,10 @@ class Source(Protocol):
 
 
 class BaseSource:
-    """The defaults of `Source`: no files, no notes."""
+    """The defaults of `Source`: 8-bit images, no files, no notes."""
+
+    dtype = "uint8"
+    units = UNITS
 
     def open(self, index: int) -> contextlib.AbstractContextManager[Record]:
         """A context with the decoded record."""
@@ -108,7 +121,10 @@ class BaseSource:
 
 def decoded(record: Record) -> Record:
     """Returns the record with its image decoded; raises BadImageError."""
-    return dataclasses.replace(record, image=record.image.decode())
+    if isinstance(record.image, Picture):
+        return dataclasses.replace(record, image=record.image.decode())
+    image, valid = record.image.read()
+    return dataclasses.replace(record, image=image, valid=valid)
 
 
 def pixel_digest(image: np.ndarray) -> bytes:
@@ -116,23 +132,6 @@ def pixel_digest(image: np.ndarray) -> bytes:
     content = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
     content.update(np.ascontiguousarray(image))
     return content.digest()
-
-
-def check_gsd(value: Any, where: str) -> float:
-    """Returns a GSD as a float in metres per pixel; UserError unless finite and > 0.
-
-    `where` starts the message, e.g. "line 7 of tiles.csv".
-    """
-    try:
-        gsd = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        gsd = math.nan
-    if not (math.isfinite(gsd) and gsd > 0):
-        raise UserError(
-            f"{where}: the GSD is {value!r}, expected a number above 0 (decimal "
-            f"point); {GSD_HELP}"
-        )
-    return gsd
 
 
 def sha256_of_text(text: str) -> str:
@@ -162,6 +161,7 @@ class Subset(BaseSource):
         self._source, self._positions = source, positions
         self.labels = labels_of(source, positions)
         self.class_names = source.class_names
+        self.dtype, self.units = source.dtype, source.units
 
     @property
     def bands(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,9 @@ CHUNK = 256  # most images to read ahead
 class Image:
     """One image that was read.
 
-    shape: height, width. mean, square: the means of the pixels in 0-1 and of their
-    squares, one number per band, float64.
+    shape: height, width. mean, square: the means of the pixels' values and of their
+    squares, one number per band, float64. Values of uint8 are in 0-1. Pixels without a
+    value do not count. gsd: the geometric mean of its axes.
     """
 
     index: int
@@ -42,7 +44,7 @@ class Survey:
     rejected: dict[str, str]
 
     def statistics(self, left_out: set[str] = frozenset()) -> tuple[list, list]:
-        """Mean and standard deviation of each band in 0-1, with equal image weights.
+        """Mean and standard deviation of each band, with equal image weights.
 
         Training draws images, not pixels, so a large image counts as one. left_out: ids
         of images to skip, such as those of the test part.
@@ -106,12 +108,23 @@ def _read(
             return index, str(error)
         # One row at a time: in float64, a scene of 100 MB would take 800 MB.
         sums = np.zeros((2, record.image.shape[2]))
-        for row in record.image:
-            values = row / 255.0
+        unit = 255.0 if record.image.dtype == np.uint8 else 1.0
+        for i, row in enumerate(record.image):
+            values = row / unit
+            if record.valid is not None:
+                values = values[record.valid[i]].astype(np.float64)
             sums += values.sum(axis=0), np.square(values).sum(axis=0)
-        mean, square = sums / (record.image.shape[0] * record.image.shape[1])
+        count = record.image.shape[0] * record.image.shape[1]
+        if record.valid is not None:
+            count = max(int(record.valid.sum()), 1)
+        mean, square = sums / count
         shape, digest = record.image.shape[:2], pixel_digest(record.image)
-        return Image(index, shape, record.gsd, record.label, digest, mean, square)
+        gsd = (
+            math.sqrt(math.prod(record.gsd))
+            if isinstance(record.gsd, tuple)
+            else (record.gsd)
+        )
+        return Image(index, shape, gsd, record.label, digest, mean, square)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(indices), CHUNK):

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from xsmae.data.files import FileSource, Listing, check_folder, file_size
+from xsmae.data.gsd import GSD_HELP, check_gsd
 from xsmae.data.images import MAX_PIXELS, MIN_SIDE
-from xsmae.data.records import GSD_HELP, check_gsd, number
+from xsmae.data.records import number
 from xsmae.data.splits import split_indices
 from xsmae.errors import UserError
 

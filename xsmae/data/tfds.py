@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from xsmae.bands import BANDS
+from xsmae.data.gsd import GSD_HELP, check_gsd
 from xsmae.data.images import MAX_PIXELS, MIN_SIDE
 from xsmae.data.picture import open_picture
 from xsmae.data.records import (
-    GSD_HELP,
     BaseSource,
     Record,
-    check_gsd,
     decoded,
     fingerprint,
 )

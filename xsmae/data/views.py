@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from xsmae.data.picture import Picture, Pixels
+from xsmae.data.raster_views import FloatPixels, FloatView, RasterImage
 
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -113,7 +114,9 @@ def cut(image: np.ndarray, box: Box, size: int, interpolation: str) -> np.ndarra
     return np.asarray(_cut(Pixels(Image.fromarray(image)), box, size, interpolation))
 
 
-def _cut(pixels: Pixels, box: Box, size: int, interpolation: str) -> Image.Image:
+def _cut(
+    pixels: Pixels | FloatPixels, box: Box, size: int, interpolation: str
+) -> Image.Image | FloatView:
     edges = (box.top, box.left, box.bottom, box.right)
     return pixels.cut(edges, size, INTERPOLATIONS[interpolation])
 
@@ -211,25 +214,29 @@ class ViewSampler:
 
     def __call__(
         self,
-        image: np.ndarray | Picture,
-        gsd: float,
+        image: np.ndarray | Picture | RasterImage,
+        gsd: float | tuple[float, float],
         *,
         rng: np.random.Generator,
         batch_rng: np.random.Generator,
     ) -> dict[str, np.ndarray]:
-        """The views of one uint8 image [height, width, 3] of `gsd` metres per pixel.
+        """The views of one image of `gsd` metres per pixel, or (y, x).
+
+        image: uint8 [height, width, 3], or not decoded yet.
 
         Returns `image` [views, size, size, 3] uint8; `box` [views, 4], (top, left,
         bottom, right) in source pixels; `gsd` [views, 2], metres per pixel (y, x) of
         each view; `flip` [2], True if the views are mirrored (vertically,
         horizontally). `rng` belongs to the sample; `batch_rng` is shared by a batch.
-        A `Picture` is decoded once, as finely as the views need. Raises BadImageError.
+        A `Picture` is decoded once, as finely as the views need. The views of a
+        `RasterImage` are float32 [views, size, size, bands], with `valid` [views, size,
+        size], which pixels have a value. Raises BadImageError.
         """
         drawn = self.draw(image.shape[:2], rng=rng, batch_rng=batch_rng)
         boxes, vertical, horizontal = drawn.boxes, drawn.vertical, drawn.horizontal
         from_view1 = self.num_views == 2 and self.view2_from == "view1"
         from_source = boxes[:1] if from_view1 else boxes
-        if isinstance(image, Picture):
+        if isinstance(image, Picture | RasterImage):
             sides = [side for b in from_source for side in (b.height, b.width)]
             pixels = image.pixels(min(sides) / self.size)
         else:
@@ -241,14 +248,15 @@ class ViewSampler:
             )
         ]
         if from_view1:
-            pixels = Pixels(views[0])
+            pixels = _as_pixels(views[0])
             views.append(_cut(pixels, drawn.displayed, self.size, self.interpolation2))
+        down, across = gsd if isinstance(gsd, tuple) else (gsd, gsd)
         return {
-            "image": np.stack([np.asarray(view) for view in views]),
+            **_stacked(views),
             "box": np.stack([b.to_array() for b in boxes]),
             "gsd": np.array(
                 [
-                    (gsd * b.height / self.size, gsd * b.width / self.size)
+                    (down * b.height / self.size, across * b.width / self.size)
                     for b in boxes
                 ],
                 np.float32,
@@ -257,7 +265,26 @@ class ViewSampler:
         }
 
 
-def _flip(image: Image.Image, vertical: bool, horizontal: bool) -> Image.Image:
+def _as_pixels(view: Image.Image | FloatView) -> Pixels | FloatPixels:
+    if isinstance(view, FloatView):
+        return FloatPixels(view.values, view.valid)
+    return Pixels(view)
+
+
+def _stacked(views: list[Image.Image] | list[FloatView]) -> dict[str, np.ndarray]:
+    if isinstance(views[0], FloatView):
+        return {
+            "image": np.stack([view.values for view in views]),
+            "valid": np.stack([view.valid for view in views]),
+        }
+    return {"image": np.stack([np.asarray(view) for view in views])}
+
+
+def _flip(
+    image: Image.Image | FloatView, vertical: bool, horizontal: bool
+) -> Image.Image | FloatView:
+    if isinstance(image, FloatView):
+        return image.mirrored(vertical=vertical, horizontal=horizontal)
     # Pillow mirrors the memory. Copying a mirrored array into a batch would take 20
     # times as long.
     if vertical:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xsmae.data.records import Source, pixel_digest
-from xsmae.data.square import square
+from xsmae.data.square import filled, square
 from xsmae.errors import BadImageError, UserError
 from xsmae.models.pooling import POOLINGS
 
@@ -25,9 +25,9 @@ Encode = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 class EvalBatch:
     """Whole images, resized for an evaluation.
 
-    images: [n, size, size, 3] uint8. gsd: [n, 2] metres per pixel after resizing.
-    labels: [n]. index: [n], positions in the source. pixels: [n, 16] uint8, digests of
-    the pixels before resizing.
+    images: [n, size, size, bands], of the source's dtype. gsd: [n, 2] metres per pixel
+    after resizing. labels: [n]. index: [n], positions in the source. pixels: [n, 16]
+    uint8, digests of the pixels before resizing.
     """
 
     images: np.ndarray
@@ -59,7 +59,7 @@ def read_images(
             record = source[int(index)]
         except BadImageError:
             return None
-        image, gsd = square(record.image, record.gsd, size)
+        image, gsd = square(filled(record), np.array(record.gsd), size)
         label = -1 if record.label is None else record.label
         digest = np.frombuffer(pixel_digest(record.image), np.uint8)
         return image, gsd, label, index, digest
@@ -77,7 +77,7 @@ def read_images(
                 images, gsd, labels, index, pixels = zip(*rows, strict=True)
                 yield EvalBatch(
                     images=np.stack(images),
-                    gsd=np.repeat(np.array(gsd, np.float32)[:, None], 2, axis=1),
+                    gsd=np.stack([np.broadcast_to(np.float32(g), 2) for g in gsd]),
                     labels=np.array(labels),
                     index=np.array(index),
                     pixels=np.stack(pixels),

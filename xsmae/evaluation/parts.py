@@ -61,6 +61,12 @@ def open_parts(name: str, train: Data, test: Data) -> Parts:
     test images of a class without training images.
     """
     parts = Parts(name, _build("train", train), _build("test", test))
+    for source in (parts.train, parts.test):
+        if source.dtype != "uint8":
+            raise UserError(
+                f"{source!r} has {source.dtype} values, evaluations read 8-bit images: "
+                "rasters are measured by the kNN check of pretraining (config.knn)"
+            )
     if len(parts.train.class_names) < 2 or len(parts.test.class_names) < 2:
         raise UserError(
             f"{name} has {len(parts.train.class_names)} class(es) in its training part "

@@ -21,6 +21,7 @@ from xsmae.evaluation.features import (
     image_statistics,
     thumbnail,
 )
+from xsmae.models.build import with_group_indices
 from xsmae.models.vit import Encoder as Network
 from xsmae.weights.description import ARCHITECTURE, GROUPS, check_network
 from xsmae.weights.encoder import Encoder, load_encoder
@@ -253,11 +254,12 @@ def _info_of_size(
             "random:SIZE,position=fixed"
         )
     info = {
-        "architecture": shape,
+        "architecture": with_group_indices(shape, config.bands),
         "image_size": config.views.size or usual.views.size,
         "bands": list(config.bands),
         "mean": list(config.mean or usual.mean),
         "std": list(config.std or usual.std),
+        **{n: config[n] for n in ("units", "dtype", "scale") if n in config},
     }
     try:
         check_network(info)

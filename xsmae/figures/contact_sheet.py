@@ -9,12 +9,25 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from xsmae.bands import Bands
 from xsmae.data.records import Record
-from xsmae.figures.style import number, save, scale_bar, show
+from xsmae.data.square import filled
+from xsmae.figures.style import (
+    geometric_mean,
+    in_colour,
+    number,
+    per_axis,
+    save,
+    scale_bar,
+    show,
+)
 
 
 def contact_sheet(
-    path: str | os.PathLike, records: Sequence[Record], class_names: Sequence[str]
+    path: str | os.PathLike,
+    records: Sequence[Record],
+    class_names: Sequence[str],
+    bands: Bands,
 ) -> None:
     """Draw the records as a PNG, six per row."""
     columns = min(6, len(records))
@@ -22,11 +35,12 @@ def contact_sheet(
     fig = Figure(figsize=(2.5 * columns, 3.1 * rows), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False)
     for ax, record in zip(axes.flat, records, strict=False):
-        show(ax, record.image)
-        scale_bar(ax, record.image.shape[1], record.gsd)
+        y, x = per_axis(record.gsd)
+        show(ax, in_colour(filled(record), bands))
+        scale_bar(ax, record.image.shape[1], x)
         height, width = record.image.shape[:2]
         name = "" if record.label is None else f"{class_names[record.label]}\n"
-        text = f"{width} × {height} px, {number(record.gsd)} m/px"
+        text = f"{width} × {height} px, {number(geometric_mean((y, x)))} m/px"
         ax.set_title(f"{name}{record.id[-34:]}\n{text}", fontsize=8)
     for ax in np.ravel(axes)[len(records) :]:
         ax.set_axis_off()

@@ -18,8 +18,10 @@ from xsmae.figures.fonts import drawable, families
 from xsmae.process.files import atomic_write
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
     from matplotlib.axes import Axes
+
+    Gsd = float | tuple[float, float]  # metres per pixel, or (y, x)
 
 # One colour per view in every figure: Okabe and Ito's blue, orange, green and purple,
 # which colour-blind readers can tell apart.
@@ -32,8 +34,25 @@ LEGEND = {"fontsize": 9, "frameon": False}
 def to_pixels(
     images: Float[np.ndarray, "... bands"], bands: Bands
 ) -> Float[np.ndarray, "... bands"]:
-    """Normalised images as pixels in 0-1; NaN (from a diverged model) becomes black."""
-    return np.nan_to_num(bands.denormalize(images)).clip(0, 1)
+    """Normalised images as colours in 0-1; NaN (from a diverged model) is black."""
+    return in_colour(np.nan_to_num(bands.denormalize(images)), bands)
+
+
+def in_colour(
+    images: Shaped[np.ndarray, "... bands"], bands: Bands
+) -> Shaped[np.ndarray, "... 3"]:
+    """Images as they are shown: red, green and blue of many bands, see `Bands.colours`.
+
+    8-bit images stay what they are. Values of rasters have no fixed range: black and
+    white are two standard deviations of a band from its mean.
+    """
+    if images.dtype == np.uint8:
+        return images
+    if bands.dtype == "uint8":
+        return images.clip(0, 1)
+    places = list(bands.colours())
+    mean, std = np.float32(bands.mean)[places], np.float32(bands.std)[places]
+    return ((images[..., places] - mean) / (4 * std) + 0.5).clip(0, 1)
 
 
 def show(ax: Axes, image: np.ndarray) -> None:
@@ -41,6 +60,11 @@ def show(ax: Axes, image: np.ndarray) -> None:
     ax.imshow(image)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
+
+
+def per_axis(gsd: Gsd) -> tuple[float, float]:
+    """Metres per pixel along y and x."""
+    return gsd if isinstance(gsd, tuple) else (gsd, gsd)
 
 
 def title_with_gsd(

@@ -25,6 +25,7 @@ from xsmae.figures.style import (
     geometric_mean,
     label_axes,
     number,
+    per_axis,
     save,
     scale_bar,
     show,
@@ -34,9 +35,10 @@ from xsmae.figures.style import (
 from xsmae.methods import METHODS
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Shaped
     from matplotlib.axes import Axes
 
+    from xsmae.figures.style import Gsd
     from xsmae.methods import Pictures
 
 HIDDEN_GREY = np.float32(0.5)
@@ -59,6 +61,8 @@ def reconstructions(
     gsd: metres per pixel, (y, x).
     """
     hidden = np.asarray(pictures.hidden)
+    if bands.dtype != "uint8":
+        hidden = hidden[..., list(bands.colours())]
     shown = to_pixels(pictures.images, bands)
     panels = {
         "input": shown,
@@ -89,15 +93,15 @@ def reconstructions(
 
 def crops(
     path: str | os.PathLike,
-    sources: Sequence[tuple[UInt8[np.ndarray, "height width bands"], float, str]],
-    views: UInt8[np.ndarray, "n views size size bands"],
+    sources: Sequence[tuple[Shaped[np.ndarray, "height width 3"], Gsd, str]],
+    views: Shaped[np.ndarray, "n views size size 3"],
     boxes: Float[np.ndarray, "n views 4"],
     gsd: Float[np.ndarray, "n views 2"],
 ) -> None:
     """One row per sample: the source with the views' boxes, then the views.
 
-    sources: image, metres per pixel, title. boxes: (top, left, bottom, right) in source
-    pixels. gsd: metres per pixel of the views, (y, x).
+    sources: image, metres per pixel or (y, x), title. boxes: (top, left, bottom, right)
+    in source pixels. gsd: metres per pixel of the views, (y, x).
     """
     num_rows, num_views, size = views.shape[:3]
     columns = 1 + num_views
@@ -106,8 +110,9 @@ def crops(
     for row, (image, source_gsd, title) in zip(range(num_rows), sources, strict=True):
         source_ax = axes[row, 0]
         show(source_ax, image)
-        title_with_gsd(source_ax, title[-40:], (source_gsd, source_gsd), image.shape)
-        scale_bar(source_ax, image.shape[1], source_gsd)
+        source_gsd = per_axis(source_gsd)
+        title_with_gsd(source_ax, title[-40:], source_gsd, image.shape)
+        scale_bar(source_ax, image.shape[1], source_gsd[1])
         for view, ax in enumerate(axes[row, 1:]):
             _draw_box(source_ax, boxes[row, view], VIEW_COLOURS[view])
             show(ax, views[row, view])

@@ -10,7 +10,12 @@ from flax import nnx
 
 from xsmae import losses
 from xsmae.methods import mae
-from xsmae.methods.method import Method, grid_of, reconstruction_per_view
+from xsmae.methods.method import (
+    Method,
+    grid_of,
+    reconstruction_per_view,
+    valid_patches_of,
+)
 from xsmae.models.build import Config, build_mae
 from xsmae.models.cross_scale_mae import (
     CrossScaleMAE,
@@ -140,6 +145,7 @@ def cross_scale_mae_losses(
             stop_gradient=loss["cross_prediction"]["stop_gradient"],
             box=views.box[:, 1] if aligned else None,
             grid=grid_of(views, model),
+            valid=valid_patches_of(views, model),
         ),
     }
     return terms, {

@@ -14,8 +14,10 @@ from xsmae.methods.method import (
     Pictures,
     grid_of,
     hidden_values,
+    neutral_where_invalid,
     patches_of,
     reconstruction_per_view,
+    valid_pixels_of,
 )
 from xsmae.models.build import Config, build_mae
 from xsmae.models.mae import MAEOutput, Views
@@ -50,17 +52,20 @@ def mae_pictures(
     """The prediction in place of the hidden patches, in image space.
 
     With `norm_pix_loss`, the prediction lacks each patch's mean and standard deviation.
-    They are taken from the true patch.
+    They are taken from the true patch. Pixels that are not valid show the bands' mean.
     """
     grid, patch = grid_of(views, model), model["patch_size"]
     pred = output.pred.astype(jnp.float32)
     if loss["reconstruction"]["norm_pix_loss"]:
-        mean, std = losses.patch_statistics(patches_of(views.images, patch))
+        mean, std = losses.patch_statistics(
+            patches_of(views.images, patch), valid=valid_pixels_of(views, model)
+        )
         pred = pred * std + mean
     pred = unpatchify(rearrange(pred, "b v ... -> (b v) ..."), patch, grid)
     pred = pred.reshape(views.images.shape)
     hidden = hidden_values(output.mask, views, model)
     shown = jnp.where(hidden, pred, views.images)
+    shown = neutral_where_invalid(shown, views.valid)
     return Pictures(views.images, hidden, (shown,), ("prediction",))
 
 

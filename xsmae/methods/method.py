@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from flax import nnx
 from xsmae import losses
 from xsmae.models.build import Config, channel_groups
 from xsmae.models.mae import MAEOutput, Views
+from xsmae.models.masking import valid_patches
 from xsmae.models.vit import patchify
 from xsmae.ops import resize
 from xsmae.ranges import Ranges
@@ -31,7 +33,7 @@ class Pictures:
     """The images of a figure of a batch, in normalised image space.
 
     images: [batch, views, height, width, channels], the model's input.
-    hidden: the same shape, True for values hidden from the encoder.
+    hidden: the same shape, True for values hidden from the encoder or not valid.
     panels: the model's results, images of any size; titles: one per panel.
     """
 
@@ -82,7 +84,27 @@ def reconstruction_per_view(
         norm_pix_loss=loss["reconstruction"]["norm_pix_loss"],
         channel_groups=channel_groups(model),
         channels=views.images.shape[-1],
+        valid=valid_pixels_of(views, model),
     )
+
+
+def valid_pixels_of(
+    views: Views, model: Config
+) -> Bool[Array, "batch views patches pixels"] | None:
+    """Which pixels of each patch are valid; None: all are."""
+    if views.valid is None:
+        return None
+    return patches_of(views.valid[..., None], model["patch_size"])
+
+
+def valid_patches_of(
+    views: Views, model: Config
+) -> Bool[Array, "batch views patches"] | None:
+    """Which patches are valid, as the model takes them; None: all are."""
+    if views.valid is None:
+        return None
+    of_view = functools.partial(valid_patches, patch_size=model["patch_size"])
+    return jax.vmap(of_view)(views.valid)
 
 
 def patches_of(
@@ -103,7 +125,10 @@ def grid_of(views: Views, model: Config) -> tuple[int, int]:
 def hidden_values(
     mask: Float[Array, "batch views ..."], views: Views, model: Config
 ) -> Bool[Array, "batch views height width channels"]:
-    """True for image values that belong to a hidden patch."""
+    """True where a value of the images belongs to a hidden patch, or is not valid.
+
+    The encoder never sees a patch that is not valid, so all of it is hidden.
+    """
     rows, columns = grid_of(views, model)
     channels, groups = views.images.shape[-1], channel_groups(model)
     if groups:
@@ -112,4 +137,18 @@ def hidden_values(
     else:
         mask = jnp.repeat(mask[:, :, None], channels, axis=2)
     mask = rearrange(mask, "b v c (h w) -> b v h w c", h=rows, w=columns)
-    return resize.nearest(mask, views.images.shape[2:4]) > 0.5
+    hidden = resize.nearest(mask, views.images.shape[2:4]) > 0.5
+    if views.valid is None:
+        return hidden
+    patches = valid_patches_of(views, model)
+    patches = rearrange(patches, "b v (h w) -> b v h w 1", h=rows, w=columns)
+    seen = resize.nearest(patches, views.images.shape[2:4]) & views.valid[..., None]
+    return hidden | ~seen
+
+
+def neutral_where_invalid(
+    images: Float[Array, "batch views height width channels"],
+    valid: Bool[Array, "batch views height width"] | None,
+) -> Float[Array, "batch views height width channels"]:
+    """A panel of `Pictures` that shows the bands' mean where nothing is known."""
+    return images if valid is None else jnp.where(valid[..., None], images, 0)

@@ -35,8 +35,9 @@ def fields(
     return {
         **mae.fields(preset, size=size, model=model),
         "model": {
-            # Groups of bands by index, such as ((0,), (1, 2)). Without groups it is the
-            # plain MAE, which SatMAE uses for RGB.
+            # Groups of bands by index, such as ((0,), (1, 2)), or by name, such as
+            # (("red",), ("green", "blue")). Without groups it is the plain MAE, which
+            # SatMAE uses for RGB.
             "channel_groups": (),
             # Channels that encode the group; official B and L: 256, decoder 128.
             "group_dim": 256 if model["embed_dim"] >= 768 else model["embed_dim"] // 4,

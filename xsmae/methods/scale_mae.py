@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xsmae import losses
-from xsmae.methods.method import Method, Pictures, grid_of, hidden_values
+from xsmae.methods.method import (
+    Method,
+    Pictures,
+    grid_of,
+    hidden_values,
+    neutral_where_invalid,
+)
 from xsmae.models.build import Config, build_decoder, build_encoder
 from xsmae.models.mae import MAE, MAEOutput, Views
 from xsmae.models.scale_mae import ScaleHead, combine, low_pass
@@ -18,7 +24,7 @@ from xsmae.ops import resize
 from xsmae.ranges import LARGE, SMALL
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Bool, Float
 
     from xsmae.methods.method import Terms
 
@@ -90,26 +96,42 @@ def build(model: Config, *, channels: int, view_size: int, rngs: nnx.Rngs) -> MA
 
 @dataclasses.dataclass(frozen=True)
 class FrequencyTargets:
-    """The targets of Scale-MAE's two heads, and the side of the low-pass image."""
+    """The targets of Scale-MAE's two heads, and the side of the low-pass image.
+
+    low_valid, high_valid: the valid pixels of the two; None: all are.
+    """
 
     low: Float[Array, "batch views half_height half_width channels"]
     high: Float[Array, "batch views height width channels"]
     cutoff: int
+    low_valid: Bool[Array, "batch views half_height half_width"] | None = None
+    high_valid: Bool[Array, "batch views height width"] | None = None
 
 
 def frequencies_of(views: Views, loss: Config) -> FrequencyTargets:
-    """Splits the views' target into two bands (official Scale-MAE, forward_loss)."""
-    target = views.target
+    """Splits the views' target into two bands (official Scale-MAE, forward_loss).
+
+    If some of its pixels are not valid, all means are over those that are.
+    """
+    target, valid = views.target, views.target_valid
     size = target.shape[2:4]
     half = (size[0] // 2, size[1] // 2)
     through = loss["low_frequency"]["through"]
-    low = resize.area(target, (through, through)) if through else target
     # The config gives the cutoff as a fraction of the target's side.
     cutoff = max(1, round(size[0] * loss["high_frequency"]["cutoff"]))
+    low, low_valid = target, valid
+    for smaller in [(through, through), half] if through else [half]:
+        if valid is None:
+            low = resize.area(low, smaller)
+        else:
+            low, low_valid = resize.area_of_valid(low, low_valid, smaller)
+    high = target - low_pass(target, cutoff, size, valid)
     return FrequencyTargets(
-        low=resize.area(low, half),
-        high=target - low_pass(target, cutoff, size),
+        low=low,
+        high=neutral_where_invalid(high, valid),
         cutoff=cutoff,
+        low_valid=low_valid,
+        high_valid=valid,
     )
 
 
@@ -120,7 +142,12 @@ def scale_mae_losses(
     target, grid = frequencies_of(views, loss), grid_of(views, model)
     terms = {
         "low_frequency": losses.frequency_band(
-            output.pred.low, target.low, output.mask, absolute=False, grid=grid
+            output.pred.low,
+            target.low,
+            output.mask,
+            absolute=False,
+            grid=grid,
+            valid=target.low_valid,
         )[0],
         "high_frequency": losses.frequency_band(
             output.pred.high,
@@ -128,6 +155,7 @@ def scale_mae_losses(
             output.mask,
             absolute=loss["high_frequency"]["absolute"],
             grid=grid,
+            valid=target.high_valid,
         )[0],
     }
     return terms, {}
@@ -136,7 +164,10 @@ def scale_mae_losses(
 def scale_mae_pictures(
     output: MAEOutput, views: Views, *, model: Config, loss: Config
 ) -> Pictures:
-    """The predicted bands, their sum, and the targets."""
+    """The predicted bands, their sum, and the targets.
+
+    Pixels that are not valid show the bands' mean.
+    """
     pred, target = output.pred, frequencies_of(views, loss)
     panels = {
         "low, predicted": pred.low,
@@ -146,7 +177,9 @@ def scale_mae_pictures(
         "target": views.target,
     }
     hidden = hidden_values(output.mask, views, model)
-    return Pictures(views.images, hidden, tuple(panels.values()), tuple(panels))
+    valid = [target.low_valid, *[target.high_valid] * (len(panels) - 1)]
+    shown = tuple(map(neutral_where_invalid, panels.values(), valid))
+    return Pictures(views.images, hidden, shown, tuple(panels))
 
 
 SCALE_MAE = Method(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from xsmae.errors import UserError
 from xsmae.models.mae import MAE, Decoder, PatchHead
 from xsmae.models.position import TokenPositions
 from xsmae.models.sat_mae import GroupPatchEmbed, check_groups
@@ -58,6 +59,27 @@ def build_mae(model: Config, *, channels: int, view_size: int, rngs: nnx.Rngs) -
 def channel_groups(model: Config) -> tuple[tuple[int, ...], ...]:
     """The groups of SatMAE; empty for other methods."""
     return tuple(tuple(group) for group in model.get("channel_groups", ()))
+
+
+def with_group_indices(model: Config, bands: Sequence[str]) -> Config:
+    """`model` with the bands in `channel_groups` by index, where they are named.
+
+    Raises UserError for a name that is none of `bands`.
+    """
+    if not model.get("channel_groups", ()):
+        return model
+    names, groups = list(bands), channel_groups(model)
+    for band in (band for group in groups for band in group):
+        if isinstance(band, str) and band not in names:
+            raise UserError(
+                f"model.channel_groups={groups} names {band!r}, expected only bands "
+                f"of the images: {', '.join(names)}"
+            )
+    indices = tuple(
+        tuple(names.index(band) if isinstance(band, str) else band for band in group)
+        for group in groups
+    )
+    return {**model, "channel_groups": indices}
 
 
 def build_blocks(model: Config, part: str, rngs: nnx.Rngs) -> Block:

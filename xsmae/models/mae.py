@@ -11,12 +11,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from xsmae.models.masking import Masking, random_masking, take_tokens
+from xsmae.models.masking import (
+    Masking,
+    random_masking,
+    take_tokens,
+    valid_patches,
+)
 from xsmae.models.position import TokenPositions
 from xsmae.models.vit import Block, Encoder, LayerNorm, Linear, run_blocks, token
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, PyTree
+    from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -29,12 +34,16 @@ class Views:
     box: [batch, views, 4], the view's (top, left, bottom, right) as fractions of view 1
         after mirroring; (0, 0, 1, 1) for view 1.
     target: the same ground at a finer GSD, for methods that predict it.
+    valid, target_valid: which pixels of the images and of the target have a value; the
+        others are 0. None: all have one.
     """
 
     images: Float[Array, "batch views height width channels"]
     gsd: Float[Array, "batch views 2"]
     box: Float[Array, "batch views 4"]
     target: Float[Array, "batch views tall wide channels"] | None = None
+    valid: Bool[Array, "batch views height width"] | None = None
+    target_valid: Bool[Array, "batch views tall wide"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +54,7 @@ class MAEOutput:
     pred: the prediction of the decoder's head: [batch, views, patches, values], or
         another structure that a method's head defines.
     mask: [batch, views, patches], 1 = hidden; SatMAE has one mask per group of bands,
-        [batch, views, groups, patches].
+        [batch, views, groups, patches]. 0 also for patches that are not valid.
     encoder_tokens: [batch, views, 1 + kept, embed_dim], class token first.
     decoder_tokens: [batch, views, 1 + patches, decoder_embed_dim], after the norm; one
         token less if the decoder has no class token.
@@ -154,9 +163,13 @@ class MAE(nnx.Module):
         """The number of uniform numbers that decide the mask of a view."""
         return math.prod(self.encoder.grid(height, width))
 
-    def random_masking(self, noise: Float[Array, "batch numbers"]) -> Masking:
+    def random_masking(
+        self,
+        noise: Float[Array, "batch numbers"],
+        valid: Bool[Array, "batch patches"] | None = None,
+    ) -> Masking:
         """Chooses the visible tokens by the order of `noise`."""
-        return random_masking(noise, self.mask_ratio)
+        return random_masking(noise, self.mask_ratio, valid)
 
     def __call__(
         self, views: Views, noise: Float[Array, "batch views numbers"]
@@ -178,7 +191,10 @@ class MAE(nnx.Module):
             extent = views.gsd[:, :1] * jnp.array([[[height, width]]], jnp.float32)
             unit = encoder.patch_size * encoder.positions.reference_gsd
             offset = merge(views.box[..., :2] * extent / unit)
-        masking = self.random_masking(merge(noise))
+        valid = None
+        if views.valid is not None:
+            valid = valid_patches(merge(views.valid), encoder.patch_size)
+        masking = self.random_masking(merge(noise), valid)
         encoder_tokens = encoder(
             merge(views.images), gsd=gsd, offset=offset, ids_keep=masking.ids_keep
         )

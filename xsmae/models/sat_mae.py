@@ -13,7 +13,7 @@ from xsmae.models.masking import Masking, random_masking, take_tokens
 from xsmae.models.vit import Encoder, PatchEmbed
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 # The bands of each group, in the order in which its patch embedding reads them.
 ChannelGroups = tuple[tuple[int, ...], ...]
@@ -145,10 +145,16 @@ class SatMAE(MAE):
         groups = 1 if self.spatial_mask else self.num_groups
         return groups * super().noise_size(height, width)
 
-    def random_masking(self, noise: Float[Array, "batch numbers"]) -> Masking:
+    def random_masking(
+        self,
+        noise: Float[Array, "batch numbers"],
+        valid: Bool[Array, "batch patches"] | None = None,
+    ) -> Masking:
         """Chooses the visible tokens; the mask is [batch, groups, patches]."""
-        masking = random_masking(noise, self.mask_ratio)
         groups = self.num_groups
+        if valid is not None and not self.spatial_mask:
+            valid = jnp.tile(valid, (1, groups))
+        masking = random_masking(noise, self.mask_ratio, valid)
         if not self.spatial_mask:
             mask = rearrange(masking.mask, "b (g l) -> b g l", g=groups)
             return Masking(masking.ids_keep, masking.ids_restore, mask)

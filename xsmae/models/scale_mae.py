@@ -16,7 +16,7 @@ from xsmae.ops import resize
 from xsmae.ops.gelu import gelu
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Bool, Float
 
 # A head's two upsampling steps turn one pixel of the pyramid into STEP x `stride`
 # pixels per side. The pyramid's finer level has PYRAMID times the sides of the patch
@@ -44,9 +44,17 @@ def low_pass(
     images: Float[Array, "... height width channels"],
     cutoff: int,
     size: tuple[int, int],
+    valid: Bool[Array, "... height width"] | None = None,
 ) -> Float[Array, "... new_height new_width channels"]:
-    """Averages images down to `cutoff` pixels per side and resizes them to `size`."""
-    return resize.bilinear(resize.area(images, (cutoff, cutoff)), size)
+    """Averages images down to `cutoff` pixels per side and resizes them to `size`.
+
+    With `valid`, only valid pixels count; `images` must be 0 elsewhere.
+    """
+    low = resize.bilinear(resize.area(images, (cutoff, cutoff)), size)
+    if valid is None:
+        return low
+    share = low_pass(valid[..., None].astype(low.dtype), cutoff, size)
+    return low / jnp.where(share > 0, share, 1)
 
 
 def combine(

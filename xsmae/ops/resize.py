@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Bool, Float
 
 
 def area(
@@ -25,6 +25,31 @@ def area(
         for old, new in zip(images.shape[-3:-1], size, strict=True)
     )
     return jnp.einsum("yh,xw,...hwc->...yxc", weight_y, weight_x, images)
+
+
+def area_of_valid(
+    images: Float[Array, "... height width channels"],
+    valid: Bool[Array, "... height width"],
+    size: tuple[int, int],
+) -> tuple[
+    Float[Array, "... new_height new_width channels"],
+    Bool[Array, "... new_height new_width"],
+]:
+    """`area` over the valid pixels alone, and which new pixels are valid.
+
+    A new pixel is valid if at least half of the pixels that it covers are; the others
+    come out as 0. `images` must be finite and 0 where they are not valid.
+    """
+    covered = [
+        _covered(old, new) for old, new in zip(valid.shape[-2:], size, strict=True)
+    ]
+    # Counted, not averaged, so that a half is a half in any precision.
+    count = jnp.einsum("yh,xw,...hw->...yx", *covered, valid.astype(jnp.float32))
+    whole = np.outer(*(axis.sum(axis=1) for axis in covered))
+    whole = whole.reshape((1,) * (valid.ndim - 2) + whole.shape)
+    valid = 2 * count >= whole
+    means = area(images, size) * (whole / jnp.maximum(count, 1))[..., None]
+    return jnp.where(valid[..., None], means, 0), valid
 
 
 def bilinear(
@@ -50,8 +75,13 @@ def nearest(
 
 def _area_weights(old: int, new: int) -> np.ndarray:
     """[new, old] weights of one axis."""
+    covered = _covered(old, new)
+    return covered / covered.sum(axis=1, keepdims=True)
+
+
+def _covered(old: int, new: int) -> np.ndarray:
+    """[new, old] of one axis: 1 where a new pixel covers an old one."""
     start = np.arange(new) * old // new
     stop = -(-np.arange(1, new + 1) * old // new)
     at = np.arange(old)
-    covered = (at >= start[:, None]) & (at < stop[:, None])
-    return (covered / covered.sum(axis=1, keepdims=True)).astype(np.float32)
+    return ((at >= start[:, None]) & (at < stop[:, None])).astype(np.float32)

@@ -17,8 +17,9 @@ import jax
 import ml_collections
 import numpy as np
 
+from xsmae.bands import BANDS, UNITS
 from xsmae.checkpoints.store import has_checkpoint
-from xsmae.config import RANGES, flatten
+from xsmae.config import flatten, ranges_of
 from xsmae.configs.common import IMAGENET
 from xsmae.data.records import Source
 from xsmae.data.survey import survey
@@ -61,7 +62,7 @@ def settle(
     need the run's length stay None. workdir: a run that resumes there keeps its values.
     devices: of the run; None means those of this machine.
     """
-    check_numbers(flatten(config.to_dict()), RANGES)
+    check_numbers(flatten(config.to_dict()), ranges_of(config))
     config = copy.deepcopy(config)
     devices = jax.devices() if devices is None else devices
     lines = []
@@ -160,6 +161,18 @@ def _view_size(config, source, devices) -> Chosen:
     return {"views.size": size, "model.patch_size": patch}, reason
 
 
+def _bands(config, source, devices) -> Chosen:
+    if source is None:
+        return {"bands": BANDS}, "assumed, there are no images yet"
+    return {"bands": source.bands}, "those of the images"
+
+
+def _units(config, source, devices) -> Chosen:
+    if source is None:
+        return {"units": UNITS}, "assumed, there are no images yet"
+    return {"units": source.units}, "the values of the images"
+
+
 def _statistics(config, source, devices) -> Chosen:
     if source is None:
         return dict(zip(("mean", "std"), IMAGENET, strict=True)), (
@@ -199,6 +212,8 @@ RULES = (
     (("batch_size",), _batch_size),
     (("model.dtype",), _dtype),
     (("views.size", "model.patch_size"), _view_size),
+    (("bands",), _bands),
+    (("units",), _units),
     (("mean", "std"), _statistics),
     (tuple(INTERVALS), _intervals),
 )

@@ -10,12 +10,13 @@ import numpy as np
 from xsmae.bands import Bands
 from xsmae.errors import BadImageError
 from xsmae.figures import training as figures
+from xsmae.figures.style import in_colour
 from xsmae.process.files import read_jsonl
 from xsmae.run.hooks import Done, Hook, due_every
 from xsmae.run.run import Run
 from xsmae.run.workdir import goes_on_without
 from xsmae.train_state import TrainState
-from xsmae.trainer import STEP_FIELDS, first_samples
+from xsmae.trainer import first_samples, step_fields
 
 GSD_SAMPLES = 2000  # in the histogram of GSDs; enough to look smooth
 
@@ -31,13 +32,13 @@ class Crops(Hook):
             self.draw(done.batch)
 
     def draw(self, batch: Mapping[str, np.ndarray]) -> None:
-        run = self.run
+        run, bands = self.run, Bands.of(self.run.config)
         rows = range(min(run.config.figures.samples, len(batch["index"])))
         records = [run.source[int(batch["index"][row])] for row in rows]
         figures.crops(
             run.workdir / "figures" / "crops.png",
-            [(record.image, record.gsd, record.id) for record in records],
-            batch["image"][rows],
+            [(in_colour(r.image, bands), r.gsd, r.id) for r in records],
+            in_colour(batch["image"][rows], bands),
             batch["box"][rows],
             batch["gsd"][rows],
         )
@@ -59,7 +60,7 @@ class Reconstructions(Hook):
         run, config, folder = self.run, self.run.config, self.run.workdir / "figures"
         batch = first_samples(config, run.source, run.sampler, config.figures.samples)
         unreadable = np.count_nonzero(batch["index"] < 0)
-        batch = {name: batch[name] for name in STEP_FIELDS}
+        batch = step_fields(batch)
         # All processes must predict together, even if one cannot read an image.
         pictures = jax.device_get(run.trainer.predict(state, batch))
         rows = read_jsonl(run.workdir / "metrics.jsonl")

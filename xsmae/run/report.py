@@ -145,7 +145,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
     missing = missing_arguments(config.data)
     source = None if missing else build_source(config.data)
     if source is not None:
-        check_bands(source, config.bands)
+        check_bands(source, config)
     config, chosen = settle(config, source)
     sampler = create_sampler(config)
     unknown = config.num_steps is None and source is None

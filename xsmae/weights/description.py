@@ -13,7 +13,13 @@ from flax import nnx
 
 from xsmae.bands import Bands
 from xsmae.errors import UserError
-from xsmae.models.build import EXECUTION, Config, build_encoder, channel_groups
+from xsmae.models.build import (
+    EXECUTION,
+    Config,
+    build_encoder,
+    channel_groups,
+    with_group_indices,
+)
 from xsmae.models.position import patch_positions
 from xsmae.models.vit import Encoder as Network
 from xsmae.weights.layouts import collect, encoder_weights, load
@@ -70,6 +76,7 @@ def describe_encoder(
     smallest and largest metres per pixel in training, None if unknown. The model card
     also shows a field `data_licence` if a person adds one.
     """
+    model = with_group_indices(dict(model), bands.names)
     seen = {} if gsd_range is None else {"gsd_range": [float(end) for end in gsd_range]}
     content = {
         "schema": SCHEMA,
@@ -79,6 +86,8 @@ def describe_encoder(
         "image_size": image_size,
         "bands": bands.names,
         "units": bands.units,
+        "dtype": bands.dtype,
+        "scale": bands.scale,
         "mean": bands.mean,
         "std": bands.std,
         "gsd_units": "metres per pixel",

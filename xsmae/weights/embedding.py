@@ -15,7 +15,7 @@ from PIL import Image
 
 from xsmae.bands import BANDS, Bands
 from xsmae.data.images import MODES, decode, to_rgb
-from xsmae.data.square import square
+from xsmae.data.square import filled, square
 from xsmae.errors import BadImageError, UserError
 from xsmae.weights.inputs import check_images
 
@@ -47,10 +47,16 @@ def open_images(images: Any, *, bands: Bands) -> Opened:
     """Open the images given to `Encoder.embed`; UserError for an unknown type."""
     if hasattr(images, "fingerprint") and hasattr(images, "class_names"):
         places = _places(bands, images.bands, repr(images))
+        of_rasters = "float32" in (images.dtype, bands.dtype)
+        if of_rasters and (images.dtype, images.units) != (bands.dtype, bands.units):
+            raise UserError(
+                f"{images!r} has {images.dtype} values ({images.units}), the encoder "
+                f"reads {bands.dtype} ({bands.units})"
+            )
 
         def read_record(index: int) -> tuple[np.ndarray, float]:
             record = images[index]
-            return record.image[..., places], record.gsd
+            return filled(record)[..., places], np.array(record.gsd)
 
         opened = Opened(len(images), read_record, images.id, has_gsd=True)
     elif hasattr(images, "ndim"):

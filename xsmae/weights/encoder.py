@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 # Fields of a description that do not change features.
 NOT_IN_DIGEST = ("run", "licence", "data_licence", "gsd_range")
+# The meaning of an encoder.json without these fields: with or without, one digest.
+IMPLIED = {"dtype": "uint8", "scale": 255.0}
 # Every crop is a little finer than its whole image, so whole training images must not
 # count as outside.
 GSD_MARGIN = 1.1
@@ -115,9 +117,10 @@ class Encoder:
     ) -> Float[Array, "batch width"]:
         """One feature vector per image.
 
-        images: [batch, height, width, bands], uint8, or floating numbers in 0-1; the
-        sides are multiples of the patch size. gsd: metres per pixel, one number,
-        [batch], or [batch, 2] as (y, x); needed if the position encoding reads it.
+        images: [batch, height, width, bands], uint8, or floating numbers in 0-1; for an
+        encoder of rasters, floating numbers in its `units`. The sides are multiples of
+        the patch size. gsd: metres per pixel, one number, [batch], or [batch, 2] as (y,
+        x); needed if the position encoding reads it.
         pooling: `cls` or `mean` (of the patch tokens), by default encoder.json's.
         """
         pooling = self._pooling(pooling)
@@ -193,7 +196,11 @@ class Encoder:
 
     def digest_with(self, *more: bytes) -> str:
         """The digest of this encoder in the use that `more` describes."""
-        told = {k: v for k, v in self.info.items() if k not in NOT_IN_DIGEST}
+        told = {
+            name: value
+            for name, value in self.info.items()
+            if name not in NOT_IN_DIGEST and (name, value) not in IMPLIED.items()
+        }
         if self._weights_digest is None:
             self._weights_digest = hashlib.sha256(self._serialized()).digest()
         if self.dtype != "float32":

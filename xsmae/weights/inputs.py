@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 def check_images(
     images: Shaped[np.ndarray, "batch height width bands"], bands: Bands
 ) -> Float[np.ndarray, "batch height width bands"]:
-    """Images as float32 in 0-1; raises UserError unless uint8, or floats in 0-1."""
+    """Images as float32 values; raises UserError.
+
+    8-bit bands take uint8, or floating numbers in 0-1. Bands of rasters take floating
+    numbers in their units.
+    """
     if images.ndim != 4 or images.shape[-1] != len(bands.names):
         raise UserError(
             f"images of shape {images.shape}, expected [batch, height, width, "
@@ -24,6 +28,8 @@ def check_images(
         )
     if not images.size:
         raise UserError(f"images of shape {images.shape}, expected at least one image")
+    if bands.dtype != "uint8":
+        return _check_values(images, bands)
     if images.dtype == bands.dtype:
         return bands.rescale(images)
     if not np.issubdtype(images.dtype, np.floating):
@@ -36,6 +42,21 @@ def check_images(
         raise UserError(
             f"images with values from {low:g} to {high:g}, expected uint8 (0-255) "
             "or floating numbers in 0-1, not normalised"
+        )
+    return images.astype(np.float32)
+
+
+def _check_values(
+    images: Shaped[np.ndarray, "batch height width bands"], bands: Bands
+) -> Float[np.ndarray, "batch height width bands"]:
+    if not np.issubdtype(images.dtype, np.floating):
+        raise UserError(
+            f"images of dtype {images.dtype}, expected floating numbers: {bands.units}"
+        )
+    if not np.isfinite(images).all():
+        raise UserError(
+            "images with NaN or infinity: fill pixels without a value, for example "
+            "with the mean of their band"
         )
     return images.astype(np.float32)
 

@@ -64,6 +64,12 @@ def adopt(
             f"init={config.init} has the method {method}, but the config has "
             f"{config.method}: give configs/NAME.py:method={method}"
         )
+    found, ours = (fields.get("dtype") or "uint8" for fields in (saved, config))
+    if found != ours:
+        raise UserError(
+            f"init={config.init} was trained on {found} images, the config's are "
+            f"{ours}: give weights of the same dtype"
+        )
     kept, changed = {*KEPT_EXECUTION, *given}, []
     with config.ignore_type(), config.unlocked():
         for name in TAKEN:

@@ -1,0 +1,232 @@
+"""The source of GeoTIFFs: records, labels, splits, bands, and what is refused."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import xsmae
+from tests.support.rasters import REASON, land, write
+from xsmae import load_config
+from xsmae.cli import check_data
+from xsmae.data.catalogue import open_source
+from xsmae.data.folder import FolderSource
+from xsmae.data.geotiff_source import GeotiffSource
+from xsmae.data.pipeline import check_bands
+from xsmae.data.records import Subset
+from xsmae.data.survey import survey
+from xsmae.errors import UserError
+
+pytest.importorskip("rasterio", reason=REASON)
+
+NAMES = ("red", "green", "nir")
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Two folders of four small rasters of three named bands, and a table of them."""
+    root = tmp_path / "scenes"
+    rows = ["path,label,gsd"]
+    for folder in ("field", "roof"):
+        (root / folder).mkdir(parents=True)
+        for i in range(4):
+            data = land(48, 40) + np.uint8(i)
+            write(root / folder / f"{i}.tif", data, descriptions=NAMES)
+            rows.append(f"scenes/{folder}/{i}.tif,{folder[0]},{2 + i}")
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    return root
+
+
+def test_small_rasters_are_records_of_their_own(scenes):
+    source = GeotiffSource(scenes, labels="folder")
+    assert len(source) == 8
+    assert source.bands == NAMES
+    assert (source.dtype, source.class_names) == ("float32", ("field", "roof"))
+    record = source[5]
+    assert (record.id, record.label) == ("roof/1.tif", 1)
+    expected = np.moveaxis(land(48, 40) + np.uint8(1), 0, -1) / np.float32(255)
+    np.testing.assert_allclose(record.image, expected, rtol=1e-6)
+    assert record.valid.all()
+    np.testing.assert_allclose(record.gsd, 10.0, rtol=2e-3)
+    assert source.path(5) == scenes / "roof/1.tif"
+
+
+def test_a_large_raster_has_windows_that_cover_it(tmp_path):
+    tiles = {"tiled": True, "blockxsize": 64, "blockysize": 64}
+    write(tmp_path / "a.tif", land(192, 128), **tiles)
+    source = GeotiffSource(tmp_path, window=64)
+    assert [source.id(i) for i in range(3)] == ["a.tif@0,0", "a.tif@0,64", "a.tif@64,0"]
+    whole = np.zeros((192, 128, 3), np.float32)
+    for i in range(len(source)):
+        top, left = map(int, source.id(i).partition("@")[2].split(","))
+        whole[top : top + 64, left : left + 64] = source[i].image
+    np.testing.assert_allclose(whole, np.moveaxis(land(192, 128), 0, -1) / 255)
+
+
+def test_bands_are_chosen_by_name_and_in_order(scenes):
+    source = GeotiffSource(scenes, bands=("nir", "red"))
+    assert source.bands == ("nir", "red")
+    whole = GeotiffSource(scenes)[2].image
+    np.testing.assert_array_equal(source[2].image, whole[..., [2, 0]])
+    assert source.fingerprint != GeotiffSource(scenes).fingerprint
+    with pytest.raises(UserError, match=r"swir.*red.*green.*nir"):
+        GeotiffSource(scenes, bands=("swir", "red"))
+
+
+def test_a_table_gives_labels_and_gsd(scenes):
+    source = GeotiffSource(scenes.parent / "table.csv", labels="table")
+    assert source.class_names == ("f", "r")
+    assert [source[i].gsd for i in range(4)] == [(2, 2), (3, 3), (4, 4), (5, 5)]
+    assert list(source.labels) == [0] * 4 + [1] * 4
+
+
+def test_splits_are_of_rasters_not_of_windows(tmp_path):
+    tiles = {"tiled": True, "blockxsize": 32, "blockysize": 32}
+    for i in range(10):
+        write(tmp_path / f"{i}.tif", land(64, 64), **tiles)
+    parts = {
+        part: GeotiffSource(tmp_path, window=32, split=part, test_fraction=0.3)
+        for part in ("train", "test")
+    }
+    of = {
+        part: {source.id(i).partition("@")[0] for i in range(len(source))}
+        for part, source in parts.items()
+    }
+    assert [len(parts[part]) for part in parts] == [28, 12]
+    assert not of["train"] & of["test"]
+    assert len(of["train"] | of["test"]) == 10
+
+
+def test_rasters_of_other_bands_are_refused_by_name(scenes):
+    write(
+        scenes / "roof" / "z.tif", land(48, 40), descriptions=("red", "green", "swir")
+    )
+    with pytest.raises(UserError, match=r"roof/z.tif.*swir.*red.*green.*nir"):
+        GeotiffSource(scenes)
+    chosen = GeotiffSource(scenes, bands=("red", "green"))
+    assert len(chosen) == 9
+
+
+def test_a_raster_without_a_label_is_refused(scenes):
+    write(scenes / "loose.tif", land(48, 40), descriptions=NAMES)
+    with pytest.raises(UserError, match=r"loose.tif has no label.*labels=folder"):
+        GeotiffSource(scenes, labels="folder")
+    with pytest.raises(UserError, match=r"labels='class'.*none, table, folder"):
+        GeotiffSource(scenes, labels="class")
+
+
+def test_units_say_what_the_values_are(tmp_path, scenes):
+    assert GeotiffSource(scenes).units == "digital numbers 0-255 divided by 255"
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b/a.tif", land(48, 40, dtype="uint16"))
+    with pytest.raises(UserError, match="scale"):
+        GeotiffSource(tmp_path / "b")
+    scaled = GeotiffSource(tmp_path / "b", scale=1e-4, offset=-0.1)
+    assert "* 0.0001 + -0.1" in scaled.units
+    other = GeotiffSource(tmp_path / "b", scale=1e-4)
+    assert scaled.fingerprint != other.fingerprint
+
+
+def test_it_pickles_and_a_part_of_it_is_a_source(scenes):
+    source = GeotiffSource(scenes, labels="folder")
+    source[0]
+    copy = pickle.loads(pickle.dumps(source))
+    assert repr(copy) == repr(source)
+    np.testing.assert_array_equal(copy[3].image, source[3].image)
+    part = Subset(source, np.array([6, 1]))
+    assert (part.dtype, part.units, len(part)) == ("float32", source.units, 2)
+    np.testing.assert_array_equal(part[0].image, source[6].image)
+
+
+def test_it_is_opened_by_name(scenes):
+    source = open_source("geotiff", root=str(scenes), labels="folder", split="test",
+                         test_fraction=0.25)  # fmt: skip
+    assert len(source) == 2
+
+
+def test_check_data_reads_rasters(scenes, tmp_path, capsys):
+    flags = [f"--data.root={scenes}", f"--out={tmp_path / 'out'}", "--samples=4"]
+    assert check_data.main(["check-data", "--data=geotiff", *flags]) == 0
+    printed = capsys.readouterr().out
+    source = GeotiffSource(scenes)
+    values = np.stack([source[i].image for i in range(8)])
+    shown = ", ".join(f"{value:.4f}" for value in values.mean(axis=(0, 1, 2)))
+    assert f"--config.mean='({shown})'" in printed
+    with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_statistics_are_of_valid_pixels(tmp_path):
+    data = np.stack([land(40, 40)[0], land(40, 40)[1]])
+    data[:, :, :10] = 0
+    write(tmp_path / "a.tif", data, nodata=0)
+    mean, std = survey(GeotiffSource(tmp_path)).statistics()
+    values = data[:, :, 10:].reshape(2, -1) / 255
+    np.testing.assert_allclose(mean, values.mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(std, values.std(axis=1), rtol=1e-5)
+
+
+def test_a_config_of_another_kind_is_refused(scenes, image_folder):
+    rasters = GeotiffSource(scenes)
+    of_images = load_config("folder", {"data.root": str(image_folder)})
+    of_rasters = load_config("geotiff", {"data.root": str(scenes)})
+    with pytest.raises(UserError, match=r"uint8 images.*float32.*geotiff"):
+        check_bands(rasters, of_images)
+    with pytest.raises(UserError, match=r"float32 images.*uint8"):
+        check_bands(FolderSource(image_folder, gsd=1.0), of_rasters)
+    check_bands(rasters, of_rasters)
+    of_rasters.units = "reflectance"
+    with pytest.raises(UserError, match=r"units='reflectance'.*divided by 255"):
+        check_bands(rasters, of_rasters)
+
+
+def test_evaluations_of_rasters_are_refused(scenes):
+    source = GeotiffSource(scenes, labels="folder")
+    with pytest.raises(UserError, match=r"float32 values.*8-bit.*kNN check"):
+        xsmae.evaluate("statistics", source, source)
+
+
+@pytest.mark.parametrize("method", ["sat_mae", "scale_mae", "cross_scale_mae"])
+def test_pretraining_on_rasters(method, scenes, tmp_path):
+    """A run from files to encoder: what was chosen, the pictures, kNN, embedding."""
+    data = np.moveaxis(GeotiffSource(scenes)[0].image, -1, 0)
+    data = (data * 255).astype(np.uint8)
+    data[:, :, :8] = 0
+    write(scenes / "field/0.tif", data, descriptions=NAMES, nodata=0)
+    config = load_config(
+        f"geotiff:method={method},size=tiny",
+        {
+            "data.root": str(scenes), "data.labels": "folder",
+            "data.test_fraction": 0.25,
+            "batch_size": 4, "num_steps": 2, "views.size": 16, "model.patch_size": 8,
+            "model.embed_dim": 16, "model.depth": 1, "model.num_heads": 2,
+            "model.decoder_embed_dim": 16, "model.decoder_depth": 1,
+            "model.decoder_num_heads": 2, "knn.k": 2,
+            "optim.warmup_steps": 0,
+        },
+    )  # fmt: skip
+    if method == "sat_mae":
+        config.model.update(
+            channel_groups=(("red", "green"), ("nir",)), group_dim=8,
+            decoder_group_dim=8,
+        )  # fmt: skip
+    workdir = xsmae.pretrain(config, tmp_path / "run")
+    saved = json.loads((workdir / "config.json").read_text())
+    assert tuple(saved["bands"]) == NAMES
+    assert saved["units"] == "digital numbers 0-255 divided by 255"
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert np.isfinite(losses).all()
+    assert any("knn_full/accuracy_mean" in row for row in rows)
+    drawn = {path.name.partition("_0")[0] for path in (workdir / "figures").iterdir()}
+    assert drawn == {"crops.png", "gsd.png", "losses.png", "reconstructions"}
+    encoder = xsmae.load_encoder(workdir)
+    assert (encoder.bands.names, encoder.bands.dtype) == (NAMES, "float32")
+    source = xsmae.open_source("geotiff", root=str(scenes))
+    features = encoder.embed(source, progress=False)
+    assert features.shape == (8, 16)
+    assert np.isfinite(features).all()
+    with pytest.raises(UserError, match="uint8"):
+        encoder(np.zeros((1, 16, 16, 3), np.uint8), gsd=10.0)

@@ -1,0 +1,222 @@
+"""The source that reads windows of rasters: whole scenes, or small files whole."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from xsmae.bands import UNITS
+from xsmae.data import gdal
+from xsmae.data.geotiff import WindowIndex
+from xsmae.data.geotiff_scene import Scene
+from xsmae.data.raster import Raster
+from xsmae.data.raster_views import DTYPE, RasterImage
+from xsmae.data.records import BaseSource, Record, decoded, fingerprint, number
+from xsmae.data.splits import split_indices
+from xsmae.errors import UserError
+
+LABELS = ("none", "table", "folder")
+WINDOW = 256
+
+
+class GeotiffSource(BaseSource):
+    """Windows of all rasters of a folder, a list, one file or a table, in float32.
+
+    A raster that is no larger than a window is one record. The id is the raster's path
+    and, if it has several windows, `@top,left` in pixels. Splits are made of rasters,
+    not of windows, so that no scene is in two parts.
+
+    Args:
+      root: a folder of rasters, a table `path,label,gsd,bands`, or one raster or VRT.
+      window: pixels, about the side of a window, which consists of whole blocks.
+      min_valid: windows with a smaller part of valid pixels are left out.
+      bands: names of bands to read, in this order; None: those of the rasters.
+      sensor: a preset of `sensors.SENSORS`: band names, scale, offset and nodata.
+      scale, offset, gsd, nodata_rule: see `raster.open_raster`.
+      labels: "none"; "table": its column `label`; "folder": the first-level folder.
+      split, test_fraction: see `splits`; of rasters.
+      cache: a file that keeps what was found of the rasters; None: look at them again.
+
+    Raises:
+      UserError: bad options, no raster that can be used, rasters of other bands, an
+        unknown GSD, a raster without a label.
+    """
+
+    dtype = DTYPE
+
+    def __init__(
+        self,
+        root: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        window: int = WINDOW,
+        min_valid: float = 0.5,
+        bands: Sequence[str] | None = None,
+        sensor: str | None = None,
+        scale: float | Sequence[float] | None = None,
+        offset: float | Sequence[float] | None = None,
+        gsd: float | tuple[float, float] | None = None,
+        nodata_rule: str = "all",
+        labels: str = "none",
+        split: str = "all",
+        test_fraction: float = 0.1,
+        cache: str | os.PathLike | None = None,
+    ):
+        if labels not in LABELS:
+            raise UserError(f"labels={labels!r}, expected one of {', '.join(LABELS)}")
+        self._index = WindowIndex.build(
+            root,
+            window=window,
+            min_valid=min_valid,
+            bands=bands,
+            scale=scale,
+            offset=offset,
+            gsd=gsd,
+            nodata_rule=nodata_rule,
+            sensor=sensor,
+            cache=cache,
+        )
+        scenes = self._index.scenes
+        self._bands = _same_bands(scenes)
+        names = [scene.entry.id for scene in scenes]
+        by_scene, self._class_names = _labels(scenes, labels)
+        chosen = split_indices(names, by_scene, split, test_fraction)
+        windows = [self._index[i] for i in range(len(self._index))]
+        inside = set(chosen.tolist())
+        self._places = [i for i, w in enumerate(windows) if w.scene in inside]
+        if not self._places:
+            raise UserError(
+                f"no window of {self._index!r} is in split={split!r} and has "
+                f"{min_valid:.0%} valid pixels; lower min_valid or add rasters"
+            )
+        several = np.bincount([w.scene for w in windows], minlength=len(scenes)) > 1
+        self._ids, self._scenes = [], []
+        for place in self._places:
+            scene, (top, left, _, _) = windows[place].scene, windows[place].box
+            suffix = f"@{top},{left}" if several[scene] else ""
+            self._ids.append(names[scene] + suffix)
+            self._scenes.append(scene)
+        self._labels = None if by_scene is None else by_scene[self._scenes]
+        raster = self._index.raster(self._scenes[0])
+        self._units = _units(raster)
+        self._fingerprint = fingerprint(
+            (type(self).__name__, self._index.fingerprint, labels, self._units),
+            self._class_names,
+            *zip(
+                self._ids,
+                [None] * len(self) if by_scene is None else self._labels,
+                strict=True,
+            ),
+        )
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """The names of the bands, in order."""
+        return self._bands
+
+    @property
+    def units(self) -> str:
+        """What the values are."""
+        return self._units
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the windows, their values' scale and the labels."""
+        return self._fingerprint
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of every label; empty without labels."""
+        return self._class_names
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [len(self)]; None without labels."""
+        return self._labels
+
+    def notes(self) -> list[str]:
+        """What was decided about the rasters, and what is left out."""
+        return self._index.notes()
+
+    def id(self, index: int) -> str:
+        """The raster's path, and the window's corner if it has several."""
+        return self._ids[index]
+
+    def path(self, index: int) -> pathlib.Path | None:
+        """The raster's file on this machine; None for one elsewhere."""
+        path = self._index.scenes[self._scenes[index]].entry.path
+        return pathlib.Path(path) if gdal.is_file(path) else None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Record:
+        with self.open(index) as record:
+            return decoded(record)
+
+    @contextlib.contextmanager
+    def open(self, index: int) -> Iterator[Record]:
+        """A context with the record, its window not read yet; see `records.Source`."""
+        index = operator.index(index)
+        window = self._index[self._places[index]]
+        image = RasterImage(self._index.raster(window.scene), window.box)
+        label = None if self._labels is None else int(self._labels[index])
+        yield Record(image, window.gsd, label, self.id(index))
+
+    def __repr__(self) -> str:
+        # grain compares repr(source) on resume, so it must not contain a path.
+        return (
+            f"{type(self).__name__}({len(self)} windows of {len(set(self._scenes))} "
+            f"rasters, fingerprint={self.fingerprint})"
+        )
+
+
+def _same_bands(scenes: Sequence[Scene]) -> tuple[str, ...]:
+    """The bands of all scenes; UserError if they differ."""
+    first = scenes[0]
+    for scene in scenes:
+        if scene.bands != first.bands:
+            common = [b for b in first.bands if all(b in s.bands for s in scenes)]
+            raise UserError(
+                f"{scene.entry.id} has the bands {', '.join(scene.bands)}, but "
+                f"{first.entry.id} has {', '.join(first.bands)}; choose bands that all "
+                "rasters have with --config.data.bands"
+                + (f'="{tuple(common)!r}"' if common else "")
+            )
+    return first.bands
+
+
+def _labels(
+    scenes: Sequence[Scene], labels: str
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The class of every scene, and the names of the classes."""
+    if labels == "none":
+        return None, ()
+    if labels == "table":
+        found = [scene.entry.label for scene in scenes]
+        hint = "fill its column label in, or set labels to none"
+    else:
+        parts = [scene.entry.id.rpartition("/")[0].split("/")[0] for scene in scenes]
+        found = [part or None for part in parts]
+        hint = "expected all rasters in a folder for each class"
+    for scene, label in zip(scenes, found, strict=True):
+        if label is None:
+            raise UserError(f"{scene.entry.id} has no label (labels={labels}): {hint}")
+    return number(found)
+
+
+def _units(raster: Raster) -> str:
+    """What the values of a raster are, in words."""
+    if raster.sensor is not None:
+        return raster.sensor.units
+    if raster.dtype == "uint8":
+        return UNITS
+    if set(raster.scale) == {1.0} and set(raster.offset) == {0.0}:
+        return f"{raster.dtype} numbers as stored"
+    pairs = sorted(set(zip(raster.scale, raster.offset, strict=True)))
+    text = "; ".join(f"* {scale:g} + {offset:g}" for scale, offset in pairs)
+    return f"{raster.dtype} numbers {text}"
