@@ -24,6 +24,8 @@ from xsmae.run.choices import FIELDS, INTERVALS, fit_warmup, settle
 from xsmae.run.workdir import check_outside_data
 from xsmae.trainer import create_schedule, create_trainer
 
+# Configs of rasters alone leave these to be chosen.
+OF_IMAGES = [name for name in FIELDS if name not in ("bands", "units")]
 CPU = [types.SimpleNamespace(platform="cpu", device_kind="cpu")]
 TINY = [
     "--config.model.embed_dim=16",
@@ -70,7 +72,7 @@ def values_of(path):
 def test_a_folder_of_small_images(tmp_path):
     config = config_of(save(tmp_path / "images", [(40, 50)] * 24), num_steps=200)
     found, lines = settled(config, devices=CPU)
-    assert {n: found[n] for n in FIELDS if n not in ("mean", "std")} == {
+    assert {n: found[n] for n in OF_IMAGES if n not in ("mean", "std")} == {
         "batch_size": 16, "model.dtype": "float32", "views.size": 40,
         "model.patch_size": 8, "log_every": 10, "checkpoint.every": 40,
         "figures.every": 50, "knn.every": 50,
@@ -79,12 +81,12 @@ def test_a_folder_of_small_images(tmp_path):
     np.testing.assert_allclose(found["mean"], mean, atol=6e-5)
     np.testing.assert_allclose(found["std"], std, atol=6e-5)
     said = "\n".join(lines)
-    for name in FIELDS:
+    for name in OF_IMAGES:
         assert f"{name}=" in said
     assert "24 of 24 images" in said
     assert "--config.FIELD=VALUE" in said
     # The given config does not change.
-    assert all(flatten(config.to_dict())[name] is None for name in FIELDS)
+    assert all(flatten(config.to_dict())[name] is None for name in OF_IMAGES)
 
 
 def test_what_is_set_stays(tmp_path):
@@ -94,9 +96,9 @@ def test_what_is_set_stays(tmp_path):
         "model.patch_size": 12, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6),
         "log_every": 3, "checkpoint.every": 7, "figures.every": 0, "knn.every": -1,
     }  # fmt: skip
-    assert given.keys() == set(FIELDS)
+    assert given.keys() == set(OF_IMAGES)
     found, lines = settled(config_of(root, **given), devices=CPU)
-    assert {n: found[n] for n in FIELDS} == given
+    assert {n: found[n] for n in OF_IMAGES} == given
     assert lines == []
 
 
@@ -202,7 +204,7 @@ def test_without_data_what_is_assumed_is_said():
 )
 def test_configs_of_known_data_have_no_more_to_choose(module, images, intervals):
     config = module.get_config()
-    unset = {name for name in FIELDS if flatten(config.to_dict())[name] is None}
+    unset = {name for name in OF_IMAGES if flatten(config.to_dict())[name] is None}
     assert unset <= set(INTERVALS)
     found, _ = settle(config, range(images), devices=CPU)
     assert tuple(flatten(found.to_dict())[name] for name in INTERVALS) == intervals

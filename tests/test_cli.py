@@ -302,6 +302,17 @@ def test_wrong_fields_are_one_line(flag, said, capsys):
     assert re.search(said, line), line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("pretrain", "--config=folder", "--data.root=x"), "--config.data.root"),
+        (("check-data", "--data=folder", "--config.data.root=x"), "--data.root"),
+    ],
+)
+def test_a_field_of_the_data_with_the_other_prefix(arguments, hint, capsys):
+    assert f"did you mean {hint}?" in refused(capsys, *arguments)
+
+
 def test_fields_in_every_form():
     arguments = [
         "--config.batch_size", "32", "--config.knn.every", "-1", "--config.wandb",

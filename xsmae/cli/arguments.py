@@ -20,6 +20,10 @@ def parse_flags(
     """
     try:
         rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        other = _other_prefix(error.flagname)
+        hint = f"; did you mean --{other}?" if other else ""
+        raise UserError(f"{of_flags(error)}{hint}") from None
     except flags.Error as error:
         raise UserError(of_flags(error)) from None
     if rest and not files:
@@ -27,6 +31,13 @@ def parse_flags(
             f"unknown arguments {' '.join(rest)}, expected --FLAG=VALUE: see --help"
         )
     return rest
+
+
+def _other_prefix(flag: str) -> str:
+    """The other spelling of a field of the data, with and without `config.`."""
+    if flag.startswith("data."):
+        return f"config.{flag}"
+    return flag.removeprefix("config.") if flag.startswith("config.data.") else ""
 
 
 def define_config(flag_values: flags.FlagValues) -> None:

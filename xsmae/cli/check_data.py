@@ -143,10 +143,9 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"  --config.{name}='({numbers})'")
     classes = report["classes"]
     if classes:
-        lines.append(
-            f"{len(classes)} classes: {min(classes.values())} to "
-            f"{max(classes.values())} images"
-        )
+        low, high = min(classes.values()), max(classes.values())
+        several = f"{low} to {high}" if low < high else f"{low}"
+        lines.append(f"{len(classes)} classes of {several} images")
         lines += _some(f"  {count:7} {name}" for name, count in classes.items())
     groups = report["identical"]
     lines.append(f"{len(groups)} groups of images with the same pixels")

@@ -77,7 +77,8 @@ def define_flags(values: flags.FlagValues, command: str) -> None:
         flags.DEFINE_float(
             "gsd",
             None,
-            "Metres per pixel. Positions that depend on the GSD are written for it.",
+            "Metres per pixel of the images as the model gets them, after resizing to "
+            "--image_size. Positions that depend on the GSD are written for it.",
             flag_values=values,
         )
         flags.DEFINE_integer(

@@ -55,10 +55,11 @@ def reconstructions(
     gsd: Float[np.ndarray, "n views 2"],
     *,
     bands: Bands,
+    note: str = "",
 ) -> None:
     """One row per sample; per view its input, the visible patches, the predictions.
 
-    gsd: metres per pixel, (y, x).
+    gsd: metres per pixel, (y, x). note: a line below the pictures.
     """
     hidden = np.asarray(pictures.hidden)
     if bands.dtype != "uint8":
@@ -88,6 +89,8 @@ def reconstructions(
             if column == 0:
                 gsd_text = number(geometric_mean(gsd[row, view]))
                 ax.set_ylabel(f"{gsd_text} m/px", fontsize=9)
+    if note:
+        fig.supxlabel(note, fontsize=9)
     save(fig, path)
 
 

@@ -259,7 +259,8 @@ def _saved(workdir: Path | None) -> dict[str, Any]:
 
 def _unset(config: ml_collections.ConfigDict, names: Collection[str]) -> list[str]:
     flat = flatten(config.to_dict())
-    return [name for name in names if flat.get(name) is None]
+    # A config of 8-bit images has no `units`, so there is nothing to choose.
+    return [name for name in names if name in flat and flat[name] is None]
 
 
 def _set(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:

@@ -18,6 +18,8 @@ from xsmae.run.workdir import goes_on_without
 from xsmae.train_state import TrainState
 from xsmae.trainer import first_samples, step_fields
 
+# With `norm_pix_loss` a network predicts neither.
+PER_PATCH = "Each predicted patch has the mean and contrast of the true one."
 GSD_SAMPLES = 2000  # in the histogram of GSDs; enough to look smooth
 
 
@@ -69,11 +71,14 @@ class Reconstructions(Hook):
             raise BadImageError(
                 f"{unreadable} of {len(batch['image'])} images can no longer be read"
             )
+        terms = config.loss.to_dict().values()
+        normalised = any(term.get("norm_pix_loss") for term in terms)
         figures.reconstructions(
             folder / f"reconstructions_{step:07}.png",
             pictures,
             run.gsd_seen(batch["gsd"]),
             bands=Bands.of(config),
+            note=PER_PATCH if normalised else "",
         )
 
 

@@ -96,10 +96,10 @@ def finer_views(config: ml_collections.ConfigDict, source: Source) -> str:
     shares = [f"{share:.0%} of view {i}" for i, share in enumerate(finer / DRAWS, 1)]
     if finer.max() / DRAWS < SHOWN_SHARE:
         return ""
+    larger = " or a larger --config.views.area" if sampler.area[1] < 1 else ""
     return (
         f"\nviews finer than their images are upsampled: {' and '.join(shares)}; to "
-        "have fewer, give a smaller --config.views.size or a larger "
-        "--config.views.area"
+        f"have fewer, give a smaller --config.views.size{larger}"
     )
 
 

@@ -114,7 +114,10 @@ def _positions(
                 "this encoder scales its positions by the GSD, but the format has "
                 "fixed positions: give --gsd=METRES per pixel to write them for one GSD"
             )
-        notes.append(f"positions are right for {gsd:g} m per pixel only")
+        notes.append(
+            f"positions are right for {gsd:g} m per pixel only, after resizing to "
+            f"{size} px"
+        )
         embedded = positions(grid, gsd=jnp.full((1, 2), gsd))
     elif gsd is not None:
         raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -242,7 +243,10 @@ def _use(info: Mapping[str, Any], format: str, notes: Iterable[str]) -> list[str
             f"features = tokens{pooled}",
         ]
     else:
-        gsd = ", gsd=1.0" if shape["position"] == "gsd" else ""
+        seen = info.get("gsd_range")
+        # The middle of what training saw, or else the reference.
+        usual = math.sqrt(math.prod(seen)) if seen else shape["reference_gsd"]
+        gsd = f", gsd={usual:.3g}" if shape["position"] == "gsd" else ""
         comment = "metres per pixel; " if gsd else ""
         code = [
             "import numpy as np, xsmae",
