@@ -293,8 +293,10 @@ def min_valid(config: ml_collections.ConfigDict) -> float:
     """The smallest valid part of a view's pixels, so that all visible tokens are valid.
 
     A patch is valid if half of its pixels are. With a part f of the pixels valid, at
-    least 2 f - 1 of the patches are.
+    least 2 f - 1 of the patches are. 8-bit images have no invalid pixels.
     """
+    if (config.get("dtype") or "uint8") == "uint8":
+        return 0.0
     patches = (config.views.size // config.model.patch_size) ** 2
     return 0.5 + min_valid_patches(config) / patches / 2
 
