@@ -17,6 +17,7 @@ from xsmae.evaluation.features import (
     square,
     standardize,
 )
+from xsmae.evaluation.tasks import knn
 from xsmae.evaluation.tasks.knn import KnnMonitor, knn_predict, normalize
 
 
@@ -269,6 +270,17 @@ def test_monitor_of_an_easy_source():
         "random_encoder_cls",
         "random_encoder_mean",
     }
+
+
+def test_the_monitor_says_how_far_it_is(monkeypatch):
+    said = []
+    monitor(say=said.append).accuracy(mean_colour)
+    assert said == []  # less than ten seconds
+    monkeypatch.setattr(knn, "EVERY", 0.0)
+    monitor(say=said.append).accuracy(mean_colour)
+    counts = [f"{n}/30 images" for n in (8, 16, 24, 30)]
+    counts += [f"{n}/15 images" for n in (8, 15)]
+    assert said == [f"kNN: features of {count}" for count in counts]
 
 
 class MislabelledSource(ColourSource):

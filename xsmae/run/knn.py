@@ -51,6 +51,7 @@ def create_monitors(
         temperature=knn.temperature,
         batch_size=-(-knn.batch_size // devices) * devices,
         should_stop=should_stop,
+        say=LOG.info,
     )
     during = create(max_train=knn.max_train, max_test=knn.max_test)
     return during, create(max_train=0, max_test=0) if knn.full_at_end else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from xsmae.sharding import by_batch, replicated
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+EVERY = 10.0  # seconds between two lines of progress
 
 
 def normalize(features: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
@@ -178,6 +181,7 @@ class KnnMonitor:
 
     The bank comes from `train`, the queries from `test`: whole images at `size` pixels,
     as in every evaluation. `max_train` and `max_test` limit their number; 0 means all.
+    `say` gets a line of progress every `EVERY` seconds.
     """
 
     def __init__(
@@ -192,6 +196,7 @@ class KnnMonitor:
         max_test: int,
         batch_size: int,
         should_stop: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = lambda line: None,
     ):
         if train.class_names != test.class_names:
             raise UserError(
@@ -209,9 +214,10 @@ class KnnMonitor:
             temperature=temperature,
             should_stop=should_stop,
         )
-        self._extract = functools.partial(
-            extract, size=size, batch_size=batch_size, should_stop=should_stop
-        )
+        self._options = {
+            "size": size, "batch_size": batch_size, "should_stop": should_stop
+        }  # fmt: skip
+        self._say = say
 
     def accuracy(self, encode) -> dict[str, float]:
         """The accuracy of each feature that `encode(images, gsd)` returns."""
@@ -223,6 +229,21 @@ class KnnMonitor:
             )
             for name in bank
         }
+
+    def _extract(self, encode, source, indices):
+        """Features and labels, see `extract`, with lines of progress."""
+        done, last = 0, time.monotonic()
+
+        def counted(images, gsd):
+            nonlocal done, last
+            found = encode(images, gsd)
+            done = min(done + len(images), len(indices))
+            if time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                self._say(f"kNN: features of {done}/{len(indices)} images")
+            return found
+
+        return extract(counted, source, indices, **self._options)
 
     def controls(self, encode_random) -> dict[str, float]:
         """The accuracies of two untrained controls: random encoder and statistics."""
