@@ -957,7 +957,7 @@ def test_no_checkpoints(imports, tmp_path):
         load_weights(tmp_path, None)
     (tmp_path / "checkpoints").mkdir()
     config, _ = config_of("method=mae", imports("mae"))
-    with pytest.raises(UserError, match=f"init={tmp_path} .*checkpoints"):
+    with pytest.raises(UserError, match=f"{tmp_path}/checkpoints .*no checkpoint"):
         load_weights(tmp_path, abstract_state(config))
 
 

@@ -51,12 +51,12 @@ def _check_values(
 ) -> Float[np.ndarray, "batch height width bands"]:
     if not np.issubdtype(images.dtype, np.floating):
         raise UserError(
-            f"images of dtype {images.dtype}, expected floating numbers: {bands.units}"
+            f"images of dtype {images.dtype}, expected float32 ({bands.units})"
         )
     if not np.isfinite(images).all():
         raise UserError(
-            "images with NaN or infinity: fill pixels without a value, for example "
-            "with the mean of their band"
+            f"images with NaN or infinity, expected finite float32 ({bands.units}): "
+            "fill pixels without a value, for example with the mean of their band"
         )
     return images.astype(np.float32)
 
