@@ -279,6 +279,11 @@ def test_an_error_in_a_config_file_is_told_with_its_line(text, said, tmp_path, c
         assert f"{path}, {said}" in line
 
 
+def test_an_argument_of_a_config_after_a_comma(capsys):
+    line = refused(capsys, "pretrain", "--config=folder,size=tiny")
+    assert "folder:size=tiny" in line
+
+
 def test_the_method_is_no_field_to_set(capsys):
     line = refused(capsys, "pretrain", "--config=quickstart", "--config.method=mae")
     assert "--config=NAME:method=mae" in line
@@ -291,7 +296,8 @@ def test_the_method_is_no_field_to_set(capsys):
     [
         ("--config.model.depht=3", r"depht=3: .*did you mean depth\?.*depth, dtype"),
         ("--config.mesh.fsdp=8", "mesh.fsdp=8: .*mesh is a value"),
-        ("--config.batch_size=many", "--config.batch_size=many: "),
+        ("--config.batch_size=many", "batch_size=many: expected a whole number"),
+        ("--config.num_epochs=many", "num_epochs=many: expected a number"),
         ("--config.batch_size", "batch_size"),
         ("--config.model=3", "Failed to parse '3'"),
         ("--noconfig.nothing", "--noconfig.nothing: there is no such field"),

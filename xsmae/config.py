@@ -265,6 +265,9 @@ def find_config(name: str, told: str) -> tuple[Path, list[str]]:
     file of that name is used.
     """
     name, colon, argument = name.partition(":")
+    first, comma, others = name.partition(",")
+    if comma and not Path(name).exists():
+        raise UserError(f"{told}: a colon ends the name, expected {first}:{others}")
     path = Path(name)
     if not path.is_file() and path.suffix != ".py":
         path = Path("configs" if path.name == name else "", f"{name}.py")
@@ -340,5 +343,7 @@ def _owner(config: ConfigDict, field: str, told: str) -> tuple[ConfigDict, str]:
 
 
 def of_flags(error: Exception) -> str:
-    """absl's message about a wrong flag, in one line."""
-    return " ".join(str(error).split()).removeprefix("flag ")
+    """absl's message about a wrong flag, in one line and in plain words."""
+    text = " ".join(str(error).split()).removeprefix("flag ")
+    text = re.sub("could not convert string to float: .*", "expected a number", text)
+    return re.sub("invalid literal for int.*", "expected a whole number", text)
