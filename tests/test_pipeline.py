@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -224,7 +225,7 @@ def test_bad_images_are_replaced_by_the_next_good_one():
     assert (images[~same] != expected[~same]).any(axis=(1, 2, 3, 4)).all()
 
 
-def test_bad_images_are_counted_and_listed_once(tmp_path):
+def test_bad_images_are_counted_and_listed_once(tmp_path, caplog):
     source = NoiseSource(10, bad=[2, 3])
     path = tmp_path / "rejected.jsonl"
     rejected = RejectedImages(path, source, max_fraction=0.3)
@@ -241,6 +242,9 @@ def test_bad_images_are_counted_and_listed_once(tmp_path):
         {"schema": 1, "id": "02.png", "reason": "2 is no image"},
         {"schema": 1, "id": "03.png", "reason": "3 is no image"},
     ]
+    assert sorted(re.findall("[23] is no image", caplog.text)) == [
+        "2 is no image", "3 is no image"
+    ]  # fmt: skip
 
 
 def test_good_images_leave_no_list(tmp_path):

@@ -11,6 +11,9 @@ from xsmae.data.pipeline import SHOWN, allowed_rejections
 from xsmae.data.records import Source
 from xsmae.errors import BadImageError, UserError
 from xsmae.process.files import keep_rows
+from xsmae.process.log import LOG
+
+NAMED = 5  # images that the terminal names; the file names all
 
 
 class TooManyRejected(UserError):
@@ -72,6 +75,12 @@ class RejectedImages:
         row["reason"] = self.reasons[identifier]
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if len(self) <= NAMED:
+            last = "; more are named only there" if len(self) == NAMED else ""
+            LOG.warning(
+                f"step {step}: {identifier} cannot be used "
+                f"({self.reasons[identifier]}), {self.path.name} keeps it{last}"
+            )
 
     def check_limit(self, number: int) -> None:
         """Raise TooManyRejected if `number` bad images are too many."""
