@@ -1,5 +1,6 @@
 """Hooks of a run: order, time, evaluators, profiles."""
 
+import json
 import textwrap
 import types
 
@@ -67,6 +68,26 @@ def test_a_new_evaluator_is_the_class_that_the_docstring_shows(tmp_path, monkeyp
     (row,) = (row for row in rows if "feature_norm" in row)
     assert row["step"] == 4
     assert row["feature_norm"] > 0
+
+
+def test_the_encoder_is_written_before_the_last_knn(tmp_path, monkeypatch):
+    """A last kNN that is stopped leaves an encoder, one that ends adds its results."""
+    run = [*RUN, "--config.knn.every=0", "--config.knn.max_test=10"]
+    run += [f"--workdir={tmp_path}"]
+
+    def tested():
+        described = json.loads((tmp_path / "encoder" / "encoder.json").read_text())
+        return described["run"]["knn"]["test_images"]
+
+    def stopped(self, state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("xsmae.run.knn.Knn.end", stopped)
+        assert call(*run) == 130
+    assert tested() == 10
+    assert call(*run) == 0
+    assert tested() == 20
 
 
 # Profiles

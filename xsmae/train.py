@@ -26,6 +26,7 @@ from xsmae.run.hooks import (
     Hook,
     Log,
     Profile,
+    RecordGsdRange,
     WriteEncoder,
     call_due,
     due_every,
@@ -106,13 +107,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )
         stack.enter_context(contextlib.closing(run.writer))
         # They are called in this order.
+        encoder = WriteEncoder(run, *monitors)
         hooks = [
             Log(run),
             Crops(run),
+            RecordGsdRange(run),
+            encoder,  # before the last kNN, which takes long and may be stopped
             Knn(run, *monitors),
             Reconstructions(run),
             GsdHistogram(run),
-            WriteEncoder(run, *monitors),
+            encoder,  # again, with the results of the kNN
             Profile(run),  # last, so that it starts after the other hooks of a step
         ]
         for hook in hooks:

@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -132,17 +133,13 @@ class Log(Hook):
         run.rejected.check_limit(rejected)
 
 
-class WriteEncoder(Hook):
-    """Writes `<workdir>/encoder` at the end, and records the GSD range on the way.
+class RecordGsdRange(Hook):
+    """Records the range of GSDs that the encoder gets."""
 
-    during, full: from `create_monitors`, for the results in the model card.
-    """
+    timed = True  # it writes only when the range widens
 
-    timed = True  # it writes only when the range of GSDs widens
-
-    def __init__(self, run: Run, during: KnnMonitor | None, full: KnnMonitor | None):
+    def __init__(self, run: Run):
         super().__init__(run)
-        self._monitors = during, full
         self._gsd_range = GsdRange(run.workdir, start=run.start)
 
     def due(self, step: int) -> bool:
@@ -150,6 +147,18 @@ class WriteEncoder(Hook):
 
     def __call__(self, done: Done) -> None:
         self._gsd_range.add(done.step, self.run.gsd_seen(done.batch["gsd"]))
+
+
+class WriteEncoder(Hook):
+    """Writes `<workdir>/encoder` at the end of a run, again if its results changed.
+
+    during, full: from `create_monitors`, for the results in the model card.
+    """
+
+    def __init__(self, run: Run, during: KnnMonitor | None, full: KnnMonitor | None):
+        super().__init__(run)
+        self._monitors = during, full
+        self._written: dict[str, Any] | None = None  # the description
 
     def end(self, state: TrainState) -> None:
         run, config, trainer = self.run, self.run.config, self.run.trainer
@@ -166,6 +175,9 @@ class WriteEncoder(Hook):
             gsd_range=gsd_range,
             run=describe_run(run, *self._monitors),
         )
+        if described == self._written:
+            return
+        self._written = described
         folder = run.workdir / "encoder"
         Encoder(model.encoder, described).save(folder)
         if not write_card(folder, described):
