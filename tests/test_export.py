@@ -197,6 +197,15 @@ def test_positions_of_a_gsd(format, scaled, tmp_path):
     assert "0.5 m per pixel" in notes[0]
 
 
+def test_a_gsd_outside_the_training_is_noted(scaled, tmp_path):
+    encoder = xsmae.load_encoder(scaled)
+    encoder.info["gsd_range"] = [0.5, 2.0]
+    inside = export(encoder, tmp_path / "inside", format="timm", gsd=1.0)
+    assert not any("trained at" in note for note in inside)
+    outside = export(encoder, tmp_path / "outside", format="timm", gsd=8.0)
+    assert any("trained at 0.5 to 2 m" in note for note in outside)
+
+
 @pytest.mark.parametrize("gsd", [None, 0, -1.0, float("nan"), float("inf")])
 def test_a_gsd_is_needed(gsd, scaled, tmp_path):
     with pytest.raises(UserError, match="give --gsd=METRES"):

@@ -234,11 +234,12 @@ class Encoder:
 
     def _warn_outside(self, gsd: np.ndarray) -> None:
         """Warn once about GSDs outside the range of training."""
-        if self._warned or "gsd_range" not in self.info:
+        if self._warned:
             return
-        (low, high), ends = self.info["gsd_range"], (gsd.min(), gsd.max())
-        if ends[0] < low / GSD_MARGIN or ends[1] > high * GSD_MARGIN:
+        ends = gsd.min(), gsd.max()
+        if outside_training(self.info, *ends):
             self._warned = True
+            low, high = self.info["gsd_range"]
             given = " to ".join(f"{end:g}" for end in sorted(set(ends)))
             warnings.warn(
                 f"the encoder was trained at {low:g} to {high:g} metres per pixel, but "
@@ -246,6 +247,14 @@ class Encoder:
                 OutsideTrainingWarning,
                 stacklevel=4,
             )
+
+
+def outside_training(info: Mapping[str, Any], smallest: float, largest: float) -> bool:
+    """True if GSDs are outside the range of training; False if that is unknown."""
+    if "gsd_range" not in info:
+        return False
+    low, high = info["gsd_range"]
+    return smallest < low / GSD_MARGIN or largest > high * GSD_MARGIN
 
 
 def load_encoder(

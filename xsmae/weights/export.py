@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from xsmae.errors import UserError
 from xsmae.models.build import channel_groups
 from xsmae.process.files import atomic_write, write_json
-from xsmae.weights.encoder import Encoder, load_encoder
+from xsmae.weights.encoder import Encoder, load_encoder, outside_training
 from xsmae.weights.layouts import NAMINGS, collect, encoder_weights
 from xsmae.weights.model_card import NAME as CARD
 from xsmae.weights.model_card import write_card
@@ -118,6 +118,12 @@ def _positions(
             f"positions are right for {gsd:g} m per pixel only, after resizing to "
             f"{size} px"
         )
+        if outside_training(loaded.info, gsd, gsd):
+            low, high = loaded.info["gsd_range"]
+            notes.append(
+                f"the encoder was trained at {low:.4g} to {high:.4g} m per pixel, so "
+                f"its features at {gsd:g} m may be poor"
+            )
         embedded = positions(grid, gsd=jnp.full((1, 2), gsd))
     elif gsd is not None:
         raise UserError(
