@@ -25,7 +25,7 @@ from xsmae.run.workdir import check_outside_data
 from xsmae.trainer import create_schedule, create_trainer
 
 # Configs of rasters alone leave these to be chosen.
-OF_IMAGES = [name for name in FIELDS if name not in ("bands", "units")]
+OF_IMAGES = [name for name in FIELDS if name not in ("bands", "dtype", "units")]
 CPU = [types.SimpleNamespace(platform="cpu", device_kind="cpu")]
 TINY = [
     "--config.model.embed_dim=16",

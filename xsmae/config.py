@@ -78,8 +78,11 @@ RANGES = {
 
 
 def ranges_of(config: ml_collections.ConfigDict) -> Ranges:
-    """`RANGES`; float32 images have a mean and std in their own units."""
-    if config.get("dtype") != "float32":
+    """`RANGES`; float32 images have a mean and std in their own units.
+
+    A dtype that is not chosen yet may become float32.
+    """
+    if config.get("dtype", "uint8") == "uint8":
         return RANGES
     return {**RANGES, "mean": (-LARGE, LARGE), "std": (SMALL, LARGE)}
 

@@ -64,7 +64,8 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
             "give other images with --data.root"
         )
     report = describe(parts)
-    rejected = len(parts["data"].rejected)
+    # Not by id, because a mix may repeat a record.
+    rejected = len(parts["data"].source) - len(parts["data"].images)
     allowed = allowed_rejections(
         len(parts["data"].source), config.input.max_rejected_fraction
     )

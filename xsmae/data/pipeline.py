@@ -212,8 +212,8 @@ def check_bands(source: Source, config: Mapping[str, Any]) -> None:
     Its `bands` must be the source's, in order, and its `dtype` (uint8 if it has none)
     and `units` the source's too. What is None has not been chosen yet.
     """
-    dtype, units = config.get("dtype") or "uint8", config.get("units")
-    if dtype != source.dtype:
+    dtype, units = config.get("dtype", "uint8"), config.get("units")
+    if dtype is not None and dtype != source.dtype:
         raise UserError(
             f"the config is for {dtype} images, but {source!r} has {source.dtype}: use "
             "a config of its kind, geotiff for rasters and folder for 8-bit images"

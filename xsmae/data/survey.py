@@ -60,20 +60,24 @@ class Survey:
         return {name: counts[i] for i, name in enumerate(self.source.class_names)}
 
     def identical(self) -> list[list[str]]:
-        """Groups of ids whose images have the same pixels."""
-        groups = collections.defaultdict(list)
+        """Groups of ids whose images have the same pixels.
+
+        A record that a mix repeats is one image.
+        """
+        groups = collections.defaultdict(dict)
         for image in self.images:
-            groups[image.digest].append(self.source.id(image.index))
-        return [ids for ids in groups.values() if len(ids) > 1]
+            groups[image.digest][self.source.id(image.index)] = None
+        return [list(ids) for ids in groups.values() if len(ids) > 1]
 
     def also_in(self, other: Survey) -> list[tuple[str, str]]:
         """Pairs of ids with the same pixels: an image here and one in `other`."""
         there = {i.digest: other.source.id(i.index) for i in reversed(other.images)}
-        return [
-            (self.source.id(image.index), there[image.digest])
+        pairs = {
+            self.source.id(image.index): there[image.digest]
             for image in self.images
             if image.digest in there
-        ]
+        }
+        return list(pairs.items())
 
 
 def survey(

@@ -110,8 +110,8 @@ def open_parts(name: str, train: Data, test: Data) -> Parts:
 def name_of(*data: Data) -> str:
     """The data's name: its TFDS name, or the name of its folder or table.
 
-    The first of `data` with such a name decides. If none has one, the result is the
-    kind of the first.
+    The names of a mix's parts are joined by `+`. The first of `data` with such a name
+    decides. If none has one, the result is the kind of the first.
     """
     for one in data:
         fields = _fields(one)
@@ -119,6 +119,8 @@ def name_of(*data: Data) -> str:
             continue
         if fields.get("name"):
             return fields["name"]
+        if fields.get("parts"):
+            return "+".join(map(name_of, fields["parts"].values()))
         place = fields.get("root") or fields.get("csv_path")
         if place:
             return Path(place).absolute().stem

@@ -167,10 +167,11 @@ def _bands(config, source, devices) -> Chosen:
     return {"bands": source.bands}, "those of the images"
 
 
-def _units(config, source, devices) -> Chosen:
+def _values(config, source, devices) -> Chosen:
     if source is None:
-        return {"units": UNITS}, "assumed, there are no images yet"
-    return {"units": source.units}, "the values of the images"
+        return {"dtype": "uint8", "units": UNITS}, "assumed, there are no images yet"
+    values = {"dtype": source.dtype, "units": source.units}
+    return values, "the values of the images"
 
 
 def _statistics(config, source, devices) -> Chosen:
@@ -213,7 +214,7 @@ RULES = (
     (("model.dtype",), _dtype),
     (("views.size", "model.patch_size"), _view_size),
     (("bands",), _bands),
-    (("units",), _units),
+    (("dtype", "units"), _values),
     (("mean", "std"), _statistics),
     (tuple(INTERVALS), _intervals),
 )

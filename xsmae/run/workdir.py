@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,6 +64,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _is_free(name: str) -> bool:
     """True if a field may differ on resuming."""
     groups = tuple(field for field in FREE_FIELDS if field.endswith("."))
+    name = re.sub(r"^data\.parts\.[^.]+\.", "data.", name)  # of a mix
     return name in FREE_FIELDS or name.startswith(groups)
 
 
@@ -109,6 +111,11 @@ def check_outside_data(
     start. Hidden folders are not listed. ids: the images; their folders may be links
     that lead elsewhere. flag: the flag that gave `path`.
     """
+    if data["source"] == "mix":
+        ids = list(ids)
+        for name, part in (data.get("parts") or {}).items():
+            own = (i.removeprefix(f"{name}/") for i in ids if i.startswith(f"{name}/"))
+            check_outside_data(path, part, own, flag=flag)
     if data["source"] != "folder" or data.get("root") is None:
         return
     root, real = Path(data["root"]).expanduser(), Path(os.path.realpath(path))
