@@ -20,9 +20,12 @@ Sources:
 - Landsat 8 and 9: wavelengths are the middle of the ranges in USGS's "What are the band
   designations for the Landsat satellites?". Collection 2 Level 2: 0.0000275 and -0.2,
   fill 0, in USGS's "How do I use a scale factor with Landsat Level-2 science
-  products?". Level 1: REFLECTANCE_MULT_BAND 2.0E-5 and REFLECTANCE_ADD_BAND -0.1, which
-  are in the MTL file of a scene: compare them with yours. They give the reflectance
-  times the sine of the sun's elevation, which the MTL file has too (SUN_ELEVATION).
+  products?". Level 1: value = 2.0E-5 * number - 0.1 for bands 1 to 9, the
+  REFLECTANCE_MULT_BAND and REFLECTANCE_ADD_BAND of LEVEL1_RADIOMETRIC_RESCALING in the
+  MTL files of Landsat 8 and 9. USGS's "Using the USGS Landsat Level-1 Data Product"
+  calls the result reflectance without correction for the solar angle: the
+  top-of-atmosphere reflectance is this value divided by the sine of SUN_ELEVATION,
+  which differs between scenes. The preset cannot know it, so its units say so.
 - HLS (Harmonized Landsat Sentinel-2): 0.0001, and 0.01 degrees Celsius for the two
   thermal bands of L30, on https://hls.gsfc.nasa.gov/products-description/l30/. Fill
   -9999 in the "HLS Product User Guide", version 2.0.
