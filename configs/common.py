@@ -85,7 +85,9 @@ def get_common(
     views.area = (0.25, 1.0)  # view 1, as a fraction of the image
     views.ratio = (3 / 4, 4 / 3)  # width / height of the crops
     views.area_distribution = "uniform"  # or log_uniform
-    views.interpolation = "bicubic"  # or bilinear, of view 1
+    # Of view 1: bicubic or bilinear. Views of rasters with invalid pixels are always
+    # resampled with a triangle filter, as bilinear does.
+    views.interpolation = "bicubic"
     views.horizontal_flip = 0.5  # probability
     views.vertical_flip = 0.5  # probability
 
