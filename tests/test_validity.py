@@ -15,7 +15,7 @@ from xsmae.configs import common
 
 from tests.support.models import MODEL
 from xsmae import losses
-from xsmae.bands import BANDS, Bands
+from xsmae.bands import BANDS, UNITS, Bands
 from xsmae.config import check_ranges
 from xsmae.errors import UserError
 from xsmae.methods import METHODS
@@ -34,7 +34,7 @@ from xsmae.trainer import (
     step_fields,
 )
 from xsmae.weights.description import describe_encoder, new_network
-from xsmae.weights.encoder import Encoder
+from xsmae.weights.encoder import Encoder, load_encoder
 from xsmae.weights.warm_start import adopt
 
 FIVE = ("blue", "green", "red", "nir", "swir")
@@ -56,7 +56,7 @@ def config_of(case):
     config = common.get_common(CASES[case][0], "tiny", CASES[case][1])
     config.batch_size, config.views.size = 4, 32
     config.bands, config.mean, config.std = FIVE, MEAN, STD
-    config.dtype, config.units, config.scale = "float32", "reflectance x 10000", 1e4
+    config.dtype, config.units = "float32", "reflectance x 10000"
     config.model.update(
         patch_size=8, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16,
         decoder_depth=1, decoder_num_heads=2, dtype="float32", reference_gsd=1.0,
@@ -522,9 +522,7 @@ def test_pictures_hide_what_is_not_valid(case):
 def test_bands_of_float32_images():
     config = config_of("mae")
     bands = Bands.of(config)
-    assert (bands.dtype, bands.units, bands.scale) == (
-        "float32", "reflectance x 10000", 1e4,
-    )  # fmt: skip
+    assert (bands.dtype, bands.units) == ("float32", "reflectance x 10000")
     images = np.float32([MEAN, np.add(MEAN, STD)])
     np.testing.assert_allclose(bands.normalize(images), [[0] * 5, [1] * 5], atol=1e-6)
     np.testing.assert_array_equal(bands.rescale(images), images)
@@ -535,12 +533,10 @@ def test_bands_of_float32_images():
 def test_bands_without_the_new_fields_are_uint8():
     fields = {"bands": list(BANDS), "mean": [0.4] * 3, "std": [0.2] * 3}
     bands = Bands.of(fields)
-    assert (bands.dtype, bands.scale) == ("uint8", 255)
-    assert Bands.of(fields | {"dtype": "float32"}).scale == 1
+    assert (bands.dtype, bands.units) == ("uint8", UNITS)
     assert "255" not in Bands.of(fields | {"dtype": "float32"}).units
-    for name, value in (("dtype", "int64"), ("scale", 0.0), ("scale", "1")):
-        with pytest.raises(UserError, match=f"{name}={value!r}"):
-            Bands.of(fields | {name: value})
+    with pytest.raises(UserError, match=r"dtype='int64'"):
+        Bands.of(fields | {"dtype": "int64"})
 
 
 def test_mean_and_std_of_float32_images_may_be_any_numbers():
@@ -566,7 +562,7 @@ def test_encoder_json_carries_what_the_values_are(tmp_path):
     info = description("mae")
     assert info["dtype"] == "float32"
     assert info["units"] == "reflectance x 10000"
-    assert info["scale"] == 1e4
+    assert "scale" not in info
     Encoder(new_network(info), info).save(tmp_path)
     assert Bands.of(json.loads((tmp_path / "encoder.json").read_text())) == Bands.of(
         config_of("mae")
@@ -586,12 +582,26 @@ def test_an_encoder_of_float32_images_reads_them_as_they_are():
 
 
 def test_an_older_encoder_json_is_the_same_encoder():
-    info = description("mae", dtype="uint8", scale=255.0)
-    older = {k: v for k, v in info.items() if k not in ("dtype", "scale")}
+    info = description("mae", dtype="uint8")
     network = new_network(info)
-    assert Encoder(network, older).digest == Encoder(network, info).digest
+    expected = Encoder(network, info).digest
+    older = {k: v for k, v in info.items() if k != "dtype"}
+    for other in (older, {**info, "scale": 255.0}):
+        assert Encoder(network, other).digest == expected
+    rasters = {**description("mae"), "scale": 1e4}  # had no effect
+    images = batch_of("mae")["image"][:, 0]
+    found, same = (Encoder(network, i) for i in (rasters, description("mae")))
+    assert found.digest == same.digest
+    np.testing.assert_array_equal(found.tokens(images), same.tokens(images))
     other = Encoder(network, description("mae"))
     assert other.digest != Encoder(network, info).digest
+
+
+def test_another_scale_of_8_bit_images_is_refused(tmp_path):
+    info = description("mae", dtype="uint8")
+    Encoder(new_network(info), {**info, "scale": 1000.0}).save(tmp_path)
+    with pytest.raises(UserError, match=r"scale=1000.0.*255.*8-bit"):
+        load_encoder(tmp_path)
 
 
 def test_groups_may_be_named():

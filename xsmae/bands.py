@@ -1,7 +1,7 @@
 """The bands of images, and the only place that normalises them.
 
 Images are stored as digital numbers (uint8, 0 to 255). Mean and standard deviation
-describe the numbers divided by `scale`, that is values in 0-1. Images of float32 are
+describe the numbers divided by 255, that is values in 0-1. Images of float32 are
 stored in the units of mean and standard deviation, and may lack pixels.
 """
 
@@ -23,11 +23,9 @@ BANDS = ("red", "green", "blue")  # of every decoded image, in this order
 # How red, green and blue are called, in names and in numbers of sensors.
 TRUE_COLOUR = (BANDS, ("B04", "B03", "B02"), ("B4", "B3", "B2"))
 
-# The dtypes of stored images: the units and the scale that they have if none are given.
-STORED = {
-    "uint8": (UNITS, 255.0),
-    "float32": ("as stored", 1.0),
-}
+WHITE = 255.0  # the largest 8-bit number, which is the value 1
+# The dtypes of stored images, and the units that they have if none are given.
+STORED = {"uint8": UNITS, "float32": "as stored"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Bands:
 
     mean, std: one number per band, for values in 0-1; for float32, for stored values.
     units: the units of mean and std, in words. dtype: the dtype of stored images.
-    scale: divides stored values to bring them into 0-1.
     """
 
     names: tuple[str, ...]
@@ -44,29 +41,24 @@ class Bands:
     std: tuple[float, ...]
     units: str = UNITS
     dtype: str = "uint8"
-    scale: float = STORED["uint8"][1]
 
     def __post_init__(self):
         if self.dtype not in STORED:
             raise UserError(
                 f"dtype={self.dtype!r} of the images, expected {' or '.join(STORED)}"
             )
-        if not (isinstance(self.scale, int | float) and 0 < self.scale < np.inf):
-            raise UserError(
-                f"scale={self.scale!r} of the images, expected a number above 0"
-            )
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Bands:
         """The `bands`, `mean` and `std` of a config or an encoder.json.
 
-        Its `units`, `dtype` and `scale` are read where it has them.
+        Its `units` and `dtype` are read where it has them.
         """
-        given = {name: fields.get(name) for name in ("units", "dtype", "scale")}
+        given = {name: fields.get(name) for name in ("units", "dtype")}
         given = {name: value for name, value in given.items() if value is not None}
-        units, scale = STORED.get(given.get("dtype"), STORED["uint8"])
+        units = STORED.get(given.get("dtype"), UNITS)
         numbers = (tuple(fields[name]) for name in ("bands", "mean", "std"))
-        return cls(*numbers, **{"units": units, "scale": scale, **given})
+        return cls(*numbers, **{"units": units, **given})
 
     @property
     def has_valid(self) -> bool:
@@ -79,7 +71,7 @@ class Bands:
         """Stored values as float32 in the units of `mean`: of uint8, in 0-1."""
         if self.dtype == "float32":
             return images.astype(np.float32)
-        return images.astype(np.float32) / self.scale
+        return images.astype(np.float32) / WHITE
 
     def normalize(
         self, images: Shaped[Array, "*batch bands"]
@@ -93,7 +85,7 @@ class Bands:
         mean, std = (xp.asarray(x, dtype=xp.float32) for x in (self.mean, self.std))
         if self.dtype != "float32" and images.dtype == self.dtype:
             # This saves one pass over the images compared with `rescale`.
-            mean, std = self.scale * mean, self.scale * std
+            mean, std = WHITE * mean, WHITE * std
         axes = (1,) * (images.ndim - 1)
         mean, std = mean.reshape(*axes, -1), std.reshape(*axes, -1)
         return (images.astype(xp.float32) - mean) / std

@@ -259,7 +259,7 @@ def _info_of_size(
         "bands": list(config.bands),
         "mean": list(config.mean or usual.mean),
         "std": list(config.std or usual.std),
-        **{n: config[n] for n in ("units", "dtype", "scale") if n in config},
+        **{n: config[n] for n in ("units", "dtype") if n in config},
     }
     try:
         check_network(info)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xsmae.bands import Bands
+from xsmae.bands import WHITE, Bands
 from xsmae.errors import UserError
 from xsmae.models.build import (
     EXECUTION,
@@ -87,7 +87,6 @@ def describe_encoder(
         "bands": bands.names,
         "units": bands.units,
         "dtype": bands.dtype,
-        "scale": bands.scale,
         "mean": bands.mean,
         "std": bands.std,
         "gsd_units": "metres per pixel",
@@ -127,6 +126,11 @@ def read_description(path: Path) -> dict[str, Any]:
                 f"{path} has {len(info[name])} values of {name}, expected {channels}: "
                 "give one per band"
             )
+    if info.get("dtype", "uint8") == "uint8" and info.get("scale", WHITE) != WHITE:
+        raise UserError(
+            f"{path} has scale={info['scale']!r}, expected {WHITE:g} for 8-bit images: "
+            "remove it, and give mean and std of the numbers divided by 255"
+        )
     try:
         check_network(info)
     except (ValueError, TypeError, ArithmeticError) as error:

@@ -43,9 +43,10 @@ if TYPE_CHECKING:
     Gsd = float | Sequence[float] | np.ndarray | None
 
 # Fields of a description that do not change features.
-NOT_IN_DIGEST = ("run", "licence", "data_licence", "gsd_range")
+# Older ones have a `scale`, 255 for 8-bit images, which has no effect.
+NOT_IN_DIGEST = ("run", "licence", "data_licence", "gsd_range", "scale")
 # The meaning of an encoder.json without these fields: with or without, one digest.
-IMPLIED = {"dtype": "uint8", "scale": 255.0}
+IMPLIED = {"dtype": "uint8"}
 # Every crop is a little finer than its whole image, so whole training images must not
 # count as outside.
 GSD_MARGIN = 1.1
