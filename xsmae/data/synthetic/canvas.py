@@ -6,7 +6,24 @@ import numpy as np
 
 from xsmae.data.synthetic.ground import Array, Cells, Crowns, inside
 
-Colour = Sequence[float] | Sequence[Array]  # red, green, blue; 0 to 255
+# The classes of pixel labels. field: soil and crops; grass: verges and lawns too; sand:
+# tracks and beaches; paved: asphalt, concrete and the cars on them; building: roofs,
+# and containers under them in colour.
+LAND = ("field", "grass", "tree", "sand", "paved", "building", "water")
+
+
+class Colour(list):
+    """Red, green, blue, 0 to 255; numbers, or an array of each.
+
+    land: the class of `LAND` that it shows. A plain sequence of colours shows none: a
+    line on a road leaves the road what it is.
+    """
+
+    def __init__(
+        self, values: Sequence[float] | Sequence[Array], land: str | None = None
+    ):
+        super().__init__(values)
+        self.land = land
 
 
 class Canvas:
@@ -16,7 +33,7 @@ class Canvas:
         self.planes = np.zeros((3, *shape), np.float32)
 
     def paint(
-        self, cover: float | Array, colour: Colour, tone: float | Array = 1
+        self, cover: float | Array, colour: Sequence, tone: float | Array = 1
     ) -> None:
         """Paints `colour` x `tone` over the share `cover` of each sample."""
         for plane, value in zip(self.planes, colour, strict=True):
@@ -26,7 +43,7 @@ class Canvas:
         """Puts the share `cover` of each sample into shadow."""
         self.planes *= 1 - strength * cover
 
-    def plant(self, trees: Crowns, colour: Colour, where: float | Array = 1) -> None:
+    def plant(self, trees: Crowns, colour: Sequence, where: float | Array = 1) -> None:
         """Paints trees and their shadows, scaled by the share `where`."""
         self.shade(trees.shadow * where)
         self.paint(trees.cover * where, colour, trees.brightness)
@@ -35,7 +52,7 @@ class Canvas:
         self,
         cells: Cells,
         half: tuple[float | Array, float | Array],
-        colour: Colour,
+        colour: Sequence,
         *,
         at: tuple[float | Array, float | Array] = (0, 0),
         height: float | Array = 5,
@@ -58,6 +75,30 @@ class Canvas:
         self.paint(roof, colour, tone)
 
 
+class LandCanvas(Canvas):
+    """The share of each class of `LAND` in every sample, painted in the same layers.
+
+    Tones, shadows and colours without a class change nothing.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.planes = np.zeros((len(LAND), *shape), np.float32)
+
+    def paint(
+        self, cover: float | Array, colour: Sequence, tone: float | Array = 1
+    ) -> None:
+        """Covers the share `cover` of each sample with the colour's class."""
+        del tone
+        land = getattr(colour, "land", None)
+        if land is None:
+            return
+        self.planes *= 1 - np.asarray(cover, np.float32)
+        self.planes[LAND.index(land)] += cover
+
+    def shade(self, cover: Array, strength: float = 0.55) -> None:
+        """Nothing: land in shadow is the same land."""
+
+
 def blend(first: Sequence[float], second: Sequence[float], share: float) -> list[float]:
     """Mixes two colours; `share` is the part of the second."""
     return [a + (b - a) * share for a, b in zip(first, second, strict=True)]
@@ -68,29 +109,30 @@ class Materials:
 
     def __init__(self, rng: np.random.Generator) -> None:
         dry, autumn, bright = rng.random(), rng.random(), rng.random()
-        self.grass = blend((92, 118, 62), (168, 152, 104), dry)
-        self.crop = blend((84, 124, 58), (190, 170, 105), rng.random())
-        self.tree = blend(
-            blend((48, 78, 42), (66, 88, 58), bright), (118, 96, 58), autumn
-        )
-        self.soil = blend(
-            (104, 84, 66), blend((178, 132, 98), (196, 178, 148), dry), bright
-        )
-        self.sand = blend(self.soil, (206, 192, 164), 0.6)
-        self.asphalt = blend((84, 84, 88), (142, 140, 138), rng.random())
-        self.concrete = blend((140, 138, 134), (202, 198, 190), rng.random())
+        self.grass = Colour(blend((92, 118, 62), (168, 152, 104), dry), "grass")
+        crop = blend((84, 124, 58), (190, 170, 105), rng.random())
+        self.crop = Colour(crop, "field")
+        leaves = blend((48, 78, 42), (66, 88, 58), bright)
+        self.tree = Colour(blend(leaves, (118, 96, 58), autumn), "tree")
+        earth = blend((178, 132, 98), (196, 178, 148), dry)
+        self.soil = Colour(blend((104, 84, 66), earth, bright), "field")
+        self.sand = Colour(blend(self.soil, (206, 192, 164), 0.6), "sand")
+        asphalt = blend((84, 84, 88), (142, 140, 138), rng.random())
+        self.asphalt = Colour(asphalt, "paved")
+        concrete = blend((140, 138, 134), (202, 198, 190), rng.random())
+        self.concrete = Colour(concrete, "paved")
         clear, muddy = (38, 62, 72), (122, 112, 88)
-        self.water = blend(
-            blend(clear, (66, 96, 78), rng.random()), muddy, rng.random()
-        )
+        depth = blend(clear, (66, 96, 78), rng.random())
+        self.water = Colour(blend(depth, muddy, rng.random()), "water")
         tiles = blend((150, 84, 64), (172, 112, 84), rng.random())
         slate, pale = (96, 98, 106), blend((170, 160, 150), (206, 204, 200), bright)
         order = rng.permutation(3).tolist()
         self.roofs = [(tiles, slate, pale)[i] for i in order]
 
-    def roof(self, choice: Array, variety: float) -> list[Array]:
+    def roof(self, choice: Array, variety: float) -> Colour:
         """Roof colours for uniform numbers: one kind at `variety` 0, all three at 1."""
         kind = (choice * (2.99 * variety)).astype(np.int32)
         tone = 0.85 + 0.3 * ((choice * 37) % 1)
         table = np.array(self.roofs, np.float32)
-        return [table[:, channel].take(kind) * tone for channel in range(3)]
+        planes = [table[:, channel].take(kind) * tone for channel in range(3)]
+        return Colour(planes, "building")

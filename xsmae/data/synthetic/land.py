@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from xsmae.data.synthetic.canvas import Canvas, Materials
+from xsmae.data.synthetic.canvas import Canvas, Colour, Materials
 from xsmae.data.synthetic.ground import Array, Cells, Ground, band, crowns, inside, wave
 
 Rng = np.random.Generator
@@ -215,7 +215,7 @@ def industrial(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) ->
     left, up = (half[0] - wide) * 0.8, (half[1] - deep) * 0.8
     roof = material.roof(lots.random(3), 1)
     ribs = 1 + 0.07 * wave(lots.u, 3 + 5 * lots.random(4), frame.footprint_u)
-    roof = [plane * ribs for plane in roof]
+    roof = Colour([plane * ribs for plane in roof], roof.land)
     there = lots.random(5) < 0.92
     canvas.build(lots, half, roof, at=(left, up), height=9, there=there)
     # Rows of skylights and roof equipment, away from the roof's edge.

@@ -9,12 +9,13 @@ import functools
 import hashlib
 import math
 import operator
+from collections.abc import Iterator
 
 import numpy as np
 
 from xsmae.bands import BANDS
 from xsmae.data.records import BaseSource, Record
-from xsmae.data.synthetic.canvas import Canvas, Materials
+from xsmae.data.synthetic.canvas import Canvas, LandCanvas, Materials
 from xsmae.data.synthetic.ground import Ground, hashed
 from xsmae.data.synthetic.land import KINDS
 from xsmae.errors import UserError
@@ -64,19 +65,52 @@ class Scene:
         top + (i + 1) * gsd_y, and likewise across. Raises UserError for an empty window
         or a GSD outside FINEST_GSD to COARSEST_GSD.
         """
-        gsd_y, gsd_x = gsd if isinstance(gsd, tuple) else (gsd, gsd)
-        if not all(FINEST_GSD <= side <= COARSEST_GSD for side in (gsd_y, gsd_x)):
-            raise UserError(f"gsd: expected {_GSD_RANGE}, got {gsd}")
-        if height < 1 or width < 1:
-            raise UserError(f"expected a window of >= 1 pixel, got {height} x {width}")
+        gsd = _checked_window(height, width, gsd)
+        image = np.empty((height, width, 3), np.uint8)
+        for rows, mean in self._strips(Canvas, top, left, height, width, gsd):
+            mean = np.minimum(np.maximum(mean + 0.5, 0), 255)
+            image[rows] = mean.transpose(1, 2, 0)
+        return image
+
+    def render_land(
+        self,
+        *,
+        top: float,
+        left: float,
+        height: int,
+        width: int,
+        gsd: float | tuple[float, float],
+    ) -> np.ndarray:
+        """The land in the same window and pixels as `render`: uint8 [height, width].
+
+        The number of the class in `canvas.LAND` that covers the largest share of the
+        ground of the pixel, the first one if two are equal. Tree crowns hide what is
+        below them, and shadows, lines and cars change nothing.
+        """
+        gsd = _checked_window(height, width, gsd)
+        land = np.empty((height, width), np.uint8)
+        for rows, share in self._strips(LandCanvas, top, left, height, width, gsd):
+            land[rows] = share.argmax(axis=0)
+        return land
+
+    def _strips(
+        self,
+        canvas: type[Canvas],
+        top: float,
+        left: float,
+        height: int,
+        width: int,
+        gsd: tuple[float, float],
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows of pixels, and the means of the canvas's planes over each pixel."""
+        gsd_y, gsd_x = gsd
         samples_y, samples_x = _samples(gsd_y), _samples(gsd_x)
         y = _positions(top, height, gsd_y, samples_y)
         x = _positions(left, width, gsd_x, samples_x)
-        image = np.empty((height, width, 3), np.uint8)
         rows = max(1, _STRIP // (samples_y * len(x)))
         for start in range(0, height, rows):
             strip = y[start * samples_y : (start + rows) * samples_y]
-            planes = self._paint(strip, x, gsd_y / samples_y, gsd_x / samples_x)
+            planes = self._paint(canvas, strip, x, gsd_y / samples_y, gsd_x / samples_x)
             # Sum in a fixed order, so that the bits do not depend on the window's size.
             parts = (
                 planes[:, i::samples_y, j::samples_x]
@@ -84,14 +118,20 @@ class Scene:
                 for j in range(samples_x)
             )
             mean = functools.reduce(operator.add, parts) / (samples_y * samples_x)
-            mean = np.minimum(np.maximum(mean + 0.5, 0), 255)
-            image[start : start + rows] = mean.transpose(1, 2, 0)
-        return image
+            yield slice(start, start + rows), mean
 
     def _paint(
-        self, y: np.ndarray, x: np.ndarray, step_y: float, step_x: float
+        self,
+        kind: type[Canvas],
+        y: np.ndarray,
+        x: np.ndarray,
+        step_y: float,
+        step_x: float,
     ) -> np.ndarray:
-        """The light from every sample, 0 to 255 or more, float32 [3, rows, columns]."""
+        """The planes of every sample, float32 [planes, rows, columns].
+
+        Of a `Canvas`: the light, 0 to 255 or more. Of a `LandCanvas`: shares of land.
+        """
         rng = np.random.Generator(np.random.PCG64([self.seed, self.index, 1]))
         key = int(rng.integers(2**31))
         material = Materials(rng)
@@ -105,13 +145,27 @@ class Scene:
         tint = rng.uniform(0.98, 1.02, 3).astype(np.float32)[:, None, None]
         light = (sun * length, (1 - abs(sun)) * length)
         ground = Ground(x[None, :], y[:, None], step_x, step_y, light, key)
-        canvas = Canvas((len(y), len(x)))
+        canvas = kind((len(y), len(x)))
         KINDS[self.class_name](canvas, ground, material, rng)
+        if kind is LandCanvas:
+            return canvas.planes
         # Use only linear maps, so that averages over the ground stay averages.
         grey = (canvas.planes[0] + canvas.planes[1] + canvas.planes[2]) * (1 / 3)
         seen = grey + vivid * (canvas.planes - grey)
         veil = np.array((118, 124, 132), np.float32)[:, None, None]
         return gain * tint * ((1 - haze) * seen + haze * veil)
+
+
+def _checked_window(
+    height: int, width: int, gsd: float | tuple[float, float]
+) -> tuple[float, float]:
+    """The GSD along y and x; UserError for an empty window or a GSD out of range."""
+    axes = gsd if isinstance(gsd, tuple) else (gsd, gsd)
+    if not all(FINEST_GSD <= side <= COARSEST_GSD for side in axes):
+        raise UserError(f"gsd: expected {_GSD_RANGE}, got {gsd}")
+    if height < 1 or width < 1:
+        raise UserError(f"expected a window of >= 1 pixel, got {height} x {width}")
+    return axes
 
 
 def _samples(gsd: float) -> int:
