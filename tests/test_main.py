@@ -30,7 +30,11 @@ from xsmae.cli.arguments import parse
 from xsmae.evaluation.tasks.knn import KnnMonitor
 from xsmae.process.files import read_jsonl
 
-CONFIGS = sorted({p.name for p in (ROOT / "configs").glob("[a-z]*.py")} - {"common.py"})
+# Of images with masks, which are not for pretraining.
+MASKS = {"segmentation.py", "dubai.py", "chesapeake.py", "synthetic_land.py"}
+CONFIGS = sorted(
+    {p.name for p in (ROOT / "configs").glob("[a-z]*.py")} - {"common.py"} - MASKS
+)
 
 # All methods, and both presets of Cross-Scale MAE.
 ARGUMENTS = (
@@ -495,6 +499,19 @@ def test_each_config_builds(name, argument):
         assert config.loss.contrastive.temperature == 0.5
         assert config.model.position == "fixed"
     assert json.loads(config.to_json())["mean"]
+
+
+@pytest.mark.parametrize("name", sorted(MASKS))
+def test_configs_of_masks_are_not_for_pretraining(name, tmp_path, capsys):
+    arguments = [f"--config=configs/{name}", f"--workdir={tmp_path / 'run'}"]
+    if name != "synthetic_land.py":
+        arguments += [f"--config.data.root={tmp_path}"]
+    assert main.main(["xsmae", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "masks" in error or "land" in error
+    assert "--config=folder" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_presets_set_every_row_of_the_reference_table():

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xsmae.data.synthetic.canvas import LAND
+from xsmae.data.synthetic.labelled import LandSource
 from xsmae.data.synthetic.source import CLASS_NAMES, Scene, SyntheticSource
 from xsmae.errors import UserError
 
@@ -215,3 +217,77 @@ def _statistics(source: SyntheticSource) -> np.ndarray:
     images = (source[i].image.reshape(-1, 3) for i in range(len(source)))
     functions = np.mean, np.std, np.min, np.max
     return np.stack([np.concatenate([f(x, 0) for f in functions]) for x in images])
+
+
+def _land(scene: Scene, side: int, gsd: float) -> np.ndarray:
+    half = side * gsd / 2
+    window = {"top": -half, "left": -half, "height": side, "width": side}
+    return scene.render_land(**window, gsd=gsd)
+
+
+def test_land_shows_what_the_scene_is_named_after():
+    source = SyntheticSource(40, seed=5)
+    expected = {
+        "annual_crop": "field", "forest": "tree", "lake": "water", "meadow": "grass",
+        "parking": "paved",
+    }  # fmt: skip
+    shares = {name: np.zeros(len(LAND)) for name in CLASS_NAMES}
+    for index in range(40):
+        scene = source.scene(index)
+        counts = np.bincount(_land(scene, 48, 1.0).ravel(), minlength=len(LAND))
+        shares[scene.class_name] += counts / (4 * 48**2)
+    for name, land in expected.items():
+        assert LAND[shares[name].argmax()] == land, (name, shares[name])
+    for land, names in (
+        ("building", ("industrial", "residential")),
+        ("water", ("lake", "river")),
+    ):
+        where = {n for n in CLASS_NAMES if shares[n][LAND.index(land)] > 0.03}
+        assert where == set(names), land
+    assert (sum(shares.values()) > 0.01).all()
+
+
+def test_land_is_that_of_the_same_pixels_in_any_window():
+    scene = Scene(seed=2, index=3, label=CLASS_NAMES.index("residential"))
+    window = {"top": -20.0, "left": -32.0, "height": 80, "width": 96, "gsd": 0.5}
+    whole = scene.render_land(**window)
+    part = scene.render_land(top=-12, left=-22, height=30, width=40, gsd=0.5)
+    np.testing.assert_array_equal(part, whole[16:46, 20:60])
+    # Roofs and streets have edges in the image where the classes change.
+    image = scene.render(**window).astype(float).mean(axis=2)
+    step = np.abs(np.diff(image, axis=1))
+    edge = np.diff(whole.astype(int), axis=1) != 0
+    assert step[edge].mean() > 3 * step[~edge].mean()
+
+
+@pytest.mark.parametrize("name", CLASS_NAMES)
+def test_coarse_land_is_the_majority_of_the_fine_land(name):
+    scene = Scene(seed=4, index=1, label=CLASS_NAMES.index(name))
+    fine, coarse = _land(scene, 160, 0.5), _land(scene, 40, 2.0)
+    blocks = fine.reshape(40, 4, 40, 4).transpose(0, 2, 1, 3).reshape(40, 40, 16)
+    counts = (blocks[..., None] == np.arange(len(LAND))).sum(axis=2)
+    assert (counts.argmax(axis=-1) == coarse).mean() > 0.85
+    clear = counts.max(axis=-1) >= 13
+    assert (counts.argmax(axis=-1) == coarse)[clear].mean() > 0.99
+
+
+def test_the_source_of_land_has_images_with_masks():
+    images, source = (
+        SyntheticSource(12, seed=3, size=40),
+        LandSource(12, seed=3, size=40),
+    )
+    assert source.class_names == LAND
+    assert len(source.colours) == len(LAND)
+    assert (len(source), source.dtype) == (12, "uint8")
+    for index in (0, 7):
+        record, gsd = source[index], images.image_gsd(index)
+        np.testing.assert_array_equal(record.image, images[index].image)
+        np.testing.assert_array_equal(record.mask, _land(images.scene(index), 40, gsd))
+        assert (record.gsd, record.id) == ((gsd, gsd), images.id(index))
+        assert source[index].mask is record.mask
+    assert len({source.scene(i) for i in range(12)}) == 12
+    again = pickle.loads(pickle.dumps(source))
+    assert (again.fingerprint, again[7].mask.tolist()) == (
+        source.fingerprint, source[7].mask.tolist(),
+    )  # fmt: skip
+    assert source.fingerprint not in (images.fingerprint, LandSource(12).fingerprint)

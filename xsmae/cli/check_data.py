@@ -3,6 +3,10 @@
 Reads every image as pretraining would, prints counts, sizes, GSDs, classes, mean and
 standard deviation, duplicates and unusable images, and writes a report and a contact
 sheet to --out. The exit status is 3 if too many images are unusable for pretraining.
+
+For images with masks (--data=segmentation), prints the share of each class in both
+parts, and what the parts share: ground, pixels, scenes. The exit status is 3 if an
+image or a mask is unusable.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ from absl import flags
 
 from xsmae.bands import Bands
 from xsmae.cli.arguments import parse_flags
+from xsmae.cli.check_masks import check_masks
 from xsmae.cli.command import run, stoppable
 from xsmae.cli.evaluation import define_data, parts_of, split_parts
-from xsmae.data.catalogue import build_source
+from xsmae.data.catalogue import MASK_SOURCES, build_source
 from xsmae.data.pipeline import allowed_rejections
 from xsmae.data.survey import Survey, survey
 from xsmae.errors import UserError, printable
@@ -53,6 +58,8 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
         raise UserError(f"samples={values.samples}, expected 1 or more")
     out = Path(values.out)
     check_outside_data(out, config.data, flag="--out")
+    if config.data.source in MASK_SOURCES:
+        return check_masks(config, out, values.samples, should_stop)
     parts = {"data": _survey("data", config.data, should_stop)}
     # Without labels nothing is measured, so there is no test part unless it is given.
     wanted = parts["data"].source.class_names or fields["test"]

@@ -14,7 +14,9 @@ from xsmae.data.fmow import FmowCsvSource, FmowSource
 from xsmae.data.folder import FolderSource
 from xsmae.data.geotiff_source import GeotiffSource
 from xsmae.data.mix import Mix
+from xsmae.data.masks import MaskSource, Segmentation
 from xsmae.data.records import Source
+from xsmae.data.synthetic.labelled import LandSource
 from xsmae.data.synthetic.source import SyntheticSource
 from xsmae.data.tables import CsvSource
 from xsmae.data.tfds import TfdsSource
@@ -73,6 +75,9 @@ SOURCES = {
     "tfds": TfdsSource,
 }
 
+# Sources with a mask for every image, for segmentation; not for the others.
+MASK_SOURCES = {"masks": MaskSource, "synthetic_land": LandSource}
+
 # Arguments without a default: the user must say where the images are.
 REQUIRED = {
     "csv": ("csv_path",),
@@ -81,7 +86,9 @@ REQUIRED = {
     "folder": ("root",),
     "geotiff": ("root",),
     "mix": ("parts",),
+    "masks": ("root",),
     "synthetic": (),
+    "synthetic_land": (),
     "tfds": ("name", "data_dir"),
 }
 
@@ -94,20 +101,20 @@ def missing_arguments(data: Mapping[str, Any]) -> list[str]:
     return missing
 
 
-def named_source(data: Mapping[str, Any]) -> str:
-    """The name of the source in `config.data`; UserError if there is no such source."""
+def named_source(data: Mapping[str, Any], sources: Mapping[str, Any] = SOURCES) -> str:
+    """The name of the source in `config.data`; UserError if it is none of `sources`."""
     name = data.get("source")
-    if name not in SOURCES:
+    if name not in sources:
         raise UserError(
-            f"data.source={name!r}, expected one of {', '.join(sorted(SOURCES))}"
+            f"data.source={name!r}, expected one of {', '.join(sorted(sources))}"
         )
     return name
 
 
-def check_fields(data: Mapping[str, Any]) -> None:
+def check_fields(data: Mapping[str, Any], sources: Mapping[str, Any] = SOURCES) -> None:
     """Raises UserError for a field that the source of `config.data` does not have."""
-    name = named_source(data)
-    known = inspect.signature(SOURCES[name]).parameters
+    name = named_source(data, sources)
+    known = inspect.signature(sources[name]).parameters
     unknown = sorted(data.keys() - known.keys() - {"source"})
     if unknown:
         raise UserError(
@@ -122,8 +129,28 @@ def build_source(data: Mapping[str, Any]) -> Source:
     A field that is None keeps the class's default. Raises UserError for an unknown name
     or a missing location of the data.
     """
+    if data["source"] in MASK_SOURCES:
+        raise UserError(
+            f"data.source={data['source']!r} has masks, which are for segmentation; "
+            "expected a source of images, such as --config=folder with "
+            "--config.data.root=FOLDER/images"
+        )
+    return _build(data, SOURCES)
+
+
+def build_masks(data: Mapping[str, Any]) -> Segmentation:
+    """Builds the source with masks that `data` names, like `build_source`."""
+    if data["source"] in SOURCES:
+        raise UserError(
+            f"data.source={data['source']!r} has no masks, expected "
+            f"{' or '.join(MASK_SOURCES)}, as in --data=segmentation"
+        )
+    return _build(data, MASK_SOURCES)
+
+
+def _build(data: Mapping[str, Any], sources: Mapping[str, Any]) -> Any:
     arguments = {k: v for k, v in data.items() if v is not None}
-    name = named_source(data)
+    name = named_source(data, sources)
     del arguments["source"]
     missing = missing_arguments(data)
     if missing:
@@ -131,18 +158,19 @@ def build_source(data: Mapping[str, Any]) -> Source:
             f"{', '.join(f'data.{n}' for n in missing)} not set: say where the images "
             f"are with {' '.join(f'--config.data.{n}=...' for n in missing)}"
         )
-    return SOURCES[name](**arguments)
+    return sources[name](**arguments)
 
 
 def open_source(
     data: str | Mapping[str, Any] | ml_collections.ConfigDict, **fields: Any
-) -> Source:
-    """Opens the source of a config, of its `data` fields, or by its name in SOURCES.
+) -> Source | Segmentation:
+    """Opens the source of a config, of its `data` fields, or by its name.
 
         open_source(config)
         open_source(config, split="test")
         open_source("folder", root="images", gsd=0.5)
         open_source("mix", parts={"a": {"source": "geotiff", "root": "scenes"}, ...})
+        open_source("masks", root="labelled", gsd=0.5)
 
     fields: replace the fields of `data`. Raises UserError for an unknown source or
     field, or if the images are not as described.
@@ -154,13 +182,14 @@ def open_source(
     if "source" not in found:
         raise UserError(
             f"{data!r} names no source, expected a config, its fields `data`, or one "
-            f"of {', '.join(SOURCES)}"
+            f"of {', '.join(SOURCES | MASK_SOURCES)}"
         )
     found |= fields
-    if found["source"] in SOURCES:
-        check_fields(found)
+    sources = SOURCES | MASK_SOURCES
+    if found["source"] in sources:
+        check_fields(found, sources)
     try:
-        return build_source(found)
+        return _build(found, sources)
     except UserError as error:
         raise UserError(str(error).replace("--config.data.", "")) from None
 

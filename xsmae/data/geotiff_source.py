@@ -102,7 +102,7 @@ class GeotiffSource(BaseSource):
             self._scenes.append(scene)
         self._labels = None if by_scene is None else by_scene[self._scenes]
         raster = self._index.raster(self._scenes[0])
-        self._units = _units(raster)
+        self._units = units_of(raster)
         self._fingerprint = fingerprint(
             (type(self).__name__, self._index.fingerprint, labels, self._units),
             self._class_names,
@@ -209,7 +209,7 @@ def _labels(
     return number(found)
 
 
-def _units(raster: Raster) -> str:
+def units_of(raster: Raster) -> str:
     """What the values of a raster are, in words."""
     if raster.sensor is not None:
         return raster.sensor.units

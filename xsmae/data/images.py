@@ -130,6 +130,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _opaque_rgb(image)
 
 
+def read_numbers(path: pathlib.Path, *, max_pixels: int, shape: tuple) -> np.ndarray:
+    """The numbers of a PNG as stored: uint8 [height, width], or [height, width, 3].
+
+    Those of a palette are its indices. shape: the height and width that are expected.
+    Raises BadImageError for other sizes and formats, alpha and 16 bits.
+    """
+    with open_image(path, min_side=1, max_pixels=max_pixels) as image:
+        if image.format != "PNG":
+            raise BadImageError(f"{image.format}; expected PNG, which keeps numbers")
+        if image.size[::-1] != tuple(shape):
+            raise BadImageError(
+                f"{image.height} x {image.width} pixels (height x width), its image "
+                f"has {shape[0]} x {shape[1]}; expected the same size"
+            )
+        if image.mode not in ("1", "L", "P", "RGB"):
+            raise BadImageError(
+                f"mode {image.mode}; expected one band of numbers, or red, green and "
+                "blue"
+            )
+        with _bad_images():
+            numbers = np.array(image)
+    if numbers.dtype == bool:
+        return numbers.astype(np.uint8)
+    # Pillow spreads grey of 2 and 4 bits over 0 to 255.
+    with path.open("rb") as file:
+        bits = file.read(25)[24]
+    if image.mode == "L" and bits < 8:
+        numbers //= 255 // (2**bits - 1)
+    return numbers
+
+
 @contextlib.contextmanager
 def _bad_images() -> Iterator[None]:
     try:

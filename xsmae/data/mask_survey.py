@@ -1,0 +1,151 @@
+"""Reads all images and masks of a source once: classes, sizes, places, duplicates."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from xsmae.data.footprints import Footprint, footprint_of, overlaps
+from xsmae.data.mask_classes import IGNORE
+from xsmae.data.masks import MaskRecord, Segmentation
+from xsmae.data.records import pixel_digest
+from xsmae.errors import UserError
+
+_ROWS = 64  # of an image that are in float64 at a time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskImage:
+    """One image that was read.
+
+    pixels: int64 [classes + 1], of each class, then of those that do not count. gsd:
+    (y, x). mean, square: the means of the values and of their squares, of each band,
+    in valid pixels; those of uint8 in 0-1. footprint: None if nobody says where it is.
+    """
+
+    index: int
+    shape: tuple[int, int]
+    gsd: tuple[float, float]
+    pixels: np.ndarray
+    digest: bytes
+    mean: np.ndarray
+    square: np.ndarray
+    footprint: Footprint | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSurvey:
+    """The images of a source in order, and id -> reason of those that are refused."""
+
+    source: Segmentation
+    images: list[MaskImage]
+    rejected: dict[str, str]
+
+    def pixels(self) -> np.ndarray:
+        """int64 [classes + 1], as `MaskImage.pixels`, of all images."""
+        none = np.zeros(len(self.source.class_names) + 1, np.int64)
+        return sum((image.pixels for image in self.images), none)
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each band, with equal image weights."""
+        mean = np.mean([image.mean for image in self.images], axis=0)
+        square = np.mean([image.square for image in self.images], axis=0)
+        return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
+
+    def scenes(self) -> set[str]:
+        """The scenes, of refused images too."""
+        return {self.source.scene(i) for i in range(len(self.source))}
+
+    def identical(self, other: MaskSurvey) -> list[tuple[str, str]]:
+        """Pairs of ids with the same pixels: an image here and one in `other`."""
+        there = {i.digest: other.source.id(i.index) for i in reversed(other.images)}
+        return [
+            (self.source.id(image.index), there[image.digest])
+            for image in self.images
+            if image.digest in there
+        ]
+
+    def footprints(self) -> list[Footprint]:
+        """Of the images whose place is known."""
+        return [i.footprint for i in self.images if i.footprint is not None]
+
+    def overlaps(self, other: MaskSurvey) -> list[tuple[str, str, float]] | None:
+        """Pairs that overlap on the ground, see `footprints.overlaps`.
+
+        None if no image of a part says where it lies.
+        """
+        here, there = self.footprints(), other.footprints()
+        return overlaps(here, there) if here and there else None
+
+
+def survey_masks(
+    source: Segmentation,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> MaskSurvey:
+    """Reads every image with its mask.
+
+    Raises KeyboardInterrupt once `should_stop()` is true.
+    """
+    images, rejected = [], {}
+    for done, found in enumerate(_read(source, should_stop), 1):
+        if isinstance(found, MaskImage):
+            images.append(found)
+        else:
+            rejected[source.id(found[0])] = found[1]
+        progress(done, len(source))
+    return MaskSurvey(source, images, rejected)
+
+
+def _read(
+    source: Segmentation, should_stop: Callable[[], bool]
+) -> Iterator[MaskImage | tuple[int, str]]:
+    classes = len(source.class_names)
+
+    def load(index: int) -> MaskImage | tuple[int, str]:
+        try:
+            record = source[index]
+        except UserError as error:
+            return index, str(error)
+        counts = np.bincount(record.mask.ravel(), minlength=IGNORE + 1)
+        mean, square = _moments(record)
+        raster = source.raster(index)
+        return MaskImage(
+            index,
+            record.image.shape[:2],
+            record.gsd,
+            np.append(counts[:classes], counts[IGNORE]),
+            pixel_digest(record.image),
+            mean,
+            square,
+            None if raster is None else footprint_of(raster, source.id(index)),
+        )
+
+    # Images can be large: no more are read ahead than are worked on.
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(source), threads):
+            if should_stop():
+                raise KeyboardInterrupt
+            end = min(start + threads, len(source))
+            yield from pool.map(load, range(start, end))
+
+
+def _moments(record: MaskRecord) -> np.ndarray:
+    """float64 [2, bands]: the means of the values and of their squares."""
+    unit = 255.0 if record.image.dtype == np.uint8 else 1.0
+    sums, count = np.zeros((2, record.image.shape[2])), 0
+    # A few rows at a time: in float64, a scene of 100 MB would take 800 MB.
+    for top in range(0, len(record.image), _ROWS):
+        rows = np.s_[top : top + _ROWS]
+        values = record.image[rows].astype(float) / unit
+        good = np.s_[:, :] if record.valid is None else record.valid[rows]
+        values = values[good].reshape(-1, values.shape[2])
+        sums += values.sum(axis=0), np.square(values).sum(axis=0)
+        count += len(values)
+    return sums / max(count, 1)
