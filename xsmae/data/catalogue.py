@@ -13,8 +13,8 @@ import ml_collections
 from xsmae.data.fmow import FmowCsvSource, FmowSource
 from xsmae.data.folder import FolderSource
 from xsmae.data.geotiff_source import GeotiffSource
-from xsmae.data.mix import Mix
 from xsmae.data.masks import MaskSource, Segmentation
+from xsmae.data.mix import Mix
 from xsmae.data.records import Source
 from xsmae.data.synthetic.labelled import LandSource
 from xsmae.data.synthetic.source import SyntheticSource
