@@ -319,6 +319,17 @@ class Encoder(nnx.Module):
 
         `branch_scales` come from `drop_path_scales`, in fine-tuning.
         """
+        x = run_blocks(
+            self.blocks,
+            self.embed(images, gsd=gsd, offset=offset, ids_keep=ids_keep),
+            branch_scales=branch_scales,
+            remat=self.remat,
+            scan=self.scan,
+        )
+        return self.norm(x) if self.use_norm else x
+
+    def embed(self, images, *, gsd=None, offset=None, ids_keep=None):
+        """What the first block reads: the class token, then patches with positions."""
         grid = self.grid(*images.shape[1:3])
         position = self.positions(grid, gsd=gsd, offset=offset)
         if ids_keep is not None:
@@ -327,12 +338,4 @@ class Encoder(nnx.Module):
         # The class token's position is zero (official models_mae.py).
         cls_token = self.cls_token[...].astype(self.dtype)
         cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.embed_dim))
-        x = jnp.concatenate([cls_token, x], axis=1)
-        x = run_blocks(
-            self.blocks,
-            x,
-            branch_scales=branch_scales,
-            remat=self.remat,
-            scan=self.scan,
-        )
-        return self.norm(x) if self.use_norm else x
+        return jnp.concatenate([cls_token, x], axis=1)
