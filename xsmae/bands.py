@@ -23,6 +23,9 @@ BANDS = ("red", "green", "blue")  # of every decoded image, in this order
 # How red, green and blue are called, in names and in numbers of sensors.
 TRUE_COLOUR = (BANDS, ("B04", "B03", "B02"), ("B4", "B3", "B2"))
 
+# Names of one band in both conventions. `B4` is near infrared in some Landsat files.
+SAME = tuple(zip(*TRUE_COLOUR[:2], strict=True))
+
 WHITE = 255.0  # the largest 8-bit number, which is the value 1
 # The dtypes of stored images, and the units that they have if none are given.
 STORED = {"uint8": UNITS, "float32": "as stored"}
@@ -111,13 +114,37 @@ class Bands:
         """The index of each of `names` in these bands; ValueError if one is missing."""
         return [list(self.names).index(name) for name in names]
 
+    def find(self, names: Sequence[str]) -> list[int | None]:
+        """The index of each of these bands in `names`; None where it is missing.
+
+        Bands of rasters may have the other name in `SAME`.
+        """
+        known = {name: index for index, name in enumerate(names)}
+        pairs = SAME if self.dtype != "uint8" else ()
+        other = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+        return [known.get(name, known.get(other.get(name))) for name in self.names]
+
+    def fill(
+        self, images: Float[Array, "*batch bands"]
+    ) -> Float[Array, "*batch bands"]:
+        """NaN, for pixels without a value, as the mean of its band: 0 once normalised.
+
+        images: in the units of `mean`; NumPy or JAX arrays.
+        """
+        xp = images.__array_namespace__()
+        mean = xp.asarray(self.mean, dtype=xp.float32)
+        mean = mean.reshape((1,) * (images.ndim - 1) + (-1,))
+        return xp.where(xp.isnan(images), mean, images)
+
     def complete(
         self, images: Shaped[np.ndarray, "*batch some"], names: Sequence[str]
     ) -> Float[np.ndarray, "*batch bands"]:
-        """All bands as `rescale` gives them, from stored images of `names`.
+        """All bands in the units of `mean`, from images of `names`.
 
-        The other bands get their mean.
+        images: as stored, or floating numbers in the units of `mean`. The other bands
+        get their mean.
         """
+        stored = images.dtype == self.dtype
         whole = np.tile(np.float32(self.mean), (*images.shape[:-1], 1))
-        whole[..., self.places(names)] = self.rescale(images)
+        whole[..., self.places(names)] = self.rescale(images) if stored else images
         return whole

@@ -177,7 +177,10 @@ def create_trainer(
     def features(params, images, gsd):
         stats = jax.tree.map(jnp.zeros_like, shapes.batch_stats)
         encoder = nnx.merge(exported, params, stats).encoder
-        tokens = encoder(bands.normalize(bands.rescale(images)), gsd=gsd)
+        values = bands.rescale(images)
+        if bands.has_valid:
+            values = bands.fill(values)
+        tokens = encoder(bands.normalize(values), gsd=gsd)
         return {pooling: pool(tokens, pooling) for pooling in POOLINGS}
 
     step = jax.jit(

@@ -27,7 +27,7 @@ from xsmae.errors import UserError, printable
 from xsmae.evaluation.embeddings import write_embeddings
 from xsmae.evaluation.evaluate import subject_of
 from xsmae.evaluation.features import FEATURES
-from xsmae.evaluation.subjects import MISSING_BANDS
+from xsmae.evaluation.reading import MISSING_BANDS
 
 SHOWN = 20  # unusable images; the file's metadata names all
 
@@ -88,7 +88,10 @@ def embed(argv: list[str], should_stop: Callable[[], bool]) -> int:
         config = parts_of(values, fields, doc=__doc__)
     source = _source(folders, values, config)
     encoder = subject_of(
-        values.encoder, config=config, missing_bands=values.missing_bands
+        values.encoder,
+        config=config,
+        missing_bands=values.missing_bands,
+        source=source,
     )
     found = write_embeddings(
         encoder,

@@ -17,7 +17,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation import scales as scales_of
 from xsmae.evaluation.features import FEATURES
 from xsmae.evaluation.fitting.recipe import expected
-from xsmae.evaluation.subjects import MISSING_BANDS
+from xsmae.evaluation.reading import MISSING_BANDS
 
 PARTS = ("train", "test")
 LESS_MEMORY = (

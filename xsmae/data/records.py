@@ -154,7 +154,8 @@ def number(values: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
 class Subset(BaseSource):
     """The images of a source at `positions`, in that order, as a source.
 
-    `open` gives decoded records, because classifiers train on views of whole images.
+    `open` gives decoded records of pictures, because classifiers train on views of
+    whole images. The views of a raster need to know which of its pixels have a value.
     """
 
     def __init__(self, source: Source, positions: Int[np.ndarray, " n"]):
@@ -192,6 +193,12 @@ class Subset(BaseSource):
 
     def __getitem__(self, index: int) -> Record:
         return self._source[int(self._positions[index])]
+
+    def open(self, index: int) -> contextlib.AbstractContextManager[Record]:
+        """A context with the record: decoded, or a raster's window."""
+        if self.dtype == "uint8":
+            return super().open(index)
+        return self._source.open(int(self._positions[index]))
 
     def __repr__(self) -> str:
         return f"{len(self)} of {self._source!r}"

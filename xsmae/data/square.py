@@ -6,11 +6,16 @@ import numpy as np
 from PIL import Image
 
 from xsmae.data.records import Record
+from xsmae.errors import BadImageError
 
 # Result rows contain this text. Pillow's BOX gives all source pixels of an output pixel
 # the same weight; this is exact if the sides divide. When enlarging it would repeat
 # pixels, so bicubic is used there.
 RESIZE = "area-averaged (Pillow BOX); bicubic where enlarged"
+RESIZE_RASTER = (
+    f"{RESIZE}; beside pixels without a value the mean of the others, bilinear where "
+    "enlarged; without a value if they are less than half"
+)
 
 
 def filled(record: Record) -> np.ndarray:
@@ -21,11 +26,19 @@ def filled(record: Record) -> np.ndarray:
     return np.where(record.valid[..., None], record.image, np.float32(mean))
 
 
+def marked(record: Record) -> np.ndarray:
+    """The image of a raster with NaN where a pixel has no value; others unchanged."""
+    if record.valid is None or record.valid.all():
+        return record.image
+    return np.where(record.valid[..., None], record.image, np.float32(np.nan))
+
+
 def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]:
     """The largest central square, resized as `RESIZE` says, and its GSD.
 
     image: [height, width, bands], uint8, or floating-point numbers, which become
-    float32. gsd: metres per pixel, or an array of (y, x).
+    float32. NaN marks pixels without a value, see `_of_valid`. gsd: metres per pixel,
+    or an array of (y, x). Raises BadImageError if no pixel of the square has a value.
     """
     height, width, bands = image.shape
     side = min(height, width)
@@ -36,6 +49,10 @@ def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]
     else:
         if image.dtype != np.uint8:
             image = image.astype(np.float32)
+            inside = image[top : top + side, left : left + side]
+            valid = ~np.isnan(inside).any(axis=-1)
+            if not valid.all():
+                return _of_valid(inside, valid, size), gsd * side / size
         parts = [_resize(image[..., band], size, box) for band in range(bands)]
         resized = np.stack(parts, axis=-1)
         if image.dtype != np.uint8:
@@ -46,11 +63,38 @@ def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]
     return resized, gsd * side / size
 
 
-def _resize(image: np.ndarray, size: int, box: tuple[int, int, int, int]) -> np.ndarray:
+def _of_valid(image: np.ndarray, valid: np.ndarray, size: int) -> np.ndarray:
+    """`image` [side, side, bands] resized by its valid pixels; NaN where there are few.
+
+    A pixel has a value if at least half of its weight has, as in training. If none has
+    so much, those with the most count: an image can be used at every size or at none.
+    """
+    if not valid.any():
+        raise BadImageError("no pixel of its central square has a value")
+    box = (0, 0, *valid.shape)
+    # Bicubic has negative weights, which would invent values beside the gap.
+    enlarge = Image.Resampling.BILINEAR
+    weight = _resize(valid.astype(np.float32), size, box, enlarge)
+    known = np.where(valid[..., None], image, 0)
+    parts = [
+        _resize(known[..., band], size, box, enlarge) for band in range(image.shape[-1])
+    ]
+    kept = weight >= min(0.5, weight.max())
+    safe = np.where(kept, weight, np.float32(1))[..., None]
+    nothing = np.float32(np.nan)
+    return np.where(kept[..., None], np.stack(parts, axis=-1) / safe, nothing)
+
+
+def _resize(
+    image: np.ndarray,
+    size: int,
+    box: tuple[int, int, int, int],
+    enlarge: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
     side = box[2] - box[0]
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(
         (size, size),
-        Image.Resampling.BOX if size <= side else Image.Resampling.BICUBIC,
+        Image.Resampling.BOX if size <= side else enlarge,
         box=box,
         reducing_gap=None,  # resize in one step, without a coarser first reduction
     )

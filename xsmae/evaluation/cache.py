@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from xsmae.data.records import Source
+from xsmae.data.records import Source, fingerprint
 from xsmae.errors import OutsideTrainingWarning, UserError
 from xsmae.evaluation.features import encode_batches
 from xsmae.evaluation.scales import Scale
@@ -88,7 +88,8 @@ def cached_features(
     """The features of every image of `source` at `scale`, from the cache if there.
 
     The cache has one file per batch, in a folder named after the encoder's digest, the
-    source's fingerprint, the size and the GSD. Files are written atomically, so an
+    source's fingerprint, the size and the GSD, and of rasters the bands, dtype and
+    units. Files are written atomically, so an
     extraction that was stopped or killed resumes after its last batch. A damaged file
     is reported and computed again. `say` gets the progress lines, which begin with
     `title`. Raises KeyboardInterrupt between batches once `should_stop()` is true, and
@@ -96,6 +97,9 @@ def cached_features(
     """
     gsd = f"gsd{scale.gsd_factor:.6g}" if encoder.reads_gsd else "nogsd"
     key = f"v{VERSION}-{source.fingerprint}-{scale.size}px-area-{gsd}"
+    if source.dtype != "uint8":
+        values = fingerprint(source.bands, (source.units,))
+        key = f"{key}-{source.dtype}-{values[:8]}"
     folder = cache / encoder.digest / key
     try:
         folder.mkdir(parents=True, exist_ok=True)

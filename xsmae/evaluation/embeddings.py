@@ -15,7 +15,7 @@ import numpy as np
 import xsmae
 from xsmae.data.records import Source
 from xsmae.errors import BadImageError, UserError
-from xsmae.evaluation.features import EvalBatch, encode_batches
+from xsmae.evaluation.features import EvalBatch, encode_batches, load_image
 from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.process.files import atomic_write
 
@@ -103,7 +103,7 @@ def write_embeddings(
                     writer.add(batch, features)
                 if not used.any():
                     raise UserError(f"none of the images of {source!r} can be used")
-                unusable = _reasons(source, np.flatnonzero(~used))
+                unusable = _reasons(source, np.flatnonzero(~used), size)
                 writer.unusable = unusable
     except OSError as error:
         raise UserError(
@@ -220,13 +220,13 @@ def _progress(
     say(f"{total}/{total}, {rate:.0f} images/s")
 
 
-def _reasons(source: Source, positions: np.ndarray) -> dict[str, str]:
+def _reasons(source: Source, positions: np.ndarray, size: int) -> dict[str, str]:
     """Reads images that cannot be used once more to learn why: id -> reason."""
     found = {}
     for index in map(int, positions):
         reason = "the first read failed, a second one did not"
         try:
-            source[index]
+            load_image(source, index, size)
         except BadImageError as error:
             reason = str(error)
         found[source.id(index)] = reason

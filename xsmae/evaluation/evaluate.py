@@ -13,7 +13,8 @@ from typing import Any
 import ml_collections
 
 from xsmae.configs import common
-from xsmae.data.square import RESIZE
+from xsmae.data.records import Source
+from xsmae.data.square import RESIZE, RESIZE_RASTER
 from xsmae.errors import UserError
 from xsmae.evaluation import scales as scales_of
 from xsmae.evaluation.measure import INTERVAL, Measurement, check_features, measure
@@ -70,11 +71,16 @@ def open_setup(
     for what, value in (("seed", seed), ("base_size", base_size)):
         if value < 0:
             raise UserError(f"{what}={value}, expected 0 or more")
+    parts = open_parts(data_name or name_of(train), train, test)
     frozen = subject_of(
-        encoder, config=config, seed=seed, name=name, missing_bands=missing_bands
+        encoder,
+        config=config,
+        seed=seed,
+        name=name,
+        missing_bands=missing_bands,
+        source=parts.train,
     )
     check_encoder(frozen)
-    parts = open_parts(data_name or name_of(train), train, test)
     base = base_size or scales_of.base_size(parts.train)
     sizes = scales_of.create_scales(
         scales, base=base, patch_size=frozen.patch_size, gsd_policy=gsd
@@ -168,7 +174,7 @@ def evaluate(
         check_writable(Path(results))
     subjects = [setup.encoder]
     if controls:
-        subjects += _controls(setup.encoder, task, seed, missing_bands)
+        subjects += _controls(setup, task, seed, missing_bands)
     rows, protocol = [], _protocol(setup, task)
     with _cache(cache) as folder:
         for subject in subjects:
@@ -198,28 +204,29 @@ def subject_of(
     seed: int = 0,
     name: str | None = None,
     missing_bands: str = "refuse",
+    source: Source | None = None,
 ) -> FrozenEncoder:
-    """`evaluate`'s argument `encoder` as a FrozenEncoder."""
+    """`evaluate`'s argument `encoder` as a FrozenEncoder for the images of `source`."""
     if isinstance(encoder, FrozenEncoder):
         return dataclasses.replace(encoder, name=name or encoder.name)
     config = common.get_common("corrected", "base") if config is None else config
-    how = {"config": config, "seed": seed, "missing_bands": missing_bands}
+    how = {"missing_bands": missing_bands, "source": source}
     if isinstance(encoder, str | os.PathLike):
-        return open_encoder(os.fspath(encoder), name=name, **how)
+        how |= {"config": config, "seed": seed, "name": name}
+        return open_encoder(os.fspath(encoder), **how)
     if not isinstance(encoder, Encoder):
         raise UserError(f"encoder={encoder!r}, expected an encoder or its folder")
-    return frozen_encoder(encoder, name or "encoder", {}, missing_bands=missing_bands)
+    return frozen_encoder(encoder, name or "encoder", {}, **how)
 
 
 def _controls(
-    encoder: FrozenEncoder, task: Task, seed: int, missing_bands: str
+    setup: Setup, task: Task, seed: int, missing_bands: str
 ) -> list[FrozenEncoder]:
     """The same architecture with random weights, and the pixel controls."""
-    found = []
+    found, encoder = [], setup.encoder
     if encoder.kind == "encoder":
-        found.append(
-            random_encoder(encoder.info, seed=seed, missing_bands=missing_bands)
-        )
+        how = {"missing_bands": missing_bands, "source": setup.parts.train}
+        found.append(random_encoder(encoder.info, seed=seed, **how))
     if task.pixel_controls:
         kinds = [kind for kind in PIXEL_CONTROLS if kind != encoder.kind]
         found += map(pixel_control, kinds)
@@ -232,7 +239,7 @@ def _protocol(setup: Setup, task: Task) -> Protocol:
         metric="accuracy",
         data=setup.parts.describe(),
         base_size=setup.base_size,
-        resize=RESIZE,
+        resize=RESIZE if setup.parts.train.dtype == "uint8" else RESIZE_RASTER,
         gsd_policy=setup.gsd_policy,
         options=dict(task.options),
         interval=INTERVAL,

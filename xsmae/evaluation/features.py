@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from xsmae.data.records import Source, pixel_digest
-from xsmae.data.square import filled, square
+from xsmae.data.records import Record, Source, pixel_digest
+from xsmae.data.square import marked, square
 from xsmae.errors import BadImageError, UserError
 from xsmae.models.pooling import POOLINGS
 
 FEATURES = POOLINGS  # of an encoder; each pixel control has one feature of its own
 THUMBNAIL_SIZE = 8  # pixels: the smallest scale in use, 12.5 % of 64
 
-# From images [n, size, size, 3] uint8 and their GSDs [n, 2] to features [n, width].
+# From images [n, size, size, bands] and their GSDs [n, 2] to features [n, width].
+# Images are uint8, or float32 with NaN where a pixel of a raster has no value.
 Encode = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
 
@@ -25,9 +26,9 @@ Encode = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 class EvalBatch:
     """Whole images, resized for an evaluation.
 
-    images: [n, size, size, bands], of the source's dtype. gsd: [n, 2] metres per pixel
-    after resizing. labels: [n]. index: [n], positions in the source. pixels: [n, 16]
-    uint8, digests of the pixels before resizing.
+    images: [n, size, size, bands], see `Encode`. gsd: [n, 2] metres per pixel after
+    resizing. labels: [n]. index: [n], positions in the source. pixels: [n, 16] uint8,
+    digests of the pixels before resizing.
     """
 
     images: np.ndarray
@@ -44,6 +45,17 @@ def spread(total: int, most: int) -> np.ndarray:
     return np.arange(most) * total // most
 
 
+def load_image(
+    source: Source, index: int, size: int
+) -> tuple[Record, np.ndarray, np.ndarray]:
+    """A record, its image resized for an evaluation, and its metres per pixel then.
+
+    Raises BadImageError if it cannot be used.
+    """
+    record = source[index]
+    return record, *square(marked(record), np.array(record.gsd), size)
+
+
 def read_images(
     source: Source,
     indices: np.ndarray,
@@ -56,10 +68,9 @@ def read_images(
 
     def load(index):
         try:
-            record = source[int(index)]
+            record, image, gsd = load_image(source, int(index), size)
         except BadImageError:
             return None
-        image, gsd = square(filled(record), np.array(record.gsd), size)
         label = -1 if record.label is None else record.label
         digest = np.frombuffer(pixel_digest(record.image), np.uint8)
         return image, gsd, label, index, digest
@@ -139,9 +150,13 @@ def image_statistics(images: np.ndarray, gsd: np.ndarray) -> dict[str, np.ndarra
     """Each band's mean, standard deviation, minimum and maximum: a control.
 
     images: [n, height, width, channels]; returns {"statistics": [n, 4 * channels]}.
+    NaN, which marks pixels without a value, does not count.
     """
     pixels = images.reshape(len(images), -1, images.shape[-1]).astype(np.float32)
-    parts = [pixels.mean(1), pixels.std(1), pixels.min(1), pixels.max(1)]
+    kinds = (np.mean, np.std, np.min, np.max)
+    if np.isnan(pixels).any():
+        kinds = (np.nanmean, np.nanstd, np.nanmin, np.nanmax)
+    parts = [statistic(pixels, axis=1) for statistic in kinds]
     return {"statistics": np.concatenate(parts, axis=1)}
 
 
@@ -152,10 +167,16 @@ def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def thumbnail(images: np.ndarray, gsd: np.ndarray) -> dict[str, np.ndarray]:
-    """The pixels of the image at 8 x 8, in 0-1: a control that sees coarse colours.
+    """The pixels of the image at 8 x 8: a control that sees coarse colours.
 
-    images: [n, size, size, channels]; returns {"thumbnail": [n, 64 * channels]}.
+    images: [n, size, size, channels]; returns {"thumbnail": [n, 64 * channels]}, uint8
+    in 0-1. Pixels without a value get the mean of the others.
     """
-    small = [square(image, 1.0, THUMBNAIL_SIZE)[0] for image in images]
-    flat = np.reshape(small, (len(images), -1))
-    return {"thumbnail": flat.astype(np.float32) / 255}
+    small = np.stack([square(image, 1.0, THUMBNAIL_SIZE)[0] for image in images])
+    values = small.astype(np.float32)
+    if images.dtype == np.uint8:
+        values /= 255
+    elif np.isnan(values).any():
+        mean = np.nanmean(values, axis=(1, 2), keepdims=True)
+        values = np.where(np.isnan(values), mean, values)
+    return {"thumbnail": values.reshape(len(images), -1)}

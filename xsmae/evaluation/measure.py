@@ -108,7 +108,7 @@ def measure(job: Measurement) -> list[Result]:
     With several scales, one row per feature averages over them. If the file already has
     all rows, nothing is computed. Raises what `job.outcomes` raises.
     """
-    encoder = _describe(job.encoder)
+    encoder = _describe(job)
     percents, sizes = zip(*((s.percent, s.size) for s in job.scales), strict=True)
     columns = [column(*pair) for pair in zip(percents, sizes, strict=True)]
     if len(columns) > 1:
@@ -284,8 +284,13 @@ def check_features(encoder: FrozenEncoder, wanted: Sequence[str]) -> list[str]:
     return list(wanted)
 
 
-def _describe(encoder: FrozenEncoder) -> dict[str, Any]:
-    info = encoder.info or {}
+def _describe(job: Measurement) -> dict[str, Any]:
+    """`Result.encoder`; `bands` are those it reads of rasters."""
+    encoder, source = job.encoder, job.parts.train
+    info, bands = encoder.info or {}, {}
+    if source.dtype != "uint8":
+        reading = encoder.reading
+        bands["bands"] = list(reading.used if reading else source.bands)
     return {
         "name": encoder.name,
         "kind": encoder.kind,
@@ -294,6 +299,7 @@ def _describe(encoder: FrozenEncoder) -> dict[str, Any]:
         "normalization": encoder.normalization,
         "architecture": info.get("architecture"),
         "pooling": info.get("pooling"),
+        **bands,
     }
 
 

@@ -9,6 +9,7 @@ import json
 import textwrap
 from collections.abc import Hashable, Mapping, Sequence
 
+from xsmae.bands import BANDS
 from xsmae.evaluation.rows import Protocol
 
 
@@ -41,7 +42,7 @@ def encoder_names(encoders: Mapping[str, Mapping]) -> dict[str, str]:
 
 
 def data_names(protocols: Mapping[str, Protocol]) -> dict[str, str]:
-    """protocol -> the data's name, plus the image counts or a digest if not unique."""
+    """protocol -> the data's name, plus counts, bands or a digest if not unique."""
     keys, choices = {}, {}
     for protocol_key, protocol in protocols.items():
         data = protocol.data
@@ -50,11 +51,16 @@ def data_names(protocols: Mapping[str, Protocol]) -> dict[str, str]:
         name, keys[protocol_key] = data["name"], key
         counts = " + ".join(f"{data[part]['images']:,}" for part in ("train", "test"))
         digest = hashlib.sha256(key.encode()).hexdigest()[:6]
-        choices.setdefault(
-            key, [name, f"{name} ({counts} images)", f"{name} ({digest})"]
-        )
+        bands = f"{name} ({bands_of(protocol)})"
+        levels = [name, f"{name} ({counts} images)", bands, f"{name} ({digest})"]
+        choices.setdefault(key, levels)
     names = distinct_names(choices)
     return {protocol_key: names[key] for protocol_key, key in keys.items()}
+
+
+def bands_of(protocol: Protocol) -> str:
+    """The bands of rasters; those of 8-bit images are always the same."""
+    return ", ".join(protocol.data.get("bands", BANDS))
 
 
 def headings(protocols: Mapping[str, Protocol]) -> dict[str, str]:

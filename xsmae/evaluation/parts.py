@@ -41,9 +41,16 @@ class Parts:
         """Names, counts and digests, for `Protocol.data`.
 
         `fingerprint` is the source's own (ids, sizes in bytes, labels, GSDs). `split`
-        is a digest of the ids in their order.
+        is a digest of the ids in their order. Rasters have `bands`, `dtype` and `units`
+        too; without these the images are 8-bit RGB.
         """
-        found = {"name": self.name, "classes": len(self.class_names)}
+        found: dict[str, Any] = {"name": self.name, "classes": len(self.class_names)}
+        if self.train.dtype != "uint8":
+            found |= {
+                "bands": list(self.train.bands),
+                "dtype": self.train.dtype,
+                "units": self.train.units,
+            }
         for part in ("train", "test"):
             source = getattr(self, part)
             found[part] = {
@@ -57,21 +64,29 @@ class Parts:
 def open_parts(name: str, train: Data, test: Data) -> Parts:
     """Open both parts and check them against each other.
 
-    Raises UserError if they have no labels, different classes, an image in common, or
-    test images of a class without training images.
+    Raises UserError if they have no labels, different classes, other bands or units, an
+    image in common, or test images of a class without training images.
     """
     parts = Parts(name, _build("train", train), _build("test", test))
-    for source in (parts.train, parts.test):
-        if source.dtype != "uint8":
-            raise UserError(
-                f"{source!r} has {source.dtype} values, evaluations read 8-bit images: "
-                "rasters are measured by the kNN check of pretraining (config.knn)"
-            )
+    kinds = [
+        f"{source.dtype} values of {', '.join(source.bands)} ({source.units})"
+        for source in (parts.train, parts.test)
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"the training part of {name} has {kinds[0]}, its test part {kinds[1]}: "
+            "give bands, sensor, scale and offset for both parts, with --data.FIELD"
+        )
     if len(parts.train.class_names) < 2 or len(parts.test.class_names) < 2:
+        hint = (
+            ""
+            if parts.train.dtype == "uint8"
+            else (", and name it: --data.labels=folder or --data.labels=table")
+        )
         raise UserError(
             f"{name} has {len(parts.train.class_names)} class(es) in its training part "
             f"and {len(parts.test.class_names)} in its test part, expected 2 or more: "
-            "put the images into a folder per class, or add a label column"
+            f"put the images into a folder per class, or add a label column{hint}"
         )
     if parts.train.class_names != parts.test.class_names:
         odd = sorted(set(parts.train.class_names) ^ set(parts.test.class_names))

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable
 
+from xsmae.bands import BANDS, UNITS
 from xsmae.evaluation.rows import Result
 
 
@@ -17,6 +18,7 @@ def csv_text(results: Iterable[Result]) -> str:
         "base_size", "crop", "resize", "gsd_policy", "options", "encoder", "kind",
         "digest", "normalization", "feature", "feature_scaling", "scale", "size",
         "gsd_told", "seed", "value", "low", "high", "pixel_identical_test_images",
+        "bands", "units",
     )  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
@@ -44,6 +46,8 @@ def csv_text(results: Iterable[Result]) -> str:
                 **{n: getattr(row, n) for n in ("value", "low", "high")},
                 **{n: _joined(getattr(row, n)) for n in ("scale", "size", "gsd_told")},
                 "pixel_identical_test_images": row.leaks["pixel_identical_test_images"],
+                "bands": " ".join(row.encoder.get("bands", BANDS)),
+                "units": data.get("units", UNITS),
             }
         )
     return text.getvalue()

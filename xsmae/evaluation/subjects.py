@@ -11,23 +11,25 @@ from typing import Any
 
 import ml_collections
 
-from xsmae.bands import BANDS
 from xsmae.configs import common
+from xsmae.data.records import Source
+from xsmae.data.survey import survey
 from xsmae.errors import UserError
 from xsmae.evaluation.features import (
     FEATURES,
     THUMBNAIL_SIZE,
     Encode,
     image_statistics,
+    spread,
     thumbnail,
 )
+from xsmae.evaluation.reading import Kind, Reading, read_by
 from xsmae.models.build import with_group_indices
 from xsmae.models.vit import Encoder as Network
 from xsmae.weights.description import ARCHITECTURE, GROUPS, check_network
 from xsmae.weights.encoder import Encoder, load_encoder
 
-# What to do if the encoder reads bands that the images lack.
-MISSING_BANDS = ("refuse", "mean")
+MEASURED = 256  # evenly spaced images whose mean and std a random encoder gets
 
 # The controls without a network: (function, description).
 PIXEL_CONTROLS = {
@@ -47,9 +49,9 @@ class FrozenEncoder:
     multiples of it. reads_gsd: True if the features depend on the GSD. standardize:
     True if features must be standardised, by the training part's mean and standard
     deviation, before they are compared.
-    encode(images [n, size, size, 3] uint8, gsd [n, 2]) -> {feature: [n, width]}.
-    network: takes normalised images; None for pixel controls. filled: bands that the
-    images lack and that are filled with their mean.
+    encode(images [n, size, size, bands], gsd [n, 2]) -> {feature: [n, width]}; see
+    `features.Encode`. network: takes normalised images; None for pixel controls.
+    reading: which images it reads and how; None for pixel controls.
     """
 
     name: str
@@ -63,16 +65,19 @@ class FrozenEncoder:
     standardize: bool
     encode: Encode
     network: Network | None = None
-    filled: tuple[str, ...] = ()
+    reading: Reading | None = None
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """The bands that the images lack and that are filled with their mean."""
+        return self.reading.filled if self.reading else ()
 
     @property
     def normalization(self) -> str:
         """How images are normalised, in words."""
-        if self.info is None:
+        if self.reading is None:
             return "none"
-        mean, std = (self.info[name] for name in ("mean", "std"))
-        text = f"(x / 255 - {list(mean)}) / {list(std)}"
-        return text + (f", {', '.join(self.filled)} at their mean" * bool(self.filled))
+        return self.reading.describe()
 
 
 def open_encoder(
@@ -82,24 +87,27 @@ def open_encoder(
     seed: int = 0,
     name: str | None = None,
     missing_bands: str = "refuse",
+    source: Source | None = None,
 ) -> FrozenEncoder:
     """The encoder or control that `--encoder` names.
 
     text: a folder that `load_encoder` takes (`RUN/encoder`, `RUN`); a checkpoint
     `RUN/checkpoints/STEP`; `random:SIZE[,FIELD=VALUE...]`, the encoder of `config` in
     that size with random weights from `seed`; `statistics`; `thumbnail`. name: replaces
-    the name that follows from the text. missing_bands: one of `MISSING_BANDS`. Raises
-    UserError if there is no such encoder.
+    the name that follows from the text. missing_bands: one of `MISSING_BANDS`. source:
+    the images that it will read, by default 8-bit RGB. Raises UserError if there is no
+    such encoder or if it cannot read the images.
     """
     if text in PIXEL_CONTROLS:
         return pixel_control(text, name=name)
     kind, _, argument = text.partition(":")
     if kind == "random":
         return random_encoder(
-            _info_of_size(argument, config),
+            _info_of_size(argument, config, source),
             seed=seed,
             name=name,
             missing_bands=missing_bands,
+            source=source,
         )
     path = Path(text)
     step = path.name if path.parent.name == "checkpoints" else ""
@@ -110,7 +118,9 @@ def open_encoder(
         )
     encoder = load_encoder(path)
     name = name or _name(path, step)
-    return frozen_encoder(encoder, name, {"path": text}, missing_bands=missing_bands)
+    return frozen_encoder(
+        encoder, name, {"path": text}, missing_bands=missing_bands, source=source
+    )
 
 
 def _name(path: Path, step: str) -> str:
@@ -145,6 +155,7 @@ def random_encoder(
     seed: int,
     name: str | None = None,
     missing_bands: str = "refuse",
+    source: Source | None = None,
 ) -> FrozenEncoder:
     """An untrained encoder with the architecture and normalisation of `info`."""
     shape = info["architecture"]
@@ -158,6 +169,7 @@ def random_encoder(
         {"random_seed": seed},
         kind="random",
         missing_bands=missing_bands,
+        source=source,
     )
 
 
@@ -168,21 +180,21 @@ def frozen_encoder(
     *,
     kind: str = "encoder",
     missing_bands: str,
+    source: Source | None = None,
 ) -> FrozenEncoder:
-    """Wrap an encoder for evaluations."""
-    shape, bands = encoder.info["architecture"], encoder.bands
-    filled = _filled(name, bands.names, missing_bands)
+    """Wrap an encoder for evaluations of the images of `source`."""
+    shape = encoder.info["architecture"]
+    reading = read_by(name, encoder.bands, Kind.of(source), missing_bands=missing_bands)
+    use = [b"missing bands at their mean"] * bool(reading.filled)
 
     def encode(images, gsd):
-        if bands.names != BANDS:
-            images = bands.complete(images, BANDS)
-        tokens = encoder.tokens(images, gsd=gsd)
+        tokens = encoder.tokens(reading(images), gsd=gsd)
         return {feature: encoder.pool(tokens, feature) for feature in FEATURES}
 
     return FrozenEncoder(
         name=name,
         kind=kind,
-        digest=encoder.digest_with(*[b"missing bands at their mean"] * bool(filled)),
+        digest=encoder.digest_with(*use),
         origin={**origin, "run": encoder.info.get("run")},
         info=encoder.info,
         features=FEATURES,
@@ -191,34 +203,12 @@ def frozen_encoder(
         standardize=False,
         encode=encode,
         network=encoder.network,
-        filled=filled,
+        reading=reading,
     )
 
 
-def _filled(name: str, bands: Sequence[str], missing_bands: str) -> tuple[str, ...]:
-    """The bands that the encoder reads and images lack.
-
-    Raises UserError if the encoder does not read all bands of the images, or if images
-    lack some and `missing_bands` is `refuse`.
-    """
-    lacking = [band for band in BANDS if band not in bands]
-    filled = tuple(band for band in bands if band not in BANDS)
-    what = f"{name} reads the bands {', '.join(bands)}, images have {', '.join(BANDS)}"
-    if lacking:
-        raise UserError(
-            f"{what}: expected an encoder with {', '.join(lacking)}; if it has them "
-            "under other names, rename them in its encoder.json"
-        )
-    if filled and missing_bands == "refuse":
-        raise UserError(
-            f"{what}: give --missing_bands=mean to fill the other {len(filled)} with "
-            "their mean, or an encoder that reads only the images' bands"
-        )
-    return filled
-
-
 def _info_of_size(
-    argument: str, config: ml_collections.ConfigDict
+    argument: str, config: ml_collections.ConfigDict, source: Source | None
 ) -> Mapping[str, Any]:
     """The `encoder.json` that the config's encoder would have in another size.
 
@@ -253,13 +243,11 @@ def _info_of_size(
             "has no reference_gsd: give random:SIZE,reference_gsd=METRES or "
             "random:SIZE,position=fixed"
         )
+    read = _read_bands(config, source)
     info = {
-        "architecture": with_group_indices(shape, config.bands),
+        "architecture": with_group_indices(shape, read["bands"]),
         "image_size": config.views.size or usual.views.size,
-        "bands": list(config.bands),
-        "mean": list(config.mean or usual.mean),
-        "std": list(config.std or usual.std),
-        **{n: config[n] for n in ("units", "dtype") if n in config},
+        **read,
     }
     try:
         check_network(info)
@@ -270,6 +258,60 @@ def _info_of_size(
             "values"
         ) from None
     return info
+
+
+def _read_bands(
+    config: ml_collections.ConfigDict, source: Source | None
+) -> dict[str, Any]:
+    """Bands, mean, std and units of the images that a random encoder reads.
+
+    They are the config's. For rasters, bands that it leaves unset are the source's, and
+    mean and std are measured on some of its images, as at the start of a run.
+    """
+    kind = Kind.of(source)
+    if kind.dtype == "uint8":
+        usual = common.get_common("corrected", "base")
+        return {
+            "bands": list(config.bands),
+            "mean": list(config.mean or usual.mean),
+            "std": list(config.std or usual.std),
+            **{n: config[n] for n in ("units", "dtype", "scale") if n in config},
+        }
+    # A config of 8-bit images says nothing of rasters.
+    given = config.to_dict() if config.get("dtype") == kind.dtype else {}
+    found = {name: given.get(name) for name in ("bands", "mean", "std", "units")}
+    found = {
+        "bands": kind.bands,
+        "units": kind.units,
+        **{name: value for name, value in found.items() if value is not None},
+    }
+    if not {"mean", "std"} <= found.keys():
+        found = {**_measured(source, found["bands"]), **found}
+    lists = {name: list(found[name]) for name in ("bands", "mean", "std")}
+    return {**lists, "units": found["units"], "dtype": kind.dtype}
+
+
+def _measured(source: Source, bands: Sequence[str]) -> dict[str, list[float]]:
+    """Mean and std of the bands, of some of the source's images."""
+    unknown = [band for band in bands if band not in source.bands]
+    if unknown:
+        raise UserError(
+            f"{source!r} has no {', '.join(unknown)}, expected bands of "
+            f"{', '.join(source.bands)}: change bands, or give mean and std of them too"
+        )
+    found = survey(source, indices=spread(len(source), MEASURED))
+    if not found.images:
+        raise UserError(
+            f"none of {len(found.rejected)} images of {source!r} can be used, expected "
+            "at least 1: give other images"
+        )
+    places = [list(source.bands).index(band) for band in bands]
+    mean, std = (
+        [float(f"{values[place]:.6g}") for place in places]
+        for values in found.statistics()
+    )
+    # A band of one value has no deviation to divide by.
+    return {"mean": mean, "std": [value or 1.0 for value in std]}
 
 
 def _digest(*parts: bytes) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from xsmae.evaluation.naming import data_names, encoder_names, headings
+from xsmae.evaluation.naming import bands_of, data_names, encoder_names, headings
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
 
 # The order of lines in a table: encoders first, then the controls.
@@ -224,7 +224,7 @@ def statements(table: Table) -> list[str]:
         f"{protocol.metric} in percent with its {100 * interval['level']:g} % interval "
         f"({interval['method']}, {interval['resamples']} resamples)",
         f"data: {table.data}, {data['classes']} classes, {data['train']['images']} "
-        f"training and {data['test']['images']} test images",
+        f"training and {data['test']['images']} test images" + _values(protocol),
         f"images: {protocol.crop} of the source, resized to the column's size "
         f"({protocol.resize}); 100 % is {protocol.base_size} px, rounded to a multiple "
         "of the patch size",
@@ -266,6 +266,13 @@ def statements(table: Table) -> list[str]:
     return facts
 
 
+def _values(protocol: Protocol) -> str:
+    """The bands and units of rasters, for the end of a sentence."""
+    if "bands" not in protocol.data:
+        return ""
+    return f", bands {bands_of(protocol)}, {protocol.data['units']}"
+
+
 def _compared(table: Table) -> list[str]:
     """An explanation of the column of verdicts."""
     if not (found := rivals(table)):
@@ -293,7 +300,8 @@ def terminal_table(results: Sequence[Result]) -> str:
             first = [text.ljust(w) for text, w in zip(row[:2], widths, strict=False)]
             others = zip(row[2:], widths[2:], strict=True)
             lines.append("  ".join([*first, *(text.rjust(w) for text, w in others)]))
-        lines += ["", *rivals(table), *_warnings(table)]
+        shown = _values(table.protocol).removeprefix(", ")
+        lines += ["", *[shown] * bool(shown), *rivals(table), *_warnings(table)]
     return "\n".join(["", *lines])
 
 

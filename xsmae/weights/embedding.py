@@ -15,7 +15,7 @@ from PIL import Image
 
 from xsmae.bands import BANDS, Bands
 from xsmae.data.images import MODES, decode, to_rgb
-from xsmae.data.square import filled, square
+from xsmae.data.square import marked, square
 from xsmae.errors import BadImageError, UserError
 from xsmae.weights.inputs import check_images
 
@@ -56,7 +56,7 @@ def open_images(images: Any, *, bands: Bands) -> Opened:
 
         def read_record(index: int) -> tuple[np.ndarray, float]:
             record = images[index]
-            return filled(record)[..., places], np.array(record.gsd)
+            return marked(record)[..., places], np.array(record.gsd)
 
         opened = Opened(len(images), read_record, images.id, has_gsd=True)
     elif hasattr(images, "ndim"):
@@ -106,13 +106,18 @@ def _pixels(item: Any, bands: Bands) -> np.ndarray:
 
 
 def _places(bands: Bands, names: tuple[str, ...], what: str) -> list[int]:
-    """The positions of the encoder's bands in `names`; UserError if they differ."""
-    if sorted(names) != sorted(bands.names):
+    """The positions of the encoder's bands in `names`; UserError if some are missing.
+
+    Rasters may have more bands than the encoder reads.
+    """
+    found = bands.find(names)
+    more = len(names) > len(found) and bands.dtype == "uint8"
+    if None in found or more:
         raise UserError(
             f"{what} has the bands {', '.join(names)}, but the encoder reads "
             f"{', '.join(bands.names)}: give arrays with its bands in its order"
         )
-    return [names.index(name) for name in bands.names]
+    return found
 
 
 def embed_all(
@@ -139,10 +144,10 @@ def embed_all(
     def load(index: int) -> tuple[np.ndarray, np.ndarray | float]:
         try:
             image, own = opened.read(index)
+            told = own if opened.has_gsd else (1.0 if gsd is None else gsd[index])
+            return square(image, told, size)
         except (BadImageError, UserError) as error:
             raise UserError(f"{opened.name(index)}: {error}") from None
-        told = own if opened.has_gsd else (1.0 if gsd is None else gsd[index])
-        return square(image, told, size)
 
     found, begin = [], time.monotonic()
     last = begin
@@ -152,6 +157,8 @@ def embed_all(
             images = [bands.rescale(i) if i.dtype == bands.dtype else i for i in images]
         padding = (0, batch_size - len(rows))
         images = np.pad(np.stack(images), [padding, *[(0, 0)] * 3], "edge")
+        if bands.has_valid and images.dtype != np.uint8:  # uint8 is refused by name
+            images = bands.fill(images)
         told = np.stack([np.broadcast_to(np.float32(g), 2) for g in gsds])
         told = np.pad(told, [padding, (0, 0)], "edge")
         found.append(encode(images, told if reads_gsd else None)[: len(rows)])

@@ -29,6 +29,7 @@ from xsmae.train_state import TrainState
 
 VERSION = 1  # raise it when the same training gives different numbers
 EVERY = 5.0  # seconds between progress lines
+ANY_PIXEL = 1e-9  # crops of rasters without any valid pixel are drawn again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Learner:
     """A classifier that can be trained.
 
     state: the initial state. step(state, images, gsd, labels) -> (state, loss).
-    predict(state, images, gsd) -> scores [n, classes]. images: [n, size, size, 3]
-    uint8; gsd: [n, 2] metres per pixel; labels: [n]. feature_scaling: see `Result`.
+    predict(state, images, gsd) -> scores [n, classes]. images: [n, size, size, bands],
+    see `features.Encode`; gsd: [n, 2] metres per pixel; labels: [n]. feature_scaling:
+    see `Result`.
     """
 
     state: TrainState
@@ -158,17 +160,24 @@ class _Batches:
             start_step=start,
             num_steps=self.plan.num_steps,
             max_rejected_fraction=0.0,
+            min_valid=ANY_PIXEL,
             num_workers=self.num_workers,
         )
         for batch in crops:
             if (batch["index"] < 0).any():
                 lost = self.source.id(batch["requested"][batch["index"] < 0][0])
+                empty = ", or its crops have no pixel with a value" * ("valid" in batch)
                 raise UserError(
-                    f"{lost} could be read before the training but not now: restore "
-                    "it, then run the same command to resume from the last epoch"
+                    f"{lost} could be read before the training but not now{empty}: "
+                    "restore it, then run the same command to resume from the last "
+                    "epoch"
                 )
+            images = batch["image"][:, 0]
+            if "valid" in batch:
+                valid = batch["valid"][:, 0, ..., None]
+                images = np.where(valid, images, np.float32(np.nan))
             gsd = batch["gsd"][:, 0] * np.float32(self.scale.gsd_factor)
-            yield batch["image"][:, 0], gsd, self.source.labels[batch["index"]]
+            yield images, gsd, self.source.labels[batch["index"]]
 
 
 def _train(

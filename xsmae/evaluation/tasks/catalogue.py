@@ -10,7 +10,6 @@ from typing import Any
 
 import ml_collections
 
-from xsmae.bands import BANDS
 from xsmae.errors import UserError
 from xsmae.evaluation.features import FEATURES
 from xsmae.evaluation.fitting import recipe as recipes
@@ -218,10 +217,11 @@ def _check_trainable(encoder: FrozenEncoder) -> None:
             f"encoder={encoder.kind} has no weights to fine-tune: give an exported "
             "encoder, a workdir, RUN/checkpoints/STEP or random:SIZE"
         )
-    bands = tuple(encoder.info["bands"])
-    if bands != BANDS:
+    bands, kind = tuple(encoder.info["bands"]), encoder.reading.kind
+    in_order = bands == kind.bands or kind.dtype != "uint8"
+    if encoder.filled or not in_order:
         raise UserError(
             f"{encoder.name} reads the bands {', '.join(bands)}, expected "
-            f"{', '.join(BANDS)} in this order: give an encoder that reads the images' "
-            "bands to fine-tune it"
+            f"{', '.join(kind.bands)} in this order: give an encoder that reads the "
+            "images' bands to fine-tune it"
         )

@@ -25,7 +25,7 @@ from xsmae.sharding import by_batch, create_mesh, replicated
 from xsmae.train_state import TrainState, create_train_state, updated
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, PyTree, UInt8
+    from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 # No weight decay for biases, norms and the class token (MAE's models_vit.py).
 NOT_DECAYED = ("bias", "scale", "cls_token")
@@ -127,6 +127,7 @@ def create_learner(
     job: Measurement, feature: str, plan: Plan, *, recipe: Mapping[str, Any]
 ) -> Learner:
     """A copy of `job.encoder`'s network with a new linear layer."""
+    read = job.encoder.reading
     info, num_classes = job.encoder.info, len(job.parts.class_names)
     bands = Bands.of(info)
     shape = dict(info["architecture"])
@@ -179,22 +180,23 @@ def create_learner(
         network = nnx.merge(graphdef, state.params, state.batch_stats)
         return network(bands.normalize(images), gsd=gsd)
 
+    step = jax.jit(
+        step,
+        in_shardings=(whole, divided, divided, divided),
+        out_shardings=whole,
+        donate_argnums=0,
+    )
     return Learner(
         state=jax.device_put(state, whole),
-        step=jax.jit(
-            step,
-            in_shardings=(whole, divided, divided, divided),
-            out_shardings=whole,
-            donate_argnums=0,
-        ),
-        predict=scores,
+        step=lambda state, images, *rest: step(state, read(images), *rest),
+        predict=lambda state, images, gsd: scores(state, read(images), gsd),
         feature_scaling="layer norm (fc_norm)" if feature == "mean" else "none",
     )
 
 
 def finetune_step(
     state: TrainState,
-    images: UInt8[Array, "batch height width channels"],
+    images: Shaped[Array, "batch height width channels"],
     gsd: Float[Array, "batch 2"],
     labels: Int[Array, " batch"],
     *,

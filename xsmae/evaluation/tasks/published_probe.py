@@ -165,8 +165,8 @@ def feature_width(job: Measurement, feature: str) -> int:
     """The width of a feature; without a network, one blank image is encoded."""
     if job.encoder.network is not None:
         return job.encoder.network.embed_dim
-    side = job.scales[0].size
-    blank = np.zeros((1, side, side, 3), np.uint8)
+    side, source = job.scales[0].size, job.parts.train
+    blank = np.zeros((1, side, side, len(source.bands)), source.dtype)
     return job.encoder.encode(blank, np.ones((1, 2), np.float32))[feature].shape[1]
 
 
