@@ -211,7 +211,7 @@ def _labels(
 
 def units_of(raster: Raster) -> str:
     """What the values of a raster are, in words."""
-    if raster.sensor is not None:
+    if raster.sensor is not None and _by_sensor(raster):
         return raster.sensor.units
     if raster.dtype == "uint8":
         return UNITS
@@ -220,3 +220,12 @@ def units_of(raster: Raster) -> str:
     pairs = sorted(set(zip(raster.scale, raster.offset, strict=True)))
     text = "; ".join(f"* {scale:g} + {offset:g}" for scale, offset in pairs)
     return f"{raster.dtype} numbers {text}"
+
+
+def _by_sensor(raster: Raster) -> bool:
+    """False if the user gave other scales and offsets than the sensor has."""
+    sensor, given = raster.sensor, [*raster.scale, *raster.offset]
+    places = [sensor.bands.index(band) for band in raster.bands]
+    own = [x[place] for x in (sensor.scale, sensor.offset) for place in places]
+    as_stored = raster.dtype.startswith("float") and set(raster.scale) == {1.0}
+    return as_stored or np.allclose(given, own, rtol=1e-5, atol=1e-12)

@@ -46,8 +46,8 @@ def plan_bands(
 ) -> BandPlan:
     """Decide which bands are read, and their names.
 
-    given: names that the raster has, to choose bands in that order; or else one name
-    for each of its bands. UserError where they are neither, or where the names are not
+    given: names that the raster has, or that the sensor gives its bands, to choose bands
+    in that order; or else one name for each of its bands. UserError where they are neither, or where the names are not
     those of the sensor.
     """
     if given is not None:
@@ -59,6 +59,10 @@ def plan_bands(
     found = _names_of(dataset, data)
     names = found
     if given is not None:
+        if sensor is not None and len(given) < len(found) == len(sensor.bands):
+            if not {*map(band_key, given)} <= {*map(band_key, found)}:
+                found, said = _names_of_sensor(found, sensor, where)
+                notes += said
         own = {band_key(name): i for name, i in zip(found, data, strict=True)}
         if len(own) == len(found) and all(band_key(name) in own for name in given):
             data, names = [own[band_key(name)] for name in given], given
