@@ -275,7 +275,7 @@ def _read_bands(
             "bands": list(config.bands),
             "mean": list(config.mean or usual.mean),
             "std": list(config.std or usual.std),
-            **{n: config[n] for n in ("units", "dtype", "scale") if n in config},
+            **{n: config[n] for n in ("units", "dtype") if n in config},
         }
     # A config of 8-bit images says nothing of rasters.
     given = config.to_dict() if config.get("dtype") == kind.dtype else {}
