@@ -16,7 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from xsmae.errors import UserError
+from xsmae.errors import UserError, of_flags
 from xsmae.ranges import BELOW_1, LARGE, SMALL, Ranges, check_numbers
 
 # Field -> smallest and largest value; for a tuple they limit each number. Fields that
@@ -343,10 +343,3 @@ def _owner(config: ConfigDict, field: str, told: str) -> tuple[ConfigDict, str]:
         if depth < len(names):
             owner = owner[name]
     return owner, name
-
-
-def of_flags(error: Exception) -> str:
-    """absl's message about a wrong flag, in one line and in plain words."""
-    text = " ".join(str(error).split()).removeprefix("flag ")
-    text = re.sub("could not convert string to float: .*", "expected a number", text)
-    return re.sub("invalid literal for int.*", "expected a whole number", text)

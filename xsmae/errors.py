@@ -1,6 +1,7 @@
 """Errors in user input and files, with messages for the user."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 # XLA's messages when memory runs out: for arrays, and for the workspace of a product on
@@ -58,3 +59,10 @@ class BadImageError(ValueError):
     The message is the reason, in one line. The pipeline replaces the record with the
     next good one, counts it and lists it in `rejected.jsonl`.
     """
+
+
+def of_flags(error: Exception) -> str:
+    """absl's message about a wrong flag, in one line and in plain words."""
+    text = " ".join(str(error).split()).removeprefix("flag ")
+    text = re.sub("could not convert string to float: .*", "expected a number", text)
+    return re.sub("invalid literal for int.*", "expected a whole number", text)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from xsmae.config import of_flags, override, read_config
-from xsmae.errors import UserError
+from xsmae.config import override, read_config
+from xsmae.errors import UserError, of_flags
 
 
 def parse_flags(
