@@ -137,6 +137,25 @@ def test_wrong_flags_are_one_line(root, tmp_path, capsys):
     assert "--data.root=" in capsys.readouterr().err
 
 
+def test_parts_of_other_classes_are_refused(root, tmp_path, capsys):
+    other = tmp_path / "other"
+    for scene in range(5):
+        save(other, f"t{scene}/0")
+    (other / "classes.json").write_text('{"classes": ["roof", "lake"]}')
+    assert run(root, tmp_path, f"--test.root={other}") == 2
+    assert "roof, road, lake" in capsys.readouterr().err
+    same = f"--data.classes={root / 'classes.json'}"
+    assert run(root, tmp_path, f"--test.root={other}", same) == 0
+
+
+def test_a_table_is_checked_too(root, tmp_path):
+    table = root / "pairs.csv"
+    rows = [f"images/s{s}/0.png,masks/s{s}/0.png,s{s}" for s in range(5)]
+    table.write_text("\n".join(["path,mask,scene", *rows]))
+    assert run(table, tmp_path) == 0
+    assert [p["images"] for p in report_of(tmp_path)["parts"].values()] == [4, 1]
+
+
 def test_it_stops_when_asked(root, tmp_path, monkeypatch):
     def build(data):
         os.kill(os.getpid(), signal.SIGTERM)

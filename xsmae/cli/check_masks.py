@@ -32,6 +32,12 @@ def check_masks(
     if config.train.to_dict() == config.test.to_dict():
         parts = {"all": config.train}
     surveys = {name: _survey(name, data, should_stop) for name, data in parts.items()}
+    first, *others = (found.source.class_names for found in surveys.values())
+    if any(names != first for names in others):
+        raise UserError(
+            f"the training part has the classes {', '.join(first)}, the test part "
+            f"{', '.join(others[0])}; expected the same: give both --data.classes=FILE"
+        )
     report = describe(surveys)
     text = printable(as_text(report))
     print(text)

@@ -54,6 +54,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 MIN_SIDE = 32
 MAX_PIXELS = 89_478_485  # PIL.Image.MAX_IMAGE_PIXELS: 256 MiB of RGB
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 MODES = ("RGB", "L", "1", "P", "LA", "PA", "RGBA")
 
 
@@ -136,6 +137,9 @@ def read_numbers(path: pathlib.Path, *, max_pixels: int, shape: tuple) -> np.nda
     Those of a palette are its indices. shape: the height and width that are expected.
     Raises BadImageError for other sizes and formats, alpha and 16 bits.
     """
+    bits = _png_bits(path)
+    if bits == 16:
+        raise BadImageError("16 bits; expected a PNG of 8 bits, or a GeoTIFF")
     with open_image(path, min_side=1, max_pixels=max_pixels) as image:
         if image.format != "PNG":
             raise BadImageError(f"{image.format}; expected PNG, which keeps numbers")
@@ -154,11 +158,18 @@ def read_numbers(path: pathlib.Path, *, max_pixels: int, shape: tuple) -> np.nda
     if numbers.dtype == bool:
         return numbers.astype(np.uint8)
     # Pillow spreads grey of 2 and 4 bits over 0 to 255.
-    with path.open("rb") as file:
-        bits = file.read(25)[24]
     if image.mode == "L" and bits < 8:
         numbers //= 255 // (2**bits - 1)
     return numbers
+
+
+def _png_bits(path: pathlib.Path) -> int:
+    """Bits of a channel in the header of a PNG; 8 for anything else."""
+    if not path.is_file():
+        return 8
+    with _bad_images(), path.open("rb") as file:
+        header = file.read(25)
+    return header[24] if header.startswith(_PNG) and len(header) == 25 else 8
 
 
 @contextlib.contextmanager
@@ -186,7 +197,7 @@ def _open(file: BinaryIO, min_side: int, max_pixels: int) -> Image.Image:
     if not header:
         raise BadImageError("the file is empty (0 bytes)")
     # PIL opens 16-bit colour PNGs as 8-bit RGB. Byte 24 of the header is the bit depth.
-    if header.startswith(b"\x89PNG\r\n\x1a\n") and header[24:25] == b"\x10":
+    if header.startswith(_PNG) and header[24:25] == b"\x10":
         raise BadImageError("16 bits a channel; convert it to 8 bits with your scaling")
     formats = FORMATS
     if header.startswith(MAGIC):
