@@ -31,6 +31,7 @@ def get_config(argument=None):
     # Values are float32, in the units of the rasters.
     config.dtype = "float32"
     config.units = placeholder(str)
+    config.wavelengths = placeholder(tuple)  # nm, of each band; those of the sensor
     # Scenes differ in GSD; a patch counts 1 at this one.
     config.model.reference_gsd = 10.0
     # Chosen by the images and the device, and said at the start of a run.

@@ -35,6 +35,7 @@ def get_config(argument=None):
     # Chosen by the images and the device, and said at the start of a run.
     config.dtype = placeholder(str)  # uint8 or float32, as the images have it
     config.units = placeholder(str)
+    config.wavelengths = placeholder(tuple)  # nm, of each band; those of the sensor
     config.bands = placeholder(tuple)
     config.batch_size = placeholder(int)  # at most 256
     config.views.size = placeholder(int)  # at most 128

@@ -24,8 +24,9 @@ from xsmae.run.choices import FIELDS, INTERVALS, fit_warmup, settle
 from xsmae.run.workdir import check_outside_data
 from xsmae.trainer import create_schedule, create_trainer
 
+OF_RASTERS = ("bands", "dtype", "units", "wavelengths")
 # Configs of rasters alone leave these to be chosen.
-OF_IMAGES = [name for name in FIELDS if name not in ("bands", "dtype", "units")]
+OF_IMAGES = [name for name in FIELDS if name not in OF_RASTERS]
 CPU = [types.SimpleNamespace(platform="cpu", device_kind="cpu")]
 TINY = [
     "--config.model.embed_dim=16",

@@ -10,14 +10,19 @@ from PIL import Image
 import xsmae
 from tests.support.rasters import REASON, land, write
 from xsmae import load_config
+from xsmae.bands import Bands
 from xsmae.cli import check_data
 from xsmae.data.catalogue import open_source
 from xsmae.data.folder import FolderSource
 from xsmae.data.geotiff_source import GeotiffSource
 from xsmae.data.pipeline import check_bands
 from xsmae.data.records import Subset
+from xsmae.data.sensors import wavelengths_of
 from xsmae.data.survey import survey
 from xsmae.errors import UserError
+from xsmae.run.choices import settle
+from xsmae.weights.description import describe_encoder, new_network
+from xsmae.weights.encoder import Encoder
 
 pytest.importorskip("rasterio", reason=REASON)
 
@@ -230,3 +235,36 @@ def test_pretraining_on_rasters(method, scenes, tmp_path):
     assert np.isfinite(features).all()
     with pytest.raises(UserError, match="uint8"):
         encoder(np.zeros((1, 16, 16, 3), np.uint8), gsd=10.0)
+
+
+def test_wavelengths_travel_from_the_sensor_to_the_card(tmp_path):
+    """Through encoder.json, an encoder in memory and an export; null if unknown."""
+    names = ("B4", "B08", "haze")
+    sensor = "sentinel2_l2a"
+    data = land(40, 40, dtype="uint16")
+    write(tmp_path / "a.tif", data, descriptions=("B04", "B08", "B11"))
+    source = GeotiffSource(tmp_path, sensor=sensor, bands=("B11", "B04"))
+    assert source.wavelengths == (1613.7, 664.6)
+    assert wavelengths_of(sensor, names) == (664.6, 832.8, None)
+    assert wavelengths_of(None, names) == wavelengths_of("naip", ("nir",)) == ()
+    config, _ = settle(
+        load_config("geotiff:mae,size=tiny", {"data.root": str(tmp_path)}), source
+    )
+    assert config.wavelengths == (1613.7, 664.6)
+    config.model.update(embed_dim=16, depth=1, num_heads=2, patch_size=8)
+    info = describe_encoder(config.model, image_size=16, bands=Bands.of(config), run={})
+    assert info["wavelengths"] == [1613.7, 664.6]
+    encoder = Encoder(new_network(info), info)
+    assert encoder.bands.wavelengths == (1613.7, 664.6)
+    assert Encoder.random(info, seed=0).info["wavelengths"] == [1613.7, 664.6]
+    notes = xsmae.export(encoder, tmp_path / "timm", format="timm")
+    assert any("in their units (surface reflectance)" in note for note in notes)
+    text = (tmp_path / "timm/README.md").read_text()
+    assert "| wavelengths in nm | 1613.7, 664.6 |" in text
+    bare = {**info, "wavelengths": [None, None]}
+    assert Encoder(new_network(info), bare).digest == encoder.digest
+    for wrong, said in (([500.0], "1 values of wavelengths"), ([0, 1], "nm above 0")):
+        encoder.info["wavelengths"] = wrong
+        encoder.save(tmp_path / "wrong")
+        with pytest.raises(UserError, match=said):
+            xsmae.load_encoder(tmp_path / "wrong")

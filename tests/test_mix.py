@@ -240,6 +240,18 @@ def test_without_labels_in_a_part_there_are_none(scenes):
     assert "no labels are used: utm has none" in source.notes()
 
 
+def test_wavelengths_are_those_that_the_parts_agree_on(tmp_path):
+    data = land(40, 40, dtype="uint16")
+    write(tmp_path / "a.tif", data, descriptions=("B04", "B08", "B11"))
+    part = {"source": "geotiff", "root": str(tmp_path / "a.tif")}
+    sentinel = {**part, "sensor": "sentinel2_l2a"}
+    assert MixSource({"a": sentinel, "b": sentinel}).wavelengths == (
+        664.6, 832.8, 1613.7,
+    )  # fmt: skip
+    own = {**part, "scale": 1e-4}
+    assert MixSource({"a": own, "b": own}).wavelengths == ()
+
+
 def test_repr_and_fingerprint_do_not_depend_on_the_place(folders, tmp_path):
     source = MixSource(folders)
     assert str(tmp_path) not in repr(source)

@@ -37,6 +37,8 @@ class Bands:
 
     mean, std: one number per band, for values in 0-1; for float32, for stored values.
     units: the units of mean and std, in words. dtype: the dtype of stored images.
+    wavelengths: the central one of each band in nm, None where it is unknown; () if
+    all are.
     """
 
     names: tuple[str, ...]
@@ -44,6 +46,7 @@ class Bands:
     std: tuple[float, ...]
     units: str = UNITS
     dtype: str = "uint8"
+    wavelengths: tuple[float | None, ...] = ()
 
     def __post_init__(self):
         if self.dtype not in STORED:
@@ -55,13 +58,14 @@ class Bands:
     def of(cls, fields: Mapping[str, Any]) -> Bands:
         """The `bands`, `mean` and `std` of a config or an encoder.json.
 
-        Its `units` and `dtype` are read where it has them.
+        Its `units`, `dtype` and `wavelengths` are read where it has them.
         """
         given = {name: fields.get(name) for name in ("units", "dtype")}
         given = {name: value for name, value in given.items() if value is not None}
         units = STORED.get(given.get("dtype"), UNITS)
         numbers = (tuple(fields[name]) for name in ("bands", "mean", "std"))
-        return cls(*numbers, **{"units": units, **given})
+        waves = known_or_empty(fields.get("wavelengths") or ())
+        return cls(*numbers, wavelengths=waves, **{"units": units, **given})
 
     @property
     def has_valid(self) -> bool:
@@ -148,3 +152,8 @@ class Bands:
         whole = np.tile(np.float32(self.mean), (*images.shape[:-1], 1))
         whole[..., self.places(names)] = self.rescale(images) if stored else images
         return whole
+
+
+def known_or_empty(values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """The values, or () if none is known."""
+    return tuple(values) if any(value is not None for value in values) else ()

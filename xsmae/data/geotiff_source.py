@@ -17,6 +17,7 @@ from xsmae.data.geotiff_scene import Scene
 from xsmae.data.raster import Raster
 from xsmae.data.raster_views import DTYPE, RasterImage
 from xsmae.data.records import BaseSource, Record, decoded, fingerprint, number
+from xsmae.data.sensors import wavelengths_of
 from xsmae.data.splits import split_indices
 from xsmae.errors import UserError
 
@@ -103,6 +104,7 @@ class GeotiffSource(BaseSource):
         self._labels = None if by_scene is None else by_scene[self._scenes]
         raster = self._index.raster(self._scenes[0])
         self._units = units_of(raster)
+        self.wavelengths = wavelengths_of(sensor, self._bands)
         self._fingerprint = fingerprint(
             (type(self).__name__, self._index.fingerprint, labels, self._units),
             self._class_names,

@@ -20,6 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from xsmae.bands import known_or_empty
 from xsmae.data.records import BaseSource, Record, Source, decoded, fingerprint
 from xsmae.errors import UserError
 
@@ -84,6 +85,17 @@ class Mix(BaseSource):
     def units(self) -> str:
         """The units of every part."""
         return self._sources[0].units
+
+    @property
+    def wavelengths(self) -> tuple[float | None, ...]:
+        """Those that all parts agree on."""
+        known = [s.wavelengths or (None,) * len(self.bands) for s in self._sources]
+        return known_or_empty(
+            [
+                band[0] if len({*band}) == 1 else None
+                for band in zip(*known, strict=True)
+            ]
+        )
 
     @property
     def fingerprint(self) -> str:

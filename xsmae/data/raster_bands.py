@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xsmae.data.sensors import Sensor
+from xsmae.data.sensors import Sensor, band_key
 from xsmae.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -78,13 +78,6 @@ def plan_bands(
         names, said = _names_of_sensor(names, sensor, where)
         notes += said
     return BandPlan(tuple(data), tuple(names), alpha, tuple(notes))
-
-
-def band_key(name: str) -> str:
-    """The same text for B1, B01, b01 and SR_B1."""
-    key = name.strip().lower().removeprefix("sr_")
-    head, digits = key[:1], key[1:]
-    return f"b{int(digits)}" if head == "b" and digits.isdecimal() else key
 
 
 def _checked(given: Sequence[str], where: str) -> list[str]:

@@ -66,6 +66,10 @@ class Source(Protocol):
         """What the values are, in words."""
 
     @property
+    def wavelengths(self) -> tuple[float | None, ...]:
+        """Of each band in nm, None where it is unknown; () if all are."""
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the list of contents; storage paths do not count."""
 
@@ -104,6 +108,7 @@ class BaseSource:
 
     dtype = "uint8"
     units = UNITS
+    wavelengths = ()
 
     def open(self, index: int) -> contextlib.AbstractContextManager[Record]:
         """A context with the decoded record."""
@@ -163,6 +168,7 @@ class Subset(BaseSource):
         self.labels = labels_of(source, positions)
         self.class_names = source.class_names
         self.dtype, self.units = source.dtype, source.units
+        self.wavelengths = source.wavelengths
 
     @property
     def bands(self) -> tuple[str, ...]:

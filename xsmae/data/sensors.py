@@ -36,7 +36,9 @@ Sources:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+from xsmae.bands import known_or_empty
 from xsmae.errors import UserError
 
 
@@ -60,6 +62,13 @@ class Sensor:
     dtypes: tuple[str, ...]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+
+def band_key(name: str) -> str:
+    """The same text for B1, B01, b01 and SR_B1."""
+    key = name.strip().lower().removeprefix("sr_")
+    head, digits = key[:1], key[1:]
+    return f"b{int(digits)}" if head == "b" and digits.isdecimal() else key
 
 
 _S2 = {
@@ -185,6 +194,20 @@ SENSORS = {
         ),
     )
 }
+
+
+def wavelengths_of(
+    sensor: str | None, bands: Sequence[str]
+) -> tuple[float | None, ...]:
+    """The wavelength of each band in nm, None where the preset has none.
+
+    () without a preset, or if it knows none.
+    """
+    preset = find_sensor(sensor)
+    if preset is None:
+        return ()
+    known = dict(zip(map(band_key, preset.bands), preset.wavelengths, strict=True))
+    return known_or_empty([known.get(band_key(band)) for band in bands])
 
 
 def find_sensor(name: str | None) -> Sensor | None:

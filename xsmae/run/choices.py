@@ -174,6 +174,12 @@ def _values(config, source, devices) -> Chosen:
     return values, "the values of the images"
 
 
+def _wavelengths(config, source, devices) -> Chosen:
+    if source is None:
+        return {"wavelengths": ()}, "assumed, there are no images yet"
+    return {"wavelengths": source.wavelengths}, "nm, those of the sensor's preset"
+
+
 def _statistics(config, source, devices) -> Chosen:
     if source is None:
         return dict(zip(("mean", "std"), IMAGENET, strict=True)), (
@@ -215,6 +221,7 @@ RULES = (
     (("views.size", "model.patch_size"), _view_size),
     (("bands",), _bands),
     (("dtype", "units"), _values),
+    (("wavelengths",), _wavelengths),
     (("mean", "std"), _statistics),
     (tuple(INTERVALS), _intervals),
 )

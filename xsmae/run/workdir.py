@@ -39,6 +39,7 @@ FREE_FIELDS = (
     "optim.max_nonfinite",
     "profile",
     "watchdog_minutes",
+    "wavelengths",
     "data.root",
     "data.csv_path",
     "data.gsd_csv",

@@ -85,6 +85,7 @@ def describe_encoder(
         },
         "image_size": image_size,
         "bands": bands.names,
+        "wavelengths": bands.wavelengths or [None] * len(bands.names),
         "units": bands.units,
         "dtype": bands.dtype,
         "mean": bands.mean,
@@ -120,8 +121,8 @@ def read_description(path: Path) -> dict[str, Any]:
             "another encoder"
         )
     channels = len(info["bands"])
-    for name in ("mean", "std"):
-        if len(info[name]) != channels:
+    for name in ("mean", "std", "wavelengths"):
+        if len(info.get(name, info["bands"])) != channels:
             raise UserError(
                 f"{path} has {len(info[name])} values of {name}, expected {channels}: "
                 "give one per band"
@@ -136,12 +137,22 @@ def read_description(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is inconsistent: {reason}") from None
+    if not all(_is_wavelength(value) for value in info.get("wavelengths", ())):
+        raise UserError(
+            f"{path} has wavelengths={info['wavelengths']!r}, expected nm above 0, or "
+            "null where they are unknown: correct or remove them"
+        )
     if not _is_range(info.get("gsd_range", [1, 1])):
         raise UserError(
             f"{path} has gsd_range={info['gsd_range']!r}, expected [smallest, largest] "
             "in metres per pixel: correct or remove it"
         )
     return info
+
+
+def _is_wavelength(value: Any) -> bool:
+    number = type(value) in (int, float) and 0 < value < float("inf")
+    return value is None or number
 
 
 def _is_range(value: Any) -> bool:

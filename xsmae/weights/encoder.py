@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 # Fields of a description that do not change features.
 # Older ones have a `scale`, 255 for 8-bit images, which has no effect.
-NOT_IN_DIGEST = ("run", "licence", "data_licence", "gsd_range", "scale")
+NOT_IN_DIGEST = (
+    "run", "licence", "data_licence", "gsd_range", "scale", "wavelengths",
+)  # fmt: skip
 # The meaning of an encoder.json without these fields: with or without, one digest.
 IMPLIED = {"dtype": "uint8"}
 # Every crop is a little finer than its whole image, so whole training images must not

@@ -63,8 +63,10 @@ def export(
     for name, value in content.items():
         write_json(out / name, value)
     bands = ", ".join(loaded.info["bands"])
+    rasters = loaded.bands.dtype == "float32"
+    values = f"in their units ({loaded.bands.units})" if rasters else "in 0-1"
     notes.append(
-        f"images of {size} px, bands {bands}, in 0-1, then normalised with mean "
+        f"images of {size} px, bands {bands}, {values}, then normalised with mean "
         f"{loaded.info['mean']} and std {loaded.info['std']}"
     )
     if not write_card(out, loaded.info, format=format, notes=notes):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xsmae.bands import known_or_empty
 from xsmae.errors import printable
 from xsmae.process.files import atomic_write
 
@@ -145,6 +146,8 @@ def _model(info: Mapping[str, Any]) -> list[str]:
     if shape["position"] == "gsd":
         position = f"scaled by the GSD, reference {shape['reference_gsd']} m per pixel"
     groups = shape.get("channel_groups")
+    waves = known_or_empty(info.get("wavelengths", ()))
+    waves = _joined("unknown" if w is None else w for w in waves)
     rows = [
         ("width", shape["embed_dim"]),
         ("depth", shape["depth"]),
@@ -154,6 +157,7 @@ def _model(info: Mapping[str, Any]) -> list[str]:
         *([("groups of bands", groups)] if groups else []),
         ("pooling", info["pooling"]),
         ("bands, in order", _joined(info["bands"])),
+        *([("wavelengths in nm", waves)] if waves else []),
         ("units", info.get("units", NOT_STATED)),
         ("mean per band", _joined(info["mean"])),
         ("standard deviation per band", _joined(info["std"])),
@@ -248,11 +252,12 @@ def _use(info: Mapping[str, Any], format: str, notes: Iterable[str]) -> list[str
         usual = math.sqrt(math.prod(seen)) if seen else shape["reference_gsd"]
         gsd = f", gsd={usual:.3g}" if shape["position"] == "gsd" else ""
         comment = "metres per pixel; " if gsd else ""
+        dtype = info.get("dtype", "uint8")  # float32 is in the units above
         code = [
             "import numpy as np, xsmae",
             "",
             'encoder = xsmae.load_encoder("FOLDER")',
-            f"images = np.zeros((1, {size}, {size}, {bands}), np.uint8)",
+            f"images = np.zeros((1, {size}, {size}, {bands}), np.{dtype})",
             f"features = encoder(images{gsd})  # {comment}[1, {shape['embed_dim']}]",
         ]
     lines = [
@@ -279,7 +284,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [f"| {' | '.join(_literal(cell) for cell in row)} |" for row in cells]
 
 
-def _joined(values: Sequence[Any]) -> str:
+def _joined(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
 
 
