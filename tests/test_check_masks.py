@@ -11,9 +11,9 @@ from PIL import Image
 from tests.support.rasters import REASON, north_up, write
 from xsmae.cli import check_data, check_masks
 from xsmae.data.catalogue import build_masks
-from xsmae.data.footprints import Footprint, footprint_of, overlaps
 from xsmae.data.mask_survey import survey_masks
 from xsmae.data.masks import MaskSource
+from xsmae.data.overlaps import Quadrilateral, overlaps, quadrilateral_of
 from xsmae.data.synthetic.labelled import LandSource
 from xsmae.figures.mask_sheet import class_colours
 
@@ -223,7 +223,7 @@ def test_rasters_that_overlap_on_the_ground(tmp_path, capsys):
     source = MaskSource(root)
     places = {source.id(i): source.raster(i) for i in range(len(source))}
     np.testing.assert_allclose(
-        footprint_of(places["a"], "a").corners[2], (500_640, 4_999_360)
+        quadrilateral_of(places["a"], "a").corners[2], (500_640, 4_999_360)
     )
 
 
@@ -231,14 +231,14 @@ def test_the_overlap_of_turned_squares():
     square = np.array([(0, 0), (2, 0), (2, 2), (0, 2)], float)
     diamond = np.array([(1, -1), (3, 1), (1, 3), (-1, 1)], float)
     for order in (slice(None), slice(None, None, -1)):
-        one = Footprint("one", "EPSG:32633", square[order] + 5e6)
-        other = Footprint("other", "EPSG:32633", diamond + 5e6)
+        one = Quadrilateral("one", "EPSG:32633", square[order] + 5e6)
+        other = Quadrilateral("other", "EPSG:32633", diamond + 5e6)
         # The diamond, of area 8, covers the whole square.
         assert overlaps([one], [other]) == [("one", "other", pytest.approx(1))]
-        moved = Footprint("moved", "EPSG:32633", diamond + 5e6 + [2, 0])
+        moved = Quadrilateral("moved", "EPSG:32633", diamond + 5e6 + [2, 0])
         # A triangle of height 1 and base 2.
         assert overlaps([one], [moved]) == [("one", "moved", pytest.approx(1 / 4))]
-        beside = Footprint("beside", "EPSG:32633", square + 5e6 + [2, 0])
+        beside = Quadrilateral("beside", "EPSG:32633", square + 5e6 + [2, 0])
         assert overlaps([one], [beside]) == []
 
 

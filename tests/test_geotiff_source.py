@@ -5,13 +5,11 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import xsmae
 from tests.support.rasters import REASON, land, write
 from xsmae import load_config
 from xsmae.bands import Bands
-from xsmae.cli import check_data
 from xsmae.data.catalogue import open_source
 from xsmae.data.folder import FolderSource
 from xsmae.data.geotiff_source import GeotiffSource
@@ -149,18 +147,6 @@ def test_it_is_opened_by_name(scenes):
     source = open_source("geotiff", root=str(scenes), labels="folder", split="test",
                          test_fraction=0.25)  # fmt: skip
     assert len(source) == 2
-
-
-def test_check_data_reads_rasters(scenes, tmp_path, capsys):
-    flags = [f"--data.root={scenes}", f"--out={tmp_path / 'out'}", "--samples=4"]
-    assert check_data.main(["check-data", "--data=geotiff", *flags]) == 0
-    printed = capsys.readouterr().out
-    source = GeotiffSource(scenes)
-    values = np.stack([source[i].image for i in range(8)])
-    shown = ", ".join(f"{value:.4f}" for value in values.mean(axis=(0, 1, 2)))
-    assert f"--config.mean='({shown})'" in printed
-    with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
-        assert sheet.width > 1000
 
 
 def test_statistics_are_of_valid_pixels(tmp_path):

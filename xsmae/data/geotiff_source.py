@@ -12,7 +12,7 @@ import numpy as np
 
 from xsmae.bands import UNITS
 from xsmae.data import gdal
-from xsmae.data.geotiff import WindowIndex
+from xsmae.data.geotiff import Window, WindowIndex
 from xsmae.data.geotiff_scene import Scene
 from xsmae.data.raster import Raster
 from xsmae.data.raster_views import DTYPE, RasterImage
@@ -140,6 +140,15 @@ class GeotiffSource(BaseSource):
         """int64 [len(self)]; None without labels."""
         return self._labels
 
+    @property
+    def index(self) -> WindowIndex:
+        """All rasters and windows, those of other splits too."""
+        return self._index
+
+    def window(self, index: int) -> Window:
+        """The raster and the box of a record."""
+        return self._index[self._places[index]]
+
     def notes(self) -> list[str]:
         """What was decided about the rasters, and what is left out."""
         return self._index.notes()
@@ -164,7 +173,7 @@ class GeotiffSource(BaseSource):
     def open(self, index: int) -> Iterator[Record]:
         """A context with the record, its window not read yet; see `records.Source`."""
         index = operator.index(index)
-        window = self._index[self._places[index]]
+        window = self.window(index)
         image = RasterImage(self._index.raster(window.scene), window.box)
         label = None if self._labels is None else int(self._labels[index])
         yield Record(image, window.gsd, label, self.id(index))

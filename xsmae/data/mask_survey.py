@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from xsmae.data.footprints import Footprint, footprint_of, overlaps
 from xsmae.data.mask_classes import IGNORE
 from xsmae.data.masks import MaskRecord, Segmentation
+from xsmae.data.overlaps import Quadrilateral, overlaps, quadrilateral_of
 from xsmae.data.records import pixel_digest
 from xsmae.errors import UserError
 
@@ -34,7 +34,7 @@ class MaskImage:
     digest: bytes
     mean: np.ndarray
     square: np.ndarray
-    footprint: Footprint | None
+    footprint: Quadrilateral | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +69,12 @@ class MaskSurvey:
             if image.digest in there
         ]
 
-    def footprints(self) -> list[Footprint]:
+    def footprints(self) -> list[Quadrilateral]:
         """Of the images whose place is known."""
         return [i.footprint for i in self.images if i.footprint is not None]
 
     def overlaps(self, other: MaskSurvey) -> list[tuple[str, str, float]] | None:
-        """Pairs that overlap on the ground, see `footprints.overlaps`.
+        """Pairs that overlap on the ground, see `overlaps.overlaps`.
 
         None if no image of a part says where it lies.
         """
@@ -123,7 +123,7 @@ def _read(
             pixel_digest(record.image),
             mean,
             square,
-            None if raster is None else footprint_of(raster, source.id(index)),
+            None if raster is None else quadrilateral_of(raster, source.id(index)),
         )
 
     # Images can be large: no more are read ahead than are worked on.

@@ -8,22 +8,31 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xsmae.data.records import Source, pixel_digest
+from xsmae.data.records import Record, Source, pixel_digest
 from xsmae.errors import BadImageError
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 CHUNK = 256  # most images to read ahead
+PERCENTILES = (2, 50, 98)
+# The smallest std of a float32 band: this part of its mean, and this number.
+SMALLEST_PART, SMALLEST_STD = 1e-4, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
     """One image that was read.
 
-    shape: height, width. mean, square: the means of the pixels' values and of their
-    squares, one number per band, float64. Values of uint8 are in 0-1. Pixels without a
-    value do not count. gsd: the geometric mean of its axes.
+    shape: height, width. mean, square, low, high: the means of the pixels' values and
+    of their squares, the smallest and the largest value, one number per band, float64.
+    Values of uint8 are in 0-1. Pixels without a value do not count; valid: the part of
+    the pixels that does. gsd: the geometric mean of its axes. sample: float32 [pixels,
+    bands], drawn with replacement.
     """
 
     index: int
@@ -33,6 +42,10 @@ class Image:
     digest: bytes
     mean: np.ndarray
     square: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    valid: float
+    sample: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +62,45 @@ class Survey:
         Training draws images, not pixels, so a large image counts as one. left_out: ids
         of images to skip, such as those of the test part.
         """
-        counted = [i for i in self.images if self.source.id(i.index) not in left_out]
+        counted = self.counted(left_out)
         mean = np.mean([image.mean for image in counted], axis=0)
         square = np.mean([image.square for image in counted], axis=0)
         return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
+
+    def counted(self, left_out: set[str] = frozenset()) -> list[Image]:
+        """The images that have valid pixels, without those of the ids `left_out`."""
+        return [
+            image
+            for image in self.images
+            if image.valid and self.source.id(image.index) not in left_out
+        ]
+
+    def pixels(
+        self, left_out: set[str] = frozenset()
+    ) -> Float[np.ndarray, "pixels bands"]:
+        """Sampled valid pixels, as many from each image."""
+        return np.concatenate([image.sample for image in self.counted(left_out)])
+
+    def bands(self, left_out: set[str] = frozenset()) -> dict[str, dict[str, float]]:
+        """Band -> min, percentiles, max, mean, std, valid; of images as `statistics`.
+
+        min and max are of all pixels, the percentiles of `pixels`.
+        """
+        counted = self.counted(left_out)
+        mean, std = self.statistics(left_out)
+        parts = np.percentile(self.pixels(left_out), PERCENTILES, axis=0).tolist()
+        columns = {
+            "min": np.min([image.low for image in counted], axis=0).tolist(),
+            **{f"p{p}": part for p, part in zip(PERCENTILES, parts, strict=True)},
+            "max": np.max([image.high for image in counted], axis=0).tolist(),
+            "mean": mean,
+            "std": std,
+            "valid": [float(np.mean([i.valid for i in counted]))] * len(mean),
+        }
+        return {
+            band: {name: column[place] for name, column in columns.items()}
+            for place, band in enumerate(self.source.bands)
+        }
 
     def classes(self) -> dict[str, int]:
         """The number of images of each class; empty without labels."""
@@ -84,16 +132,19 @@ def survey(
     source: Source,
     *,
     indices: Sequence[int] | None = None,
+    pixels: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Survey:
     """Reads every image, or those at `indices`.
 
-    Raises KeyboardInterrupt once `should_stop()` is true.
+    pixels: about how many to sample in total, as many from each image. Raises
+    KeyboardInterrupt once `should_stop()` is true.
     """
     indices = range(len(source)) if indices is None else indices
+    each = -(-pixels // len(indices)) if len(indices) else 0
     images, rejected = [], {}
-    for done, found in enumerate(_read(source, indices, should_stop), 1):
+    for done, found in enumerate(_read(source, indices, each, should_stop), 1):
         if isinstance(found, Image):
             images.append(found)
         else:
@@ -102,36 +153,79 @@ def survey(
     return Survey(source, images, rejected)
 
 
+def settings_of(
+    mean: Sequence[float], std: Sequence[float], dtype: str
+) -> dict[str, tuple[float, ...]]:
+    """The `mean` and `std` of a config: rounded, and no std of 0.
+
+    Images of one colour have std 0, which would divide by 0.
+    """
+    if dtype == "uint8":
+        smallest = 1 / 255
+        return {
+            "mean": tuple(round(value, 4) for value in mean),
+            "std": tuple(round(max(value, smallest), 4) for value in std),
+        }
+    # Rasters have any units, and cirrus a std of 0.0004.
+    floors = [max(SMALLEST_PART * abs(value), SMALLEST_STD) for value in mean]
+    return {
+        "mean": tuple(float(f"{value:.6g}") for value in mean),
+        "std": tuple(
+            float(f"{max(value, floor):.6g}")
+            for value, floor in zip(std, floors, strict=True)
+        ),
+    }
+
+
 def _read(
-    source: Source, indices: Sequence[int], should_stop: Callable[[], bool]
+    source: Source, indices: Sequence[int], each: int, should_stop: Callable[[], bool]
 ) -> Iterator[Image | tuple[int, str]]:
     def load(index: int) -> Image | tuple[int, str]:
         try:
-            record = source[index]
+            return _image(source[index], index, each)
         except BadImageError as error:
             return index, str(error)
-        # One row at a time: in float64, a scene of 100 MB would take 800 MB.
-        sums = np.zeros((2, record.image.shape[2]))
-        unit = 255.0 if record.image.dtype == np.uint8 else 1.0
-        for i, row in enumerate(record.image):
-            values = row / unit
-            if record.valid is not None:
-                values = values[record.valid[i]].astype(np.float64)
-            sums += values.sum(axis=0), np.square(values).sum(axis=0)
-        count = record.image.shape[0] * record.image.shape[1]
-        if record.valid is not None:
-            count = max(int(record.valid.sum()), 1)
-        mean, square = sums / count
-        shape, digest = record.image.shape[:2], pixel_digest(record.image)
-        gsd = (
-            math.sqrt(math.prod(record.gsd))
-            if isinstance(record.gsd, tuple)
-            else (record.gsd)
-        )
-        return Image(index, shape, gsd, record.label, digest, mean, square)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(indices), CHUNK):
             if should_stop():
                 raise KeyboardInterrupt
             yield from pool.map(load, indices[start : start + CHUNK])
+
+
+def _image(record: Record, index: int, each: int) -> Image:
+    height, width, bands = record.image.shape
+    unit = 255.0 if record.image.dtype == np.uint8 else 1.0
+    # One row at a time: in float64, a scene of 100 MB would take 800 MB.
+    sums, count = np.zeros((2, bands)), 0
+    low, high = np.full(bands, np.inf), np.full(bands, -np.inf)
+    for i, row in enumerate(record.image):
+        if record.valid is not None:
+            row = row[record.valid[i]]
+        if len(row):
+            values = row.astype(np.float64) / unit
+            sums += values.sum(axis=0), np.square(values).sum(axis=0)
+            count += len(row)
+            low = np.minimum(low, values.min(axis=0))
+            high = np.maximum(high, values.max(axis=0))
+    mean, square = sums / max(count, 1)
+    # Always the same pixels of an image, whatever else is read.
+    picked = np.random.default_rng(index).integers(0, count, each if count else 0)
+    flat = record.image.reshape(-1, bands)
+    if record.valid is not None:
+        picked = np.flatnonzero(record.valid)[picked]
+    return Image(
+        index=index,
+        shape=(height, width),
+        gsd=math.sqrt(math.prod(record.gsd))
+        if isinstance(record.gsd, tuple)
+        else record.gsd,
+        label=record.label,
+        digest=pixel_digest(record.image),
+        mean=mean,
+        square=square,
+        low=low,
+        high=high,
+        valid=count / (height * width),
+        sample=flat[picked].astype(np.float32) / np.float32(unit),
+    )

@@ -39,18 +39,21 @@ def to_pixels(
 
 
 def in_colour(
-    images: Shaped[np.ndarray, "... bands"], bands: Bands
+    images: Shaped[np.ndarray, "... bands"],
+    bands: Bands,
+    places: Sequence[int] | None = None,
 ) -> Shaped[np.ndarray, "... 3"]:
-    """Images as they are shown: red, green and blue of many bands, see `Bands.colours`.
+    """Images as they are shown: red, green and blue of many bands.
 
-    8-bit images stay what they are. Values of rasters have no fixed range: black and
-    white are two standard deviations of a band from its mean.
+    places: the bands that are shown; None means `Bands.colours`. 8-bit images stay what
+    they are. Values of rasters have no fixed range: black and white are two standard
+    deviations of a band from its mean.
     """
     if images.dtype == np.uint8:
         return images
     if bands.dtype == "uint8":
         return images.clip(0, 1)
-    places = list(bands.colours())
+    places = list(bands.colours() if places is None else places)
     mean, std = np.float32(bands.mean)[places], np.float32(bands.std)[places]
     return ((images[..., places] - mean) / (4 * std) + 0.5).clip(0, 1)
 
@@ -79,15 +82,24 @@ def title_with_gsd(
 
 def scale_bar(ax: Axes, width: int, gsd: float) -> None:
     """Draw a bar under the image: 1, 2 or 5 times a power of ten metres."""
-    limit = 0.4 * width * gsd
-    power = 10.0 ** math.floor(math.log10(limit))
-    metres = max(digit * power for digit in (1, 2, 5) if digit * power <= limit)
+    length = round_length(0.4 * width * gsd)
     place = ax.get_xaxis_transform()
     bar = {"color": "black", "linewidth": 4, "solid_capstyle": "butt", "clip_on": False}
-    ax.plot([-0.5, metres / gsd - 0.5], [-0.035, -0.035], transform=place, **bar)
+    ax.plot([-0.5, length / gsd - 0.5], [-0.035, -0.035], transform=place, **bar)
     # Use the axis label, because the layout reserves room for it.
-    ax.set_xlabel(f"{metres:g} m", loc="left", labelpad=10, fontsize=10)
+    ax.set_xlabel(metres(length), loc="left", labelpad=10, fontsize=10)
     ax.set_xlim(-0.5, width - 0.5)
+
+
+def round_length(limit: float) -> float:
+    """The largest of 1, 2 or 5 times a power of ten that is at most `limit`."""
+    power = 10.0 ** math.floor(math.log10(limit))
+    return max(digit * power for digit in (1, 2, 5) if digit * power <= limit)
+
+
+def metres(length: float) -> str:
+    """A length as text, in km from 1000 m on."""
+    return f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"
 
 
 def label_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:

@@ -22,7 +22,7 @@ from xsmae.checkpoints.store import has_checkpoint
 from xsmae.config import flatten, ranges_of
 from xsmae.configs.common import IMAGENET
 from xsmae.data.records import Source
-from xsmae.data.survey import survey
+from xsmae.data.survey import settings_of, survey
 from xsmae.errors import BadImageError, UserError
 from xsmae.methods import METHODS
 from xsmae.ranges import check_numbers
@@ -34,7 +34,6 @@ PATCH_SIZES = (16, 8)
 MIN_GRID = 6  # patches per side for the larger patch size
 SHAPES = 64  # evenly spaced images that are opened to find the usual size
 MEASURED = 256  # evenly spaced images for measuring mean and std
-SMALLEST_STD = 1 / 255  # images of one colour have std 0
 
 # Field -> (times per run, minimum interval in steps, maximum interval in steps).
 INTERVALS = {
@@ -194,11 +193,7 @@ def _statistics(config, source, devices) -> Chosen:
             f"read, e.g. {name} ({reason}): give other images, or --config.mean and "
             "--config.std"
         )
-    mean, std = found.statistics()
-    values = {
-        "mean": tuple(round(value, 4) for value in mean),
-        "std": tuple(round(max(value, SMALLEST_STD), 4) for value in std),
-    }
+    values = settings_of(*found.statistics(), source.dtype)
     return values, f"measured on {len(found.images)} of {len(source)} images"
 
 
