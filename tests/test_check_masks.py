@@ -209,13 +209,26 @@ def test_rasters_that_overlap_on_the_ground(tmp_path, capsys):
     options = {"crs": "EPSG:32632", "transform": north_up(x, y, 10)}
     write(root / "images/other.tif", image + 1, **options)
     write(root / "masks/other.tif", image % 3, **options)
+    # A tile beyond the edge of a scene has no values at all.
+    empty = np.full((1, side, side), 99, np.uint8)
+    options = {"crs": "EPSG:32633", "transform": north_up(700_000, 5_000_000, 10)}
+    write(root / "images/empty.tif", empty, nodata=99, **options)
+    write(root / "masks/empty.tif", empty % 3, **options)
+    for folder in ("images", "masks"):
+        (root / folder / "void.tif").write_bytes(
+            (root / folder / "empty.tif").read_bytes()
+        )
     (root / "classes.json").write_text(json.dumps(CLASSES))
-    (root / "train.txt").write_text("a\nfar\n")
-    (root / "test.txt").write_text("b\nhalf\nother\n")
+    (root / "train.txt").write_text("a\nempty\nfar\n")
+    (root / "test.txt").write_text("b\nhalf\nother\nvoid\n")
     flags = ["--data=segmentation", f"--data.root={root}", f"--out={tmp_path / 'out'}"]
     flags += ["--train.split=train.txt", "--test.split=test.txt"]
     assert check_data.main(["check_data", *flags]) == 0
-    found = {tuple(pair): s for *pair, s in report_of(tmp_path)["between"]["ground"]}
+    report = report_of(tmp_path)
+    assert report["parts"]["train"]["ignored"] == pytest.approx(1 / 3)
+    found = {tuple(pair): s for *pair, s in report["between"]["ground"]}
+    assert found.pop(("empty", "void")) == pytest.approx(1)
+    assert report["between"]["pixels"] == []
     assert found.keys() == {("a", "half"), ("a", "other")}
     assert found["a", "half"] == pytest.approx(0.5)
     assert 0.8 < found["a", "other"] < 0.99

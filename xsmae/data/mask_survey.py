@@ -24,7 +24,8 @@ class MaskImage:
 
     pixels: int64 [classes + 1], of each class, then of those that do not count. gsd:
     (y, x). mean, square: the means of the values and of their squares, of each band,
-    in valid pixels; those of uint8 in 0-1. footprint: None if nobody says where it is.
+    in valid pixels, NaN without any; those of uint8 in 0-1. footprint: None if nobody
+    says where it is.
     """
 
     index: int
@@ -35,6 +36,11 @@ class MaskImage:
     mean: np.ndarray
     square: np.ndarray
     footprint: Quadrilateral | None
+
+    @property
+    def has_values(self) -> bool:
+        """True unless no pixel is valid."""
+        return bool(np.isfinite(self.mean).all())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +57,16 @@ class MaskSurvey:
         return sum((image.pixels for image in self.images), none)
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each band, with equal image weights."""
-        mean = np.mean([image.mean for image in self.images], axis=0)
-        square = np.mean([image.square for image in self.images], axis=0)
+        """Mean and standard deviation of each band, with equal image weights.
+
+        Images without a valid pixel do not count; 0 and 1 if no image has one.
+        """
+        counted = [image for image in self.images if image.has_values]
+        if not counted:
+            bands = len(self.source.bands)
+            return [0.0] * bands, [1.0] * bands
+        mean = np.mean([image.mean for image in counted], axis=0)
+        square = np.mean([image.square for image in counted], axis=0)
         return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
 
     def scenes(self) -> set[str]:
@@ -66,7 +79,7 @@ class MaskSurvey:
         return [
             (self.source.id(image.index), there[image.digest])
             for image in self.images
-            if image.digest in there
+            if image.digest in there and image.has_values
         ]
 
     def footprints(self) -> list[Quadrilateral]:
@@ -148,4 +161,4 @@ def _moments(record: MaskRecord) -> np.ndarray:
         values = values[good].reshape(-1, values.shape[2])
         sums += values.sum(axis=0), np.square(values).sum(axis=0)
         count += len(values)
-    return sums / max(count, 1)
+    return sums / count if count else np.full_like(sums, np.nan)

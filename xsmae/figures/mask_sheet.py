@@ -72,7 +72,8 @@ def mask_sheet(
         labelled = (record.mask != IGNORE).mean()
         right.set_title(f"{labelled:.0%} labelled", fontsize=8)
         small = _small(record)
-        show(left, in_colour(filled(small), bands))
+        known = small.valid is None or small.valid.any()
+        show(left, in_colour(filled(small) if known else small.image, bands))
         scale_bar(left, small.mask.shape[1], small.gsd[1])
         show(right, table[np.where(small.mask == IGNORE, len(names), small.mask)])
     for ax in axes.ravel()[2 * len(indices) :]:
