@@ -71,6 +71,26 @@ def test_images_of_some_bands_are_completed_with_the_means():
         more.complete(images, ("red", "green"))
 
 
+def test_bands_of_rasters_are_found_by_either_name():
+    rasters = Bands(("red", "B08", "B02"), (0, 0, 0), (1, 1, 1), "x", "float32", 1)
+    assert rasters.find(("B02", "B04", "B08")) == [1, 2, 0]
+    assert rasters.find(("blue", "red", "B04")) == [1, None, 0]
+    assert OURS.find(("B04", "B03", "blue")) == [None, None, 2]
+    # Near infrared in the files of Landsat 5 and 7.
+    assert rasters.find(("B4", "B3", "B2")) == [None] * 3
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray])
+def test_pixels_without_a_value_are_0_once_normalised(of):
+    images = np.float32(STORED / 255)
+    lacking = images.copy()
+    lacking[0, 1:3, 2] = np.nan
+    found = np.asarray(OURS.normalize(OURS.fill(of(lacking))))
+    assert not found[0, 1:3, 2].any()
+    expected = np.where(np.isnan(lacking), 0, OURS.normalize(images))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_sources_read_bands_without_jax():
     """Reader processes must start quickly, so they must not import JAX."""
     code = "import sys, xsmae.bands, xsmae.data.folder; assert 'jax' not in sys.modules"

@@ -2,14 +2,18 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import xsmae
+from tests.support.encoders import MODEL
 from tests.support.rasters import REASON, land, write
 from xsmae import load_config
-from xsmae.bands import Bands
+from xsmae.bands import BANDS, UNITS, Bands
+from xsmae.cli import embed
 from xsmae.data.catalogue import open_source
 from xsmae.data.folder import FolderSource
 from xsmae.data.geotiff_source import GeotiffSource
@@ -18,6 +22,9 @@ from xsmae.data.records import Subset
 from xsmae.data.sensors import wavelengths_of
 from xsmae.data.survey import survey
 from xsmae.errors import UserError
+from xsmae.evaluation.evaluate import subject_of
+from xsmae.evaluation.features import extract, image_statistics
+from xsmae.evaluation.tables import create_tables
 from xsmae.run.choices import settle
 from xsmae.weights.description import describe_encoder, new_network
 from xsmae.weights.encoder import Encoder
@@ -173,10 +180,186 @@ def test_a_config_of_another_kind_is_refused(scenes, image_folder):
         check_bands(rasters, of_rasters)
 
 
-def test_evaluations_of_rasters_are_refused(scenes):
-    source = GeotiffSource(scenes, labels="folder")
-    with pytest.raises(UserError, match=r"float32 values.*8-bit.*kNN check"):
-        xsmae.evaluate("statistics", source, source)
+@pytest.fixture
+def tiles(tmp_path):
+    """Tiles of reflectance in two classes, told apart by B08; some lack pixels."""
+    rng = np.random.default_rng(0)
+    for name, level in (("field", 4000), ("roof", 1000)):
+        (tmp_path / "tiles" / name).mkdir(parents=True)
+        for i in range(10):
+            data = rng.integers(900, 1100, (4, 16, 16)).astype(np.uint16)
+            data[3] += level
+            data[:, : i % 3, :5] = 0
+            bands = {"descriptions": ("B02", "B03", "B04", "B08"), "nodata": 0}
+            write(tmp_path / "tiles" / name / f"{i}.tif", data, **bands)
+    return {
+        "source": "geotiff", "root": str(tmp_path / "tiles"), "labels": "folder",
+        "sensor": "sentinel2_l2a", "test_fraction": 0.3,
+    }  # fmt: skip
+
+
+def parts_of(tiles, **fields):
+    return tuple(open_source(tiles, split=part, **fields) for part in ("train", "test"))
+
+
+def encoder_of(*names, units="surface reflectance", dtype="float32"):
+    """A tiny encoder with random weights; of rasters by default."""
+    info = {
+        "architecture": {**MODEL, "patch_size": 8, "depth": 1}, "image_size": 16,
+        "bands": names, "mean": [0.1] * len(names), "std": [0.02] * len(names),
+        "units": units, "dtype": dtype,
+    }  # fmt: skip
+    return Encoder.random(info, seed=1)  # the control has seed 0
+
+
+def test_knn_of_an_encoder_of_some_bands_and_its_controls(tiles, tmp_path):
+    """An encoder of three bands by their other names, on tiles of four."""
+    train, test = parts_of(tiles)
+    encoder = encoder_of("red", "nir", "blue")
+    where = {"cache": tmp_path / "cache", "results": tmp_path / "rows.jsonl"}
+    with pytest.raises(UserError, match=r"nir.*B02, B03, B04, B08.*missing_bands=mean"):
+        xsmae.evaluate(encoder, train, test, k=3, **where)
+    encoder = encoder_of("red", "B08", "blue")
+    rows = xsmae.evaluate(encoder, train, test, k=3, progress=False, **where)
+    kinds = {row.encoder["kind"]: row for row in rows}
+    assert kinds.keys() == {"encoder", "random", "statistics", "thumbnail"}
+    assert kinds["statistics"].value == kinds["thumbnail"].value == 1
+    data = rows[0].protocol.data
+    assert data["bands"] == ["B02", "B03", "B04", "B08"]
+    assert (data["dtype"], data["units"]) == ("float32", "surface reflectance")
+    assert kinds["encoder"].encoder["bands"] == ["B04", "B08", "B02"]
+    assert kinds["statistics"].encoder["bands"] == data["bands"]
+    said = kinds["encoder"].encoder["normalization"]
+    assert said.startswith("(x - [0.1, 0.1, 0.1]) / [0.02, 0.02, 0.02] of B04 as red,")
+    assert "surface reflectance, 0 where" in said
+    of_three = xsmae.evaluate(
+        "statistics", *parts_of(tiles, bands=("B04", "B03", "B02")), k=3, **where
+    )
+    assert of_three[0].encoder["bands"] == ["B04", "B03", "B02"]
+    assert of_three[0].protocol.key != rows[0].protocol.key
+    headings = {table.heading for table in create_tables([*rows, *of_three])}
+    assert any("B04, B03, B02" in heading for heading in headings)
+
+
+def test_pixels_without_a_value_are_0_after_normalisation(tiles):
+    encoder, (train, _) = encoder_of("B08", "B03"), parts_of(tiles)
+    index = next(i for i in range(len(train)) if not train[i].valid.all())
+    record = train[index]
+    normal = (record.image[..., [3, 1]] - np.float32(0.1)) / np.float32(0.02)
+    normal[~record.valid] = 0
+    tokens = encoder.network(normal[None], gsd=np.ones((1, 2), np.float32))
+    features, _ = extract(
+        subject_of(encoder, source=train).encode, train, np.array([index]),
+        size=16, batch_size=4,
+    )  # fmt: skip
+    expected = np.asarray(tokens[:, 1:].mean(1))
+    np.testing.assert_allclose(features["mean"], expected, rtol=1e-4, atol=1e-5)
+    found = extract(image_statistics, train, np.array([index]), size=16, batch_size=1)
+    values = record.image[record.valid]
+    expected = [values.mean(0), values.std(0), values.min(0), values.max(0)]
+    np.testing.assert_allclose(
+        found[0]["statistics"][0], np.concatenate(expected), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "subject"),
+    [
+        ("linear_probe_published", "thumbnail"),
+        ("linear_probe_published", "encoder"),
+        ("finetune", "encoder"),
+    ],
+)
+def test_trainings_on_crops_of_rasters(task, subject, tiles, capsys):
+    recipe = {"epochs": 2.0, "warmup_epochs": 0.0, "batch_size": 7}
+    if subject == "encoder":
+        subject = encoder_of("B08", "B03")
+    (row,) = xsmae.evaluate(
+        subject, *parts_of(tiles), task=task, recipe=recipe, controls=False
+    )
+    assert re.search(r"step 4/4 .* loss 0\.[0-9]+", capsys.readouterr().out)
+    assert (row.num_train, row.num_test) == (14, 6)
+
+
+def test_images_that_an_encoder_cannot_read_are_refused(tiles, image_folder):
+    parts = parts_of(tiles)
+    for encoder, message in (
+        (encoder_of("B04", units="top-of-atmosphere reflectance"),
+         r"top-of-atmosphere.*these are float32 rasters \(surface.*sensor"),
+        (encoder_of(*BANDS, units=UNITS, dtype="uint8"),
+         r"8-bit images.*float32 rasters \(surface reflectance\)"),
+        (encoder_of("B12"), r"B12.*B02, B03, B04, B08.*under other names"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            xsmae.evaluate(encoder, *parts, k=3)
+    with pytest.raises(UserError, match=r"B12, expected B02.*to fine-tune"):
+        xsmae.evaluate(
+            encoder_of("B04", "B12"), *parts, task="finetune", missing_bands="mean"
+        )
+    some = open_source(tiles, split="test", bands=("B03", "B02"))
+    with pytest.raises(UserError, match=r"B04, B08 .*test part.*B03, B02"):
+        xsmae.evaluate("statistics", parts[0], some)
+    unnamed = open_source(tiles, labels="none")
+    with pytest.raises(UserError, match=r"0 class.*--data.labels=folder"):
+        xsmae.evaluate("statistics", unnamed, unnamed)
+    images = [FolderSource(image_folder, gsd=1.0, split=p) for p in ("train", "test")]
+    with pytest.raises(UserError, match=r"float32 rasters.*8-bit images"):
+        xsmae.evaluate(encoder_of("B04"), *images, k=3)
+
+
+def test_the_units_of_8_bits_fit_both_kinds_of_images(tmp_path):
+    """8-bit rasters of four bands, and pictures of the same red, green and blue."""
+    data = land(16, 16, 4)
+    write(tmp_path / "0.tif", data, descriptions=("red", "green", "blue", "nir"))
+    Image.fromarray(np.moveaxis(data[:3], 0, -1)).save(tmp_path / "0.png")
+    (tmp_path / "list.txt").write_text("0.png")  # a TIFF is a picture too
+    chosen = {"split": str(tmp_path / "list.txt"), "min_side": 16}
+    pictures = FolderSource(tmp_path, gsd=1.0, **chosen)
+    rasters = GeotiffSource(tmp_path, gsd=1.0)
+    for dtype in ("uint8", "float32"):
+        encoder = encoder_of("red", "green", "blue", units=UNITS, dtype=dtype)
+        one, other = (
+            extract(
+                subject_of(encoder, source=source).encode, source, np.arange(1),
+                size=16, batch_size=1,
+            )[0]["mean"]
+            for source in (rasters, pictures)
+        )  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_embed_and_a_random_encoder_on_rasters(tiles, tmp_path, capsys):
+    encoder_of("B08", "B03").save(tmp_path / "encoder")
+    fields = [f"--data.{name}={value}" for name, value in tiles.items()][1:]
+    argv = [f"--encoder={tmp_path / 'encoder'}", f"--out={tmp_path / 'x.parquet'}"]
+    assert embed.main(["embed", "--data=geotiff", *fields, *argv]) == 0
+    assert ": 20 images" in capsys.readouterr().out
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    source = open_source(tiles)
+    expected = xsmae.load_encoder(tmp_path / "encoder").embed(source, progress=False)
+    np.testing.assert_allclose(
+        np.stack(table["embedding"].to_numpy()), expected, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(table["gsd"].to_numpy(), 10, rtol=2e-3)
+    random = subject_of("random:tiny,depth=1,patch_size=8", source=source)
+    mean, std = survey(source).statistics()
+    assert random.info["bands"] == ["B02", "B03", "B04", "B08"]
+    np.testing.assert_allclose(random.info["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(random.info["std"], std, rtol=1e-5)
+
+
+def test_bands_of_a_preset_are_chosen_by_its_names(tmp_path):
+    data = land(16, 16, 13, "uint16")
+    write(tmp_path / "a.tif", data)
+    source = GeotiffSource(tmp_path, sensor="eurosat_ms", bands=("B8A", "B04"))
+    assert source.bands == ("B8A", "B04")
+    expected = np.moveaxis(data[[12, 3]], 0, -1) / 10000
+    np.testing.assert_allclose(source[0].image, expected, rtol=1e-6)
+    with pytest.raises(UserError, match=r"nir.*B8A"):
+        GeotiffSource(tmp_path, sensor="eurosat_ms", bands=("B8A", "nir"))
+    assert source.units == "top-of-atmosphere reflectance"
+    other = GeotiffSource(tmp_path, sensor="eurosat_ms", scale=2e-4)
+    assert other.units == "uint16 numbers * 0.0002 + 0"
 
 
 @pytest.mark.parametrize("method", ["sat_mae", "scale_mae", "cross_scale_mae"])

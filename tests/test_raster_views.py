@@ -8,6 +8,7 @@ from tests.support.rasters import REASON, land, north_up, write
 from xsmae.data.pipeline import make_batches
 from xsmae.data.raster_views import FloatPixels, RasterImage
 from xsmae.data.records import BaseSource, Record
+from xsmae.data.square import marked, square
 from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError
 
@@ -232,3 +233,35 @@ def test_a_raster_that_breaks_is_a_bad_image(tmp_path):
         path.write_bytes(path.read_bytes()[:600])
         with pytest.raises(BadImageError):
             draw(RasterImage(raster, (0, 0, 64, 64)), 1.0)
+
+
+@pytest.mark.parametrize("poison", [0.0, 1e9, np.nan])
+def test_a_whole_image_is_resized_by_its_valid_pixels(poison):
+    valid = np.ones((20, 24), bool)
+    valid[:7, :11] = False
+    values = np.where(valid[..., None], values_of(20, 24), np.float32(poison))
+    image = marked(Record(values, (1.0, 2.0), None, "a", valid))
+    for size in (1, 3, 5, 10, 20, 37):
+        found, gsd = square(image, np.array([1.0, 2.0]), size)
+        np.testing.assert_allclose(gsd, np.array([1, 2]) * 20 / size)
+        assert np.nanmin(found) >= values[valid].min()
+        assert np.nanmax(found) <= values[valid].max()
+    quarters, _ = square(image, 1.0, 5)
+    inside = valid[:, 2:22].reshape(5, 4, 5, 4).mean((1, 3))
+    np.testing.assert_array_equal(np.isnan(quarters[..., 0]), inside < 0.5)
+    block, good = values[4:8, 10:14], valid[4:8, 10:14]
+    np.testing.assert_allclose(quarters[1, 2], block[good].mean(0), rtol=1e-5)
+
+
+def test_an_image_has_a_value_at_every_size_or_at_none():
+    valid = np.zeros((16, 16), bool)
+    valid[5, 6] = True
+    record = Record(values_of(16, 16), 1.0, None, "a", valid)
+    for size in (2, 4, 16, 40):
+        found, _ = square(marked(record), 1.0, size)
+        kept = found[~np.isnan(found)].reshape(-1, 2)
+        assert len(kept)
+        np.testing.assert_allclose(kept, np.tile(record.image[5, 6], (len(kept), 1)))
+    valid[5, 6] = False
+    with pytest.raises(BadImageError, match="no pixel"):
+        square(marked(record), 1.0, 4)

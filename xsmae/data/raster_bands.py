@@ -46,9 +46,9 @@ def plan_bands(
 ) -> BandPlan:
     """Decide which bands are read, and their names.
 
-    given: names that the raster has, or that the sensor gives its bands, to choose bands
-    in that order; or else one name for each of its bands. UserError where they are neither, or where the names are not
-    those of the sensor.
+    given: names that the raster has, or that the sensor gives its bands, to choose
+    bands in that order; or else one name for each of its bands. UserError where they
+    are neither, or where the names are not those of the sensor.
     """
     if given is not None:
         given = _checked(given, where)
@@ -59,10 +59,10 @@ def plan_bands(
     found = _names_of(dataset, data)
     names = found
     if given is not None:
-        if sensor is not None and len(given) < len(found) == len(sensor.bands):
-            if not {*map(band_key, given)} <= {*map(band_key, found)}:
-                found, said = _names_of_sensor(found, sensor, where)
-                notes += said
+        some = len(given) < len(found)
+        if some and not {*map(band_key, given)} <= {*map(band_key, found)}:
+            found, said = _chosen_from(found, sensor, where)
+            notes += said
         own = {band_key(name): i for name, i in zip(found, data, strict=True)}
         if len(own) == len(found) and all(band_key(name) in own for name in given):
             data, names = [own[band_key(name)] for name in given], given
@@ -155,6 +155,15 @@ def _names_of(dataset: rasterio.DatasetReader, data: Sequence[int]) -> list[str]
         name if name and keys.count(key) == 1 else f"band_{i}"
         for name, key, i in zip(names, keys, data, strict=True)
     ]
+
+
+def _chosen_from(
+    names: list[str], sensor: Sensor | None, where: str
+) -> tuple[list[str], list[str]]:
+    """The sensor's names, where it names all bands of the raster, and a note."""
+    if sensor is None or len(names) != len(sensor.bands):
+        return names, []
+    return _names_of_sensor(names, sensor, where)
 
 
 def _names_of_sensor(

@@ -51,16 +51,18 @@ def data_names(protocols: Mapping[str, Protocol]) -> dict[str, str]:
         name, keys[protocol_key] = data["name"], key
         counts = " + ".join(f"{data[part]['images']:,}" for part in ("train", "test"))
         digest = hashlib.sha256(key.encode()).hexdigest()[:6]
-        bands = f"{name} ({bands_of(protocol)})"
-        levels = [name, f"{name} ({counts} images)", bands, f"{name} ({digest})"]
+        bands = bands_of(protocol)
+        shown = ", ".join(bands) if len(bands) < 5 else f"{len(bands)} bands"
+        texts = (f"{counts} images", shown, digest)
+        levels = [name, *(f"{name} ({text})" for text in texts)]
         choices.setdefault(key, levels)
     names = distinct_names(choices)
     return {protocol_key: names[key] for protocol_key, key in keys.items()}
 
 
-def bands_of(protocol: Protocol) -> str:
+def bands_of(protocol: Protocol) -> Sequence[str]:
     """The bands of rasters; those of 8-bit images are always the same."""
-    return ", ".join(protocol.data.get("bands", BANDS))
+    return protocol.data.get("bands", BANDS)
 
 
 def headings(protocols: Mapping[str, Protocol]) -> dict[str, str]:

@@ -270,7 +270,7 @@ def _values(protocol: Protocol) -> str:
     """The bands and units of rasters, for the end of a sentence."""
     if "bands" not in protocol.data:
         return ""
-    return f", bands {bands_of(protocol)}, {protocol.data['units']}"
+    return f", bands {', '.join(bands_of(protocol))}, {protocol.data['units']}"
 
 
 def _compared(table: Table) -> list[str]:
