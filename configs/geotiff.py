@@ -27,6 +27,9 @@ def get_config(argument=None):
         split="all",
         test_fraction=0.1,
         cache=placeholder(str),  # a file for what was found of the rasters
+        # The most windows of one block or strip that are read together and follow each
+        # other. More are fewer reads, but more neighbours in a batch. 1: no neighbours.
+        crops_per_read=8,
     )
     # Values are float32, in the units of the rasters.
     config.dtype = "float32"

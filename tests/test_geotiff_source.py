@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 import xsmae
 from tests.support.encoders import MODEL

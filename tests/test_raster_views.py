@@ -106,7 +106,7 @@ class Fake:
     def __init__(self, values, valid):
         self.values, self.valid = values, valid
 
-    def read(self, window, size=None):
+    def read(self, window, size=None, group=()):
         assert size is None
         top, left, height, width = window
         place = np.s_[top : top + height, left : left + width]

@@ -20,7 +20,7 @@ from xsmae.errors import UserError
 from xsmae.process.files import atomic_write
 from xsmae.process.log import LOG
 
-VERSION = 1  # raise it whenever the same rasters and settings give another row
+VERSION = 2  # raise it whenever the same rasters and settings give another row
 _HEAD = 4096  # bytes: a GeoTIFF's header, where it is written for the cloud
 
 Row = dict[str, Any]

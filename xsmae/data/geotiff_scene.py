@@ -7,6 +7,7 @@ What was found of a raster is a row of plain numbers and text, as the cache keep
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Scene:
     rows, columns: the cells' edges in pixels. valid: [down, across] part of each cell,
     NaN where it cannot be read. gsd: metres per pixel along y and x at the centre.
     gsds: [down, across, 2], of each cell; None where they are all alike. transform: its
-    six numbers, a to f.
+    six numbers, a to f. block: height and width of what GDAL decodes at a time.
     """
 
     entry: Entry
@@ -36,6 +37,7 @@ class Scene:
     crs: str | None
     transform: tuple[float, ...]
     shape: tuple[int, int]
+    block: tuple[int, int]
     gsd: tuple[float, float]
     rows: np.ndarray
     columns: np.ndarray
@@ -58,6 +60,7 @@ def look(raster: Raster, window: int) -> Row:
         "crs": raster.crs,
         "transform": list(raster.transform)[:6],
         "shape": list(raster.shape),
+        "block": list(raster.block_shape),
         "gsd": list(gsd),
         "rows": rows,
         "columns": columns,
@@ -101,6 +104,29 @@ def cell_edges(length: int, side: int, block: int) -> list[int]:
     return [*edges, length]
 
 
+def shared_reads(
+    boxes: Sequence[tuple[int, int, int, int]], block: tuple[int, int], most: int
+) -> list[list[int]]:
+    """The windows of a raster in groups of at most `most` whose blocks are the same.
+
+    boxes: top, left, height, width. A window that consists of whole blocks is alone.
+    The windows of long blocks, such as strips, are divided so that those of a group lie
+    far apart: they should differ.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for place, (top, left, height, width) in enumerate(boxes):
+        key = (
+            top // block[0] * block[0] if block[0] > height else top,
+            left // block[1] * block[1] if block[1] > width else left,
+        )
+        sharing.setdefault(key, []).append(place)
+    groups = []
+    for places in sharing.values():
+        parts = -(-len(places) // most)
+        groups += [places[part::parts] for part in range(parts)]
+    return groups
+
+
 def scene_of(entry: Entry, row: Row) -> Scene:
     """The scene of a row of `look`."""
     rows, columns = np.array(row["rows"]), np.array(row["columns"])
@@ -112,6 +138,7 @@ def scene_of(entry: Entry, row: Row) -> Scene:
         crs=row["crs"],
         transform=tuple(row["transform"]),
         shape=tuple(row["shape"]),
+        block=tuple(row["block"]),
         gsd=tuple(row["gsd"]),
         rows=rows,
         columns=columns,

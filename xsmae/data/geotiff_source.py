@@ -13,16 +13,18 @@ import numpy as np
 from xsmae.bands import UNITS
 from xsmae.data import gdal
 from xsmae.data.geotiff import Window, WindowIndex
-from xsmae.data.geotiff_scene import Scene
+from xsmae.data.geotiff_scene import Scene, shared_reads
 from xsmae.data.raster import Raster
 from xsmae.data.raster_views import DTYPE, RasterImage
 from xsmae.data.records import BaseSource, Record, decoded, fingerprint, number
 from xsmae.data.sensors import wavelengths_of
 from xsmae.data.splits import split_indices
 from xsmae.errors import UserError
+from xsmae.process.signals import stop_asked
 
 LABELS = ("none", "table", "folder")
 WINDOW = 256
+CROPS_PER_READ = 8
 
 
 class GeotiffSource(BaseSource):
@@ -42,6 +44,9 @@ class GeotiffSource(BaseSource):
       labels: "none"; "table": its column `label`; "folder": the first-level folder.
       split, test_fraction: see `splits`; of rasters.
       cache: a file that keeps what was found of the rasters; None: look at them again.
+      crops_per_read: the most windows of the same blocks that are read together and
+        follow each other in training. More are fewer reads, but windows of a batch are
+        neighbours more often; with 1 none are.
 
     Raises:
       UserError: bad options, no raster that can be used, rasters of other bands, an
@@ -66,9 +71,12 @@ class GeotiffSource(BaseSource):
         split: str = "all",
         test_fraction: float = 0.1,
         cache: str | os.PathLike | None = None,
+        crops_per_read: int = CROPS_PER_READ,
     ):
         if labels not in LABELS:
             raise UserError(f"labels={labels!r}, expected one of {', '.join(LABELS)}")
+        if crops_per_read < 1:
+            raise UserError(f"crops_per_read={crops_per_read}, expected 1 or more")
         self._index = WindowIndex.build(
             root,
             window=window,
@@ -80,6 +88,7 @@ class GeotiffSource(BaseSource):
             nodata_rule=nodata_rule,
             sensor=sensor,
             cache=cache,
+            should_stop=stop_asked,
         )
         scenes = self._index.scenes
         self._bands = _same_bands(scenes)
@@ -102,6 +111,9 @@ class GeotiffSource(BaseSource):
             self._ids.append(names[scene] + suffix)
             self._scenes.append(scene)
         self._labels = None if by_scene is None else by_scene[self._scenes]
+        self._groups, self._together = _groups(
+            [windows[place] for place in self._places], scenes, crops_per_read
+        )
         raster = self._index.raster(self._scenes[0])
         self._units = units_of(raster)
         self.wavelengths = wavelengths_of(sensor, self._bands)
@@ -141,6 +153,11 @@ class GeotiffSource(BaseSource):
         return self._labels
 
     @property
+    def groups(self) -> np.ndarray | None:
+        """int64 [len(self)], windows that share blocks; None if none do."""
+        return self._groups
+
+    @property
     def index(self) -> WindowIndex:
         """All rasters and windows, those of other splits too."""
         return self._index
@@ -174,7 +191,11 @@ class GeotiffSource(BaseSource):
         """A context with the record, its window not read yet; see `records.Source`."""
         index = operator.index(index)
         window = self.window(index)
-        image = RasterImage(self._index.raster(window.scene), window.box)
+        group = ()
+        if self._groups is not None:
+            together = self._together[self._groups[index]]
+            group = tuple(self.window(i).box for i in together)
+        image = RasterImage(self._index.raster(window.scene), window.box, group)
         label = None if self._labels is None else int(self._labels[index])
         yield Record(image, window.gsd, label, self.id(index))
 
@@ -184,6 +205,29 @@ class GeotiffSource(BaseSource):
             f"{type(self).__name__}({len(self)} windows of {len(set(self._scenes))} "
             f"rasters, fingerprint={self.fingerprint})"
         )
+
+
+def _groups(
+    windows: Sequence[Window], scenes: Sequence[Scene], most: int
+) -> tuple[np.ndarray | None, list[list[int]]]:
+    """The group of each window, and the windows of each group; None if all are alone.
+
+    most: windows in a group.
+    """
+    of_scene: dict[int, list[int]] = {}
+    for place, window in enumerate(windows):
+        of_scene.setdefault(window.scene, []).append(place)
+    together = []
+    for scene, places in of_scene.items():
+        boxes = [windows[place].box for place in places]
+        for part in shared_reads(boxes, scenes[scene].block, most):
+            together.append([places[i] for i in part])
+    if len(together) == len(windows):
+        return None, []
+    groups = np.empty(len(windows), int)
+    for group, places in enumerate(together):
+        groups[places] = group
+    return groups, together
 
 
 def _same_bands(scenes: Sequence[Scene]) -> tuple[str, ...]:

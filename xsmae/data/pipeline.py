@@ -13,6 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from xsmae.data.order import shuffled
 from xsmae.data.records import Source
 from xsmae.data.views import ViewSampler
 from xsmae.errors import BadImageError, UserError
@@ -123,11 +124,12 @@ def make_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the batches of steps `start_step` to `num_steps` of a run.
 
-    Every epoch shuffles the images again. A batch may span two epochs. The images and
-    crops of a step depend only on `seed` and the step, not on the workers, the threads,
-    the number of processes or where the run was resumed. Every process gets an equal
-    part of each global batch; together the parts are the batch of a single process.
-    Raises UserError if the source has fewer images than a batch.
+    Every epoch shuffles the images again; those of a group stay together (`order`). A
+    batch may span two epochs. The images and crops of a step depend only on `seed` and
+    the step, not on the workers, the threads, the number of processes or where the run
+    was resumed. Every process gets an equal part of each global batch; together the
+    parts are the batch of a single process. Raises UserError if the source has fewer
+    images than a batch.
     """
     check_batch_size(source, batch_size)
     if batch_size % process_count:
@@ -146,10 +148,7 @@ def make_batches(
     epochs = math.ceil(num_steps * batch_size / len(source))
     local = batch_size // process_count
     dataset = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat(max(epochs, 1))
+        shuffled(source, seed=seed, epochs=max(epochs, 1))
         .map_with_index(load)
         # Local batch number step * process_count + process is one process's part of the
         # global batch, so a slice of the local batches is this process's share.

@@ -25,11 +25,13 @@ from xsmae.data.gdal import Name
 from xsmae.data.raster_bands import band_key, plan_bands
 from xsmae.data.raster_gsd import find_gsd, given_gsd
 from xsmae.data.raster_header import Overviews, check_header, find_overviews
+from xsmae.data.raster_kept import Kept, kept_window, windows_here
 from xsmae.data.raster_pixels import (
     EXACT,
     Datasets,
     Region,
     check_window,
+    put_together,
     some_blocks,
     valid_pieces,
     value_pieces,
@@ -112,6 +114,8 @@ class Raster:
         window: tuple[float, float, float, float],
         size: int | tuple[int, int] | None = None,
         bands: Sequence[str] | None = None,
+        *,
+        group: Sequence[Region] = (),
     ) -> tuple[
         Float[np.ndarray, "height width bands"], Bool[np.ndarray, "height width"]
     ]:
@@ -119,7 +123,9 @@ class Raster:
 
         window: top, left, height, width in pixels; fractions if there is a `size`. What
         lies outside the raster is not valid. size: the height and width of the result;
-        None: the window's. bands: names, in that order; None: all.
+        None: the window's. bands: names, in that order; None: all. group: windows of
+        whole pixels, this one among them, that are wanted soon: they are read together
+        and kept for a while (`raster_kept`), which changes no value.
 
         A smaller size is the average of the valid pixels, from an overview that is fine
         enough if there is one; a larger one is interpolated linearly. A pixel of the
@@ -130,11 +136,20 @@ class Raster:
         top, left, height, width = check_window(
             window, size, self.shape, printable(self.path)
         )
+        rows, columns = (size, size) if isinstance(size, int) else size or (0, 0)
+        level = None
+        if size is not None:
+            level = self.overviews.level(min(height / rows, width / columns) / _MARGIN)
+        kept = None
+        if group and level is None and bands is None:
+            place = (Name(self.path, None, self.stamp), (top, left, height, width))
+            kept = kept_window(*place, group, self.indexes, self.validity)
         if size is None:
-            return self._whole(int(top), int(left), int(height), int(width), chosen)
-        rows, columns = (size, size) if isinstance(size, int) else size
-        level = self.overviews.level(min(height / rows, width / columns) / _MARGIN)
-        with self._borrowed(level) as datasets:
+            region = (int(top), int(left), int(height), int(width))
+            with self._borrowed(None, kept) as datasets:
+                pieces = self._pieces(datasets, region, chosen)
+                return put_together(pieces, region, len(chosen))
+        with self._borrowed(level, kept) as datasets:
             dataset = datasets.read
             down = dataset.height / self.shape[0]
             across = dataset.width / self.shape[1]
@@ -213,6 +228,7 @@ class Raster:
     def close(self) -> None:
         """Close its files in this process; a later reading opens them again."""
         gdal.close(self.path)
+        windows_here().forget(self.path)
 
     def __enter__(self) -> Raster:
         return self
@@ -225,7 +241,12 @@ class Raster:
         return f"Raster({height} x {width}, {self.dtype}, {','.join(self.bands)})"
 
     @contextlib.contextmanager
-    def _borrowed(self, level: int | None) -> Iterator[Datasets]:
+    def _borrowed(
+        self, level: int | None, kept: Kept | None = None
+    ) -> Iterator[Datasets]:
+        if kept is not None:
+            yield Datasets(kept, None)
+            return
         with contextlib.ExitStack() as stack:
             names = [Name(self.path, level, self.stamp)]
             if level is not None and self.validity.masks:
@@ -244,19 +265,6 @@ class Raster:
                 f"{', '.join(self.bands)}"
             )
         return [own[band_key(name)] for name in bands]
-
-    def _whole(
-        self, top: int, left: int, height: int, width: int, chosen: list[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A window at full resolution, copied piece by piece."""
-        values = np.zeros((height, width, len(chosen)), np.float32)
-        valid = np.zeros((height, width), bool)
-        with self._borrowed(None) as datasets:
-            region = (top, left, height, width)
-            for above, some, good in self._pieces(datasets, region, chosen):
-                values[above - top : above - top + len(some)] = some
-                valid[above - top : above - top + len(some)] = good
-        return values, valid
 
     def _pieces(
         self, datasets: Datasets, region: Region, chosen: list[int]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,7 +23,8 @@ Region = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Datasets(NamedTuple):
-    """What is read; and the whole raster, where that is an overview."""
+    """What is read, or a window of it that is kept; and the whole raster, where `read`
+    is an overview."""
 
     read: rasterio.DatasetReader
     whole: rasterio.DatasetReader | None
@@ -80,6 +82,27 @@ def value_pieces(
             found = np.pad(found, ((0, 0), beside, (0, 0)))
             good = np.pad(good, ((0, 0), beside))
         yield inside.row_off, found, good
+
+
+def put_together(
+    pieces: Iterable[tuple[int, np.ndarray, np.ndarray]], region: Region, bands: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The values and the validity of a region, copied piece by piece."""
+    top, _, height, width = region
+    pieces = iter(pieces)
+    first = next(pieces, None)
+    if first is not None:
+        above, values, valid = first
+        if (above, len(valid)) == (top, height):
+            return values, valid
+        pieces = itertools.chain([first], pieces)
+    # Each band is one piece of memory, as `Values.of` makes them.
+    values = np.moveaxis(np.zeros((bands, height, width), np.float32), 0, -1)
+    valid = np.zeros((height, width), bool)
+    for above, some, good in pieces:
+        values[above - top : above - top + len(some)] = some
+        valid[above - top : above - top + len(some)] = good
+    return values, valid
 
 
 def valid_pieces(

@@ -52,19 +52,21 @@ class Values:
         wide = np.float32 if exact else np.float64
         scale = np.array([self.scale[i] for i in bands])
         offset = np.array([self.offset[i] for i in bands], wide)
-        moved = np.moveaxis(numbers, 0, -1)
-        found = np.empty(moved.shape, wide)
+        # Each band stays one piece of memory, since views are cut band by band. A copy
+        # that is changed in place is four times as fast as one product of two dtypes.
+        planes = numbers.astype(wide)
+        found = np.moveaxis(planes, 0, -1)
         # A division by 255 or 10000 is exact, the product with its inverse is not.
         inverse = np.round(1 / scale)
         with np.errstate(over="ignore", invalid="ignore"):
             if (scale == 1).all():
-                found[...] = moved
-            elif np.allclose(inverse * scale, 1, rtol=0, atol=1e-9):
-                np.divide(moved, inverse.astype(wide), out=found)
+                pass
+            elif (np.abs(inverse * scale - 1) <= 1e-9).all():
+                planes /= inverse.astype(wide)[:, None, None]
             else:
-                np.multiply(moved, scale.astype(wide), out=found)
+                planes *= scale.astype(wide)[:, None, None]
             if offset.any():
-                found += offset
+                planes += offset[:, None, None]
             return found.astype(np.float32, copy=False)
 
 

@@ -101,10 +101,14 @@ def _reached(low: float, high: float, size: int) -> slice:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RasterImage:
-    """A window of a raster, (top, left, height, width) in pixels, not read yet."""
+    """A window of a raster, (top, left, height, width) in pixels, not read yet.
+
+    group: windows that are read together with it, see `Raster.read`.
+    """
 
     raster: Raster
     window: tuple[int, int, int, int]
+    group: tuple[tuple[int, int, int, int], ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -117,7 +121,7 @@ class RasterImage:
         Float[np.ndarray, "height width bands"], Bool[np.ndarray, "height width"]
     ]:
         """All values and which pixels are valid. Raises BadImageError."""
-        return self.raster.read(self.window)
+        return self.raster.read(self.window, group=self.group)
 
     def pixels(self, finest: float) -> FloatPixels:
         """Pixels for views whose pixels span `finest` image pixels or more.
@@ -130,5 +134,5 @@ class RasterImage:
         if step < 2:
             return FloatPixels(*self.read())
         size = math.ceil(height / step), math.ceil(width / step)
-        values, valid = self.raster.read(self.window, size=size)
+        values, valid = self.raster.read(self.window, size=size, group=self.group)
         return FloatPixels(values, valid, height / size[0], width / size[1])

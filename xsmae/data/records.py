@@ -81,6 +81,13 @@ class Source(Protocol):
     def labels(self) -> np.ndarray | None:
         """int64 [len(self)], known without decoding; None without labels."""
 
+    @property
+    def groups(self) -> np.ndarray | None:
+        """int64 [len(self)], numbers from 0 on: images of a group share a read.
+
+        Training keeps a group together. None: no images share a read.
+        """
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
@@ -104,11 +111,12 @@ class Source(Protocol):
 
 
 class BaseSource:
-    """The defaults of `Source`: 8-bit images, no files, no notes."""
+    """The defaults of `Source`: 8-bit images, no files, no groups, no notes."""
 
     dtype = "uint8"
     units = UNITS
     wavelengths = ()
+    groups = None
 
     def open(self, index: int) -> contextlib.AbstractContextManager[Record]:
         """A context with the decoded record."""

@@ -14,6 +14,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 1.0
 
 
+_requests: list[StopRequest] = []  # those that are entered
+
+
+def stop_asked() -> bool:
+    """True if this process is inside a `StopRequest` that has received a signal.
+
+    For what is long and gets no `should_stop`, such as the constructor of a source.
+    """
+    return any(request.signal is not None for request in _requests)
+
+
 class StopRequest:
     """A context where the first SIGINT or SIGTERM only sets `signal`; the second ends.
 
@@ -35,6 +46,7 @@ class StopRequest:
         self._entered = threading.current_thread() is threading.main_thread()
         if not self._entered:
             return self
+        _requests.append(self)
         # Python calls a handler only between two of its own instructions, so not during
         # a compilation. The bytes of the wakeup arrive at once.
         self._received, self._wakeup = socket.socketpair()
@@ -54,6 +66,7 @@ class StopRequest:
     def __exit__(self, *_) -> None:
         if not self._entered:
             return
+        _requests.remove(self)
         signal.set_wakeup_fd(self._previous_wakeup)
         self._restore()
         self._left.set()
