@@ -178,21 +178,21 @@ def kept_window(
     if found is not None:
         return found
     with here.reader(keys[0]):
-        found = here.find(keys[place])
-        if found is not None:
-            return found
         try:
+            found = here.find(keys[place])
+            if found is not None:
+                return found
             with gdal.borrowed(name) as dataset:
                 if _bytes(dataset, group, indexes) > LARGEST:
                     return None
                 read = read_group(dataset, group, indexes, validity)
+            for key, kept in zip(keys, read, strict=True):
+                here.put(key, kept)
+            return read[place]
         except BadImageError:
             return None
         finally:
             here.done(keys[0])
-        for key, kept in zip(keys, read, strict=True):
-            here.put(key, kept)
-    return read[place]
 
 
 def _bytes(
