@@ -294,7 +294,8 @@ def open_raster(
 
     Args:
       path: a file, a URL, or a name of GDAL's (/vsicurl/..., NETCDF:file.nc:name).
-      bands: names that the raster has, to choose bands; or one name for each band.
+      bands: names that the raster has, or its sensor's, to choose bands; or one name
+        for each band.
       scale, offset: numbers, or one for each band; value = number * scale + offset.
       gsd: metres per pixel, or (y, x); None: from the CRS.
       nodata_rule: a pixel has no value where "all" of its bands are nodata, or "any".
