@@ -17,6 +17,7 @@ from tests.support.execute_notebooks import (
     install_kernel,
     set_parameters,
 )
+from tests.support.rasters import REASON
 from xsmae.process.files import read_jsonl
 
 SMALL = {
@@ -48,10 +49,24 @@ SETTINGS = {
         "STEPS": 20,
         "MORE": {**SMALL, "data.num_images": 40},
     },
+    "geotiff": {
+        "STEPS": 20,
+        "WINDOW": 64,
+        "SIDE": 128,
+        "MORE": {k: v for k, v in SMALL.items() if k != "data.size"},
+    },
 }
 DRAWING = {
     "quickstart": {"crops", "gsd", "losses", "reconstructions", "pca"},
     "linear_probe": {"sheet", "scales", "confusion", "mistakes"},
+    "geotiff": {
+        "look", "sheet", "histograms", "map", "losses", "reconstructions", "embed",
+    },
+}  # fmt: skip
+WORKDIRS = {
+    "quickstart": "quickstart",
+    "linear_probe": "linear_probe/short_encoder",
+    "geotiff": "geotiff",
 }
 KEPT = {path.stem: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
 each = pytest.mark.parametrize("name", sorted(KEPT))
@@ -96,6 +111,8 @@ def jupyter(tmp_path_factory):
 
 @each
 def test_it_runs(name, jupyter, tmp_path):
+    if name == "geotiff":
+        pytest.importorskip("rasterio", reason=REASON)
     notebook = copy.deepcopy(KEPT[name])
     set_parameters(notebook, SETTINGS[name])
     notebook.cells.append(new_code_cell("print(sys.executable)", id="interpreter"))
@@ -104,10 +121,14 @@ def test_it_runs(name, jupyter, tmp_path):
     assert outputs(notebook, "error") == {}
     assert drawing(notebook) == DRAWING[name]
     assert "Traceback" not in printed(notebook)
-    workdir = {"quickstart": "quickstart", "linear_probe": "linear_probe/short_encoder"}
-    rows = read_jsonl(tmp_path / "runs" / workdir[name] / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "runs" / WORKDIRS[name] / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]
+    if name == "geotiff":
+        found = re.findall(r"(\w+) +(\d+\.\d) %", printed(notebook))
+        assert {"accuracy_mean", "random_encoder_mean", "image_statistics"} <= {
+            control for control, _ in found
+        }
     if name == "linear_probe":
         said = re.search(r"(\d+) of (\d+) test images are wrong", printed(notebook))
         assert 0 < int(said[1]) <= int(said[2]) == 20

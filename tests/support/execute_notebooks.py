@@ -18,7 +18,9 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 # In reading order: the second notebook uses the encoder of the first.
-NOTEBOOKS = [FOLDER / "quickstart.ipynb", FOLDER / "linear_probe.ipynb"]
+NOTEBOOKS = [
+    FOLDER / f"{name}.ipynb" for name in ("quickstart", "linear_probe", "geotiff")
+]
 KERNEL = "this-interpreter"
 
 
