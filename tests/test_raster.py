@@ -59,6 +59,17 @@ def test_names(path):
     assert open_raster(path).bands == ("red", "green", "blue")
 
 
+def test_bands_without_names_are_chosen_by_the_order_of_the_sensor(path):
+    data = land(8, 8, bands=13, dtype="uint16")
+    write(path, data)
+    order = SENSORS["eurosat_ms"].bands  # B8A is the last one
+    for chosen in (("B8A", "B02"), tuple(sorted(order)), SENSORS["hls_s30"].bands):
+        raster = open_raster(path, chosen, sensor="eurosat_ms")
+        assert raster.bands == chosen
+        assert raster.indexes == tuple(1 + order.index(band) for band in chosen)
+        assert any("in the order of eurosat_ms" in note for note in raster.notes())
+
+
 def test_given_names_choose_or_name(path):
     data = land(8, 8, bands=3)
     write(path, data, descriptions=("B4", "B3", "B2"))

@@ -46,7 +46,7 @@ def plan_bands(
 ) -> BandPlan:
     """Decide which bands are read, and their names.
 
-    given: names that the raster has, or that the sensor gives its bands, to choose
+    given: names that the raster has, by itself or by the sensor's order, to choose
     bands in that order; or else one name for each of its bands. UserError where they
     are neither, or where the names are not those of the sensor.
     """
@@ -57,12 +57,14 @@ def plan_bands(
     if not data:
         raise UserError(f"{where}: its only band is alpha; expected a band of data")
     found = _names_of(dataset, data)
+    if sensor is not None and given is not None:
+        # Before choosing: 10 of the 13 bands of a file without names are found so.
+        by_sensor = _fit_sensor(found, sensor)
+        if by_sensor is not None:
+            found, said = by_sensor
+            notes += said
     names = found
     if given is not None:
-        some = len(given) < len(found)
-        if some and not {*map(band_key, given)} <= {*map(band_key, found)}:
-            found, said = _chosen_from(found, sensor, where)
-            notes += said
         own = {band_key(name): i for name, i in zip(found, data, strict=True)}
         if len(own) == len(found) and all(band_key(name) in own for name in given):
             data, names = [own[band_key(name)] for name in given], given
@@ -157,18 +159,22 @@ def _names_of(dataset: rasterio.DatasetReader, data: Sequence[int]) -> list[str]
     ]
 
 
-def _chosen_from(
-    names: list[str], sensor: Sensor | None, where: str
-) -> tuple[list[str], list[str]]:
-    """The sensor's names, where it names all bands of the raster, and a note."""
-    if sensor is None or len(names) != len(sensor.bands):
-        return names, []
-    return _names_of_sensor(names, sensor, where)
-
-
 def _names_of_sensor(
     names: Sequence[str], sensor: Sensor, where: str
 ) -> tuple[list[str], list[str]]:
+    found = _fit_sensor(names, sensor)
+    if found is None:
+        raise UserError(
+            f"{where}: its bands are {','.join(names)}, those of {sensor.name} are "
+            f"{','.join(sensor.bands)}; name or choose them with bands=..."
+        )
+    return found
+
+
+def _fit_sensor(
+    names: Sequence[str], sensor: Sensor
+) -> tuple[list[str], list[str]] | None:
+    """The sensor's names of bands, and notes; None where they are not its bands."""
     own = {band_key(name): name for name in sensor.bands}
     if all(band_key(name) in own for name in names):
         return [own[band_key(name)] for name in names], []
@@ -183,7 +189,4 @@ def _names_of_sensor(
             f"bands are named in the order of {sensor.name}: {','.join(sensor.bands)}"
         )
         return list(sensor.bands), [said]
-    raise UserError(
-        f"{where}: its bands are {','.join(names)}, those of {sensor.name} are "
-        f"{','.join(sensor.bands)}; name or choose them with bands=..."
-    )
+    return None
