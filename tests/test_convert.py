@@ -26,7 +26,7 @@ from xsmae.methods import METHODS
 from xsmae.models.mae import Views
 from xsmae.process.files import read_jsonl
 from xsmae.trainer import create_trainer
-from xsmae.weights import official, official_config
+from xsmae.weights import official, official_bands
 from xsmae.weights.layouts import collect, encoder_weights, leaves, weights_of
 from xsmae.weights.official import import_checkpoint
 from xsmae.weights.torch_pickle import Namespace
@@ -602,7 +602,7 @@ def test_scale_mae_as_published(tmp_path):
     assert loss.high_frequency.cutoff * SIZE * 2 == 1
     assert loss.low_frequency.through == 0
     assert loss.high_frequency.absolute is True
-    assert imported.config.mean == official_config.IMAGENET[0]
+    assert imported.config.mean == official_bands.IMAGENET[0]
     unused = "mask_token_decoder, pos_embed, decoder_pos_embed"
     assert imported.notes[1] == f"without effect on any output: {unused}"
 
@@ -696,7 +696,7 @@ def test_what_is_printed_and_written(tmp_path, capsys):
     assert info["run"]["method"] == "mae"
     assert info["run"]["import"] == "x.safetensors"
     assert len(info["run"]["sha256"]) == 64
-    assert info["mean"] == list(official_config.IMAGENET[0])
+    assert info["mean"] == list(official_bands.IMAGENET[0])
     images = np.random.default_rng(0).random((2, SIZE, SIZE, 3))
     loaded = xsmae.load_encoder(out)
     normalized = (images - info["mean"]) / info["std"]
@@ -837,7 +837,7 @@ def test_fields_that_are_given_stay(imports):
     config, changes = config_of("method=mae", imports("mae"), *more)
     assert config.model.mask_ratio == 0.5
     assert config.mean == (0.5, 0.5, 0.5)
-    assert config.std == official_config.IMAGENET[1]
+    assert config.std == official_bands.IMAGENET[1]
     assert config.model.dtype == "float32"
     fields = [change.split()[0] for change in changes]
     assert {"model.depth", "views.size"} <= set(fields)

@@ -158,7 +158,7 @@ def _first_state(
         return found
     state = trainer.initial_state()
     if config.init:
-        state = dataclasses.replace(state, **load_weights(config.init, state))
+        state = dataclasses.replace(state, **load_weights(config.init, state, config))
         if jax.process_index() == 0:
             keep_config(config.init, workdir)
         LOG.info(f"starting from the weights in {config.init}")

@@ -13,6 +13,7 @@ import functools
 from pathlib import Path
 
 import jax
+import ml_collections
 from absl import flags
 from flax import nnx
 
@@ -92,13 +93,22 @@ def define_flags(values: flags.FlagValues, command: str) -> None:
     text("out", "The folder to write, which must be new or empty.")
     for name in OPTIONS:
         text(name, MEANINGS[name])
-    text("bands", "The bands in order: red,green,blue. Needed unless there are three.")
+    text(
+        "bands",
+        "The bands in order: red,green,blue. Needed unless there are three, or they "
+        "are SatMAE's ten of Sentinel-2.",
+    )
     text(
         "mean",
-        "The mean of each band used for normalisation, in 0-1: 0.4,0.4,0.4. Needed "
-        "unless there are three bands. Default: the official one.",
+        "The mean of each band used for normalisation: 0.4,0.4,0.4. Needed with "
+        "--bands. Default: the official one.",
     )
     text("std", "The standard deviation of each band, like --mean.")
+    text(
+        "units",
+        "What mean and std are in, such as 'surface reflectance', if the weights read "
+        "rasters. Default: 8-bit images, in 0-1.",
+    )
 
 
 def run_import(values: flags.FlagValues) -> str:
@@ -110,6 +120,8 @@ def run_import(values: flags.FlagValues) -> str:
     for name in ("mean", "std"):
         if values[name].value:
             options[name] = _numbers(name, values[name].value)
+    if values.units:
+        options["units"] = values.units
     imported = read_weights(source, **options)
     config = imported.config
     write_import(imported, out, source=source)
@@ -121,12 +133,22 @@ def run_import(values: flags.FlagValues) -> str:
         f"{model.num_heads} heads, {model.norm_style}-norm; images of "
         f"{config.views.size} px, {len(config.bands)} bands",
         *imported.notes,
+        *_groups(config),
         "all other tensors were imported",
         f"encoder: {out / 'encoder'}",
     ]
     if not imported.encoder_only:
         lines.append(f"to continue pretraining: --config.init={out}")
     return "\n".join(lines)
+
+
+def _groups(config: ml_collections.ConfigDict) -> list[str]:
+    """A line with the groups of bands, by name, if there are any."""
+    groups = [
+        f"({', '.join(config.bands[band] for band in group)})"
+        for group in config.model.get("channel_groups", ())
+    ]
+    return [f"groups of bands: {', '.join(groups)}"] if groups else []
 
 
 def _literal(name: str, text: str | None):

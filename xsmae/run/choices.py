@@ -1,7 +1,8 @@
 """Chooses unset settings by the data, the device and the length of a run.
 
-A field of `FIELDS` is chosen if it is None in the config. The choice is written to the
-run's `config.json` at its start. A resumed run reads it from there and chooses nothing
+A field of `FIELDS` is chosen if it is None in the config, and the mean and std of bands
+that the weights in `config.init` lack. The choice is written to the run's `config.json`
+at its start. A resumed run reads it from there and chooses nothing
 again, even if the device or the data have changed.
 """
 
@@ -74,7 +75,7 @@ def settle(
     for names, rule in RULES:
         unset = _unset(config, names)
         values, reason = rule(config, source, devices) if unset else ({}, "")
-        values = {name: values[name] for name in unset if name in values}
+        values = {n: _filled(config, n, values[n]) for n in unset if n in values}
         if values:
             _set(config, values)
             chosen.append(f"  {_shown(values)}  ({reason})")
@@ -181,9 +182,12 @@ def _wavelengths(config, source, devices) -> Chosen:
 
 def _statistics(config, source, devices) -> Chosen:
     if source is None:
-        return dict(zip(("mean", "std"), IMAGENET, strict=True)), (
-            "ImageNet's, no images are known yet"
-        )
+        if len(config.bands) == len(BANDS):
+            values, reason = IMAGENET, "ImageNet's, no images are known yet"
+        else:
+            values = (0.0,) * len(config.bands), (1.0,) * len(config.bands)
+            reason = "assumed, no images are known yet"
+        return dict(zip(("mean", "std"), values, strict=True)), reason
     indices = evenly_spaced(len(source), MEASURED)
     found = survey(source, indices=indices)
     if not found.images:
@@ -263,7 +267,21 @@ def _saved(workdir: Path | None) -> dict[str, Any]:
 def _unset(config: ml_collections.ConfigDict, names: Collection[str]) -> list[str]:
     flat = flatten(config.to_dict())
     # A config of 8-bit images has no `units`, so there is nothing to choose.
-    return [name for name in names if name in flat and flat[name] is None]
+    return [n for n in names if n in flat and (flat[n] is None or _is_partial(n, flat))]
+
+
+def _is_partial(name: str, flat: Mapping[str, Any]) -> bool:
+    """True if weights gave the mean or std of some bands, and None for the others."""
+    return name in ("mean", "std") and None in flat[name]
+
+
+def _filled(config: ml_collections.ConfigDict, name: str, value: Any) -> Any:
+    """The chosen value; of a partial mean or std, only the missing numbers."""
+    flat = flatten(config.to_dict())
+    if flat[name] is None:
+        return value
+    pairs = zip(flat[name], value, strict=True)
+    return tuple(new if old is None else old for old, new in pairs)
 
 
 def _set(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xsmae.bands import Bands
 from xsmae.errors import UserError
 from xsmae.weights.encoder import Encoder, load_encoder
 from xsmae.weights.official import Imported, encoder_of, import_checkpoint, write_import
+from xsmae.weights.official_bands import bands_note, set_bands
 
 
 def read_weights(
@@ -18,32 +21,41 @@ def read_weights(
     bands: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    units: str | None = None,
     **options: Any,
 ) -> Imported:
     """Read an official checkpoint, optionally with other bands, mean and std.
 
-    options: those of `import_checkpoint`. Raises UserError like `import_checkpoint`,
-    and if bands, mean or std are missing for a file without exactly 3 bands, or do not
-    fit the file.
+    units: what mean and std are in, for weights of rasters; None: 8-bit images, or as
+    published. options: those of `import_checkpoint`. Raises UserError like
+    `import_checkpoint`, and if bands, mean and std do not fit the file, or are missing
+    although the file has other bands than those that are published.
     """
     imported = import_checkpoint(path, **options)
     config = imported.config
     channels = len(config.mean)  # of the file
-    with config.ignore_type():
-        for name, value in (("bands", bands), ("mean", mean), ("std", std)):
-            if value is not None:
-                config[name] = tuple(value)
-    if channels != 3 and any(value is None for value in (bands, mean, std)):
+    given = {"bands": bands, "mean": mean, "std": std}
+    given = {name: tuple(value) for name, value in given.items() if value is not None}
+    published = imported.known_bands and not given and units is None
+    if channels != 3 and len(given) < 3 and not published:
         raise UserError(
             f"{path} has {channels} bands: give their names with --bands, and their "
             "normalisation with --mean and --std"
         )
-    for name in ("bands", "mean", "std"):
-        if len(config[name]) != channels:
+    for name, value in given.items():
+        if len(value) != channels:
             raise UserError(
-                f"--{name} has {len(config[name])}, expected {channels}: give one "
-                "value per band of the file"
+                f"--{name} has {len(value)}, expected {channels}: give one value per "
+                "band of the file"
             )
+    if channels != 3 and published:
+        notes = (*imported.notes, bands_note(config))
+        return dataclasses.replace(imported, notes=notes)
+    numbers = (
+        given.get(name, tuple(config[name])) for name in ("bands", "mean", "std")
+    )
+    stored = {} if units is None else {"dtype": "float32", "units": units}
+    set_bands(config, Bands(*numbers, **stored))
     return imported
 
 
@@ -59,8 +71,9 @@ def import_weights(
 
     path: a .pth or .safetensors file. out: a new folder, for `encoder/` and for the
     weights that a run can start from (`config.init`); without it nothing is written.
-    options: bands, mean, std, and the `official.OPTIONS` that the file does not state.
-    Raises UserError if the file is not such a checkpoint, or if `out` is not empty.
+    options: bands, mean, std, units, and the `official.OPTIONS` that the file does not
+    state. Raises UserError if the file is not such a checkpoint, or if `out` is not
+    empty.
     """
     imported = read_weights(path, **options)
     if out is not None:

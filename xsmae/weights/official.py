@@ -20,17 +20,19 @@ from xsmae.bands import Bands
 from xsmae.checkpoints import Checkpoints
 from xsmae.errors import UserError
 from xsmae.methods import METHODS
-from xsmae.models.build import build_encoder
+from xsmae.models.build import build_encoder, channel_groups
 from xsmae.models.position import sincos_1d, sincos_2d
 from xsmae.process.files import write_json
 from xsmae.train_state import TrainState
 from xsmae.weights.description import describe_encoder
 from xsmae.weights.encoder import Encoder
 from xsmae.weights.layouts import NAMINGS, encoder_weights, load, weights_of
+from xsmae.weights.official_bands import published_bands, set_bands
 from xsmae.weights.official_config import OfficialFile, config_of
 from xsmae.weights.torch_file import read_pytorch
 from xsmae.weights.torch_pickle import Namespace
 
+BAND_FIELDS = ("bands", "mean", "std", "dtype", "units", "wavelengths")
 # Tensors of official checkpoints that do not affect any output. Scale-MAE computes its
 # positions for each GSD. Its older checkpoints lack `mask_token_decoder`.
 UNUSED = {
@@ -43,6 +45,8 @@ OPTIONS = (
     "norm_pix_loss", "temperature", "channel_groups", "spatial_mask", "band_config",
     "use_l1_loss", "l1_loss_weight", "base_resolution", "absolute_scale",
 )  # fmt: skip
+# Saved arguments that say which bands there are; read by `published_bands`.
+SAVED = ("dataset_type", "dropped_bands")
 # Other official names for the same settings. SatMAE: main_pretrain.py.
 ALIASES = {"grouped_bands": "channel_groups"}
 # Settings that get the published value if neither the file nor the user gives one.
@@ -60,13 +64,15 @@ class Imported:
 
     config: `method`, `model`, `loss`, `views.size` and the statistics, as in a run's
     config. network: the method's network, or only the encoder if the file has no more.
-    notes: what was left out, and why that loses nothing.
+    notes: what was left out, and why that loses nothing. known_bands: True if names,
+    mean and std of the bands are the published ones; otherwise they are numbers, 0, 1.
     """
 
     config: ml_collections.ConfigDict
     network: nnx.Module
     encoder_only: bool
     notes: tuple[str, ...]
+    known_bands: bool
 
     @property
     def encoder(self) -> nnx.Module:
@@ -88,12 +94,18 @@ def import_checkpoint(path: str | Path, **options: Any) -> Imported:
         )
     options = {k: v for k, v in options.items() if v is not None}
     tensors, arguments, notes = _unpack(path)
-    file = OfficialFile(path, tensors, arguments | options)
+    saved = {name: arguments.pop(name) for name in SAVED if name in arguments}
+    file = OfficialFile(path, tensors, arguments | options, saved)
     for name, value in file.options.items():
         _check_option(name, value)
     method, naming = _system(file)
     encoder_only = file.encoder_only
     config = config_of(file, method, naming, encoder_only)
+    bands = published_bands(
+        file, method, len(config.bands), channel_groups(config.model)
+    )
+    if bands is not None:
+        set_bands(config, bands)
     assumed = [n for n in ASSUMED[method] if n not in file.options]
     if assumed and not encoder_only:
         notes.append(f"not in the file, set as published: {', '.join(assumed)}")
@@ -130,7 +142,7 @@ def import_checkpoint(path: str | Path, **options: Any) -> Imported:
         _check_computed(file, name, computed[name])
     if checked:
         notes.append(f"computed, not learned: {', '.join(checked)} (checked)")
-    return Imported(config, network, encoder_only, tuple(notes))
+    return Imported(config, network, encoder_only, tuple(notes), bands is not None)
 
 
 def _unpack(path: str | Path) -> tuple[dict, dict, list[str]]:
@@ -163,7 +175,7 @@ def _unpack(path: str | Path) -> tuple[dict, dict, list[str]]:
                 k: v
                 for k, v in arguments.items()
                 # The official default, an empty list, means no groups.
-                if k in OPTIONS and k != "method" and v not in (None, [], ())
+                if k in (*OPTIONS, *SAVED) and k != "method" and v not in (None, [], ())
             }
         rest = [str(key) for key in content if key not in (name, "args")]
         if rest:
@@ -310,11 +322,11 @@ def write_import(imported: Imported, out: Path, *, source: Path, seed: int = 0) 
     checkpoints.save(0, state, fingerprint=digest)
     checkpoints.close()
     saved = json.loads(config.to_json())
-    names = ("method", "model", "loss", "bands", "mean", "std")
+    names = ("method", "model", "loss", *BAND_FIELDS)
     write_json(
         out / "config.json",
         {
-            **{name: saved[name] for name in names},
+            **{name: saved[name] for name in names if name in saved},
             "views": {"size": config.views.size},
             "import": {"source": source.name, "sha256": digest},
         },

@@ -25,19 +25,6 @@ DECODER_NUM_HEADS = {512: 16, 128: 4}
 # sizes -> SatMAE's groups of ten Sentinel-2 bands (models_mae_group_channels.py).
 CHANNEL_GROUPS = {(4, 4, 2): ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9))}
 
-FMOW = (0.43393, 0.43579, 0.40744), (0.19828, 0.19250, 0.19454)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# (mean, std) of RGB in the official pretraining. Scale-MAE: config/fmow.yaml. SatMAE:
-# util/datasets.py, CustomDatasetFromImages.
-STATISTICS = {
-    "cross_scale_mae": FMOW,
-    "mae": IMAGENET,
-    "scale_mae": IMAGENET,
-    "sat_mae": (
-        (0.4182007312774658, 0.4214799106121063, 0.3991275727748871),
-        (0.28774282336235046, 0.27541765570640564, 0.2764017581939697),
-    ),
-}
 BASE_RESOLUTION = 2.5  # metres per pixel; Scale-MAE, main_pretrain.py
 
 # Names that only networks with more than an encoder have.
@@ -46,11 +33,15 @@ DECODERS = ("decoder", "mask_token", "predictor.", "fpn.", "fcn")
 
 @dataclasses.dataclass(frozen=True)
 class OfficialFile:
-    """A checkpoint's tensors, and the options from the file or the user."""
+    """A checkpoint's tensors, and the options from the file or the user.
+
+    saved: arguments in the file that are no options, see `official.SAVED`.
+    """
 
     path: str | Path
     tensors: Mapping[str, np.ndarray]
     options: Mapping[str, Any]
+    saved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def encoder_only(self) -> bool:
@@ -134,8 +125,8 @@ def config_of(
 ) -> ml_collections.ConfigDict:
     """The config of the network that the tensors belong to.
 
-    naming: one of NAMINGS. Raises UserError if a size cannot be found, or if tensors
-    contradict each other.
+    naming: one of NAMINGS. The bands get numbers, and no mean and std. Raises UserError
+    if a size cannot be found, or if tensors contradict each other.
     """
     if method not in METHODS:
         raise UserError(f"--method={method}, expected one of {', '.join(METHODS)}")
@@ -179,11 +170,8 @@ def config_of(
         model.decoder_num_heads = file.heads("decoder_num_heads", width, standard)
     config.views.size = _image_size(file, names.position, model.patch_size)
     channels = sum(shape[1] for shape in shapes)
-    if channels == 3:
-        config.mean, config.std = STATISTICS[method]
-    else:
-        config.bands = tuple(f"band{i}" for i in range(channels))
-        config.mean, config.std = (0.0,) * channels, (1.0,) * channels
+    config.bands = tuple(f"band{i}" for i in range(channels))
+    config.mean, config.std = (0.0,) * channels, (1.0,) * channels
     if num_groups:
         _group_config(file, config, [shape[1] for shape in shapes], encoder_only)
     if method == "scale_mae":
