@@ -9,7 +9,7 @@ import importlib
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-from xsmae.configs import common
+from xsmae.configs import geotiff
 
 from xsmae.errors import UserError
 
@@ -22,8 +22,7 @@ def get_config(argument=None):
     given = [option for option in options if option.startswith("parts=")]
     names = (given or ["parts=geotiff+geotiff"])[-1].removeprefix("parts=").split("+")
     others = ",".join(option for option in options if option not in given)
-    options = common.parse_argument(others, size="small")
-    config = common.get_common(**options)
+    config = geotiff.get_config(others)
     config.data = dict(
         source="mix",
         parts=_parts(names),
@@ -32,24 +31,9 @@ def get_config(argument=None):
         test_fraction=placeholder(float),  # of every part
         each_once=False,  # True: without weights, as evaluations read the images
     )
-    # Chosen by the images and the device, and said at the start of a run.
-    config.dtype = placeholder(str)  # uint8 or float32, as the images have it
-    config.units = placeholder(str)
-    config.wavelengths = placeholder(tuple)  # nm, of each band; those of the sensor
-    config.bands = placeholder(tuple)
-    config.batch_size = placeholder(int)  # at most 256
-    config.views.size = placeholder(int)  # at most 128
-    config.model.patch_size = placeholder(int)  # 16, of small images 8
-    config.model.dtype = placeholder(str)  # bfloat16, on CPUs float32
-    config.mean = placeholder(tuple)  # measured on a sample
-    config.std = placeholder(tuple)
-    # A patch counts 1 at this GSD; give one about the middle of the parts.
-    config.model.reference_gsd = 10.0
-    config.num_epochs = 100.0
-    config.optim.warmup_epochs = 10.0
-    config.optim.learning_rate = 1.5e-4  # MAE's, for shorter runs on smaller data
-    config.knn.train.update(split="train", each_once=True)
-    config.knn.test.update(split="test", each_once=True)
+    # uint8 or float32, chosen by the images like all other fields that are not set.
+    config.dtype = placeholder(str)
+    config.knn.train.each_once = config.knn.test.each_once = True
     return config
 
 
