@@ -3,10 +3,9 @@
     with xsmae.open_raster("scene.tif", sensor="sentinel2_l2a") as raster:
         values, valid = raster.read((0, 0, 512, 512), size=128)
 
-The modules beside it say what is decided at the opening, each with its rules:
-`raster_bands` (which bands, their names, alpha), `raster_values` (scale and offset),
-`raster_validity` (which pixels have a value), `raster_gsd` (metres per pixel). The
-decisions that a user should know are in `Raster.notes`.
+At the opening, each by its own rules: `raster_bands` (bands, names, alpha),
+`raster_values` (scale and offset), `raster_validity` (which pixels have a value) and
+`raster_gsd` (metres per pixel). `Raster.notes` has what a user should know of it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from xsmae.bands import BANDS, STORED, UNITS, Bands
+from xsmae.bands import BANDS, UNITS, WHITE, Bands
 from xsmae.data.records import Source
 from xsmae.errors import UserError
 
@@ -67,7 +67,7 @@ class Reading:
         if self.kind.dtype == "uint8" and self.bands.dtype == "uint8" and own:
             return images
         if self.kind.dtype == "uint8" and self.bands.dtype != "uint8":
-            images = images / np.float32(STORED["uint8"][1])
+            images = images / np.float32(WHITE)
         images = images[..., [place for place in self.places if place is not None]]
         return self.bands.fill(self.bands.complete(images, self.found))
 
