@@ -16,6 +16,7 @@ from xsmae.evaluation.fitting.augment import mix, random_erasing
 from xsmae.evaluation.fitting.fit import Learner
 from xsmae.evaluation.fitting.recipe import Plan
 from xsmae.evaluation.measure import Measurement
+from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.models.build import build_encoder
 from xsmae.models.drop_path import drop_path_scales
 from xsmae.models.pooling import pool
@@ -123,6 +124,23 @@ def create_adamw(
     return optax.chain(adamw, optax.stateless(scaled))
 
 
+def copied_network(encoder: FrozenEncoder, *, dtype: str, **changes: Any) -> Encoder:
+    """A copy of an encoder's network that computes in `dtype`.
+
+    The copy belongs to a training, whose step overwrites its state. changes: of the
+    architecture, with the same parameters.
+    """
+    execution = {"attention": "xla", "remat": "elementwise", "scan": True}
+    model = {**encoder.info["architecture"], **changes, **execution, "dtype": dtype}
+    channels = len(encoder.info["bands"])
+    # Only shapes: random weights would take time.
+    network = nnx.eval_shape(
+        lambda: build_encoder(model, channels=channels, rngs=nnx.Rngs(0))
+    )
+    nnx.update(network, jax.tree.map(jnp.copy, nnx.state(encoder.network)))
+    return network
+
+
 def create_learner(
     job: Measurement, feature: str, plan: Plan, *, recipe: Mapping[str, Any]
 ) -> Learner:
@@ -130,19 +148,11 @@ def create_learner(
     read = job.encoder.reading
     info, num_classes = job.encoder.info, len(job.parts.class_names)
     bands = Bands.of(info)
-    shape = dict(info["architecture"])
-    if feature == "mean":
-        shape["encoder_norm"] = False
-    execution = {"attention": "xla", "remat": "elementwise", "scan": True}
-    model = {**shape, **execution, "dtype": recipe["dtype"]}
+    changes = {"encoder_norm": False} if feature == "mean" else {}
+    depth = info["architecture"]["depth"]
 
     def build(rngs):
-        # Only shapes: random weights would take time.
-        encoder = nnx.eval_shape(
-            lambda: build_encoder(model, channels=len(info["bands"]), rngs=nnx.Rngs(0))
-        )
-        # Copy the weights, because the step donates its state.
-        nnx.update(encoder, jax.tree.map(jnp.copy, nnx.state(job.encoder.network)))
+        encoder = copied_network(job.encoder, dtype=recipe["dtype"], **changes)
         return Classifier(
             encoder,
             num_classes,
@@ -155,7 +165,7 @@ def create_learner(
     optimizer = Optimizer(
         create_adamw(
             plan.learning_rate,
-            depth=shape["depth"],
+            depth=depth,
             **{name: recipe[name] for name in names},
         ),
         plan.learning_rate,
@@ -169,7 +179,7 @@ def create_learner(
         optimizer=optimizer,
         normalize=bands.normalize,
         num_classes=num_classes,
-        depth=shape["depth"],
+        depth=depth,
         recipe=recipe,
     )
 
