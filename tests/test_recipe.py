@@ -13,7 +13,13 @@ from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe
 from xsmae.evaluation.rows import Protocol
 
-RECIPES = {"probe": recipe.published_probe, "finetune": recipe.finetuning}
+RECIPES = {
+    "probe": recipe.published_probe,
+    "finetune": recipe.finetuning,
+    "frozen_upernet": recipe.frozen_upernet,
+    "trained_upernet": recipe.trained_upernet,
+    "linear_segmentation": recipe.linear_segmentation,
+}
 FIELDS = [(kind, name) for kind, new in RECIPES.items() for name in new()]
 
 
@@ -22,7 +28,7 @@ def changed(value):
         return {"bicubic": "bilinear", "float32": "bfloat16"}[value]
     if isinstance(value, tuple):
         return (value[0] * 1.1, value[1])
-    return value * 2 if isinstance(value, int) else value / 2 + 1e-3
+    return value * 2 + 1 if isinstance(value, int) else value / 2 + 1e-3
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)

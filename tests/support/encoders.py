@@ -52,10 +52,10 @@ def counting_encoder(calls, fail_after=None, encode=mean_colour):
 
 
 @functools.cache
-def tiny_encoder():
+def tiny_encoder(depth=3):
     config = common.get_common("corrected", "tiny")
-    config.model.update(patch_size=4, embed_dim=16, depth=3, num_heads=2)
-    fields = "embed_dim=16,depth=3,num_heads=2"
+    config.model.update(patch_size=4, embed_dim=16, depth=depth, num_heads=2)
+    fields = f"embed_dim=16,depth={depth},num_heads=2"
     return open_encoder(f"random:tiny,{fields}", config=config)
 
 

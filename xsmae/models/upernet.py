@@ -230,12 +230,12 @@ class UperNet(nnx.Module):
         *,
         norm: str,
         tap_norm: bool,
-        channels: int | None = None,
+        channels: int = 0,
         dropout: float = 0.1,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """channels: by default `head_channels(width)`."""
+        """channels: 0 means `head_channels(width)`."""
         self.neck = Neck(width, norm=norm, tap_norm=tap_norm, dtype=dtype, rngs=rngs)
         self.head = UperNetHead(
             [width] * LEVELS,

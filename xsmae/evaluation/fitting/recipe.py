@@ -47,8 +47,17 @@ RANGES = {
     "label_smoothing": FRACTION,
     "horizontal_flip": SHARE,
     "vertical_flip": SHARE,
+    "quarter_turns": SHARE,
+    "num_steps": COUNT,
+    "warmup_steps": FROM_0,
+    "crop": COUNT,
+    "overlap": FROM_0,
+    "max_share": SHARE,
+    "channels": FROM_0,
+    "dropout": FRACTION,
 }
-PAIRS = {"crop_area": 1.0, "crop_ratio": math.inf}  # (low, high) fields: maximum
+# (low, high) fields: maximum
+PAIRS = {"crop_area": 1.0, "crop_ratio": math.inf, "crop_scale": math.inf}
 CHOICES = {"interpolation": tuple(INTERPOLATIONS), "dtype": DTYPES}
 
 
@@ -112,6 +121,79 @@ def finetuning() -> ml_collections.ConfigDict:
     )
 
 
+def frozen_upernet() -> ml_collections.ConfigDict:
+    """UperNet on a frozen encoder: PANGAEA's AdamW, with MTP's length and crops.
+
+    PANGAEA (Marsocci et al. 2024) lowers the rate in two steps, this recipe by a
+    cosine.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "batch_size": 16,
+            "num_steps": 80_000,
+            "warmup_steps": 1500,
+            "learning_rate": 1e-4,
+            "min_learning_rate": 0.0,
+            "weight_decay": 0.05,
+            "b1": 0.9,
+            "b2": 0.999,
+            "channels": 0,  # of the head; 0: 512 for ViT-B and larger, 256 for S, 128
+            "dropout": 0.1,
+            "dtype": "float32",  # of the computation; parameters are always float32
+            **_labelled_crops(),
+        }
+    )
+
+
+def trained_upernet() -> ml_collections.ConfigDict:
+    """UperNet with the whole encoder: MTP's recipe for LoveDA (Wang et al. 2024).
+
+    MTP's rate of drop path is 0.3. This is 0.1, as in mmsegmentation's recipe of MAE.
+    """
+    recipe = frozen_upernet()
+    recipe.learning_rate = 6e-5
+    recipe.layer_decay = 0.9
+    recipe.drop_path = 0.1
+    return recipe
+
+
+def linear_segmentation() -> ml_collections.ConfigDict:
+    """DINOv3's linear segmentation (Siméoni et al. 2025), on features computed once.
+
+    So there is no augmentation, and 10,000 steps instead of 40,000.
+    """
+    crops = _labelled_crops()
+    return ml_collections.ConfigDict(
+        {
+            "batch_size": 16,
+            "num_steps": 10_000,
+            "warmup_steps": 0,
+            "learning_rate": 1e-3,
+            "min_learning_rate": 0.0,
+            "weight_decay": 1e-3,
+            "b1": 0.9,
+            "b2": 0.999,
+            "batch_norm_momentum": 0.1,  # weight of the new value; PyTorch's default
+            "batch_norm_epsilon": 1e-5,
+            "head_std": 0.01,
+            **{name: crops[name] for name in ("crop", "overlap")},
+        }
+    )
+
+
+def _labelled_crops() -> dict[str, Any]:
+    """Crops of images with masks, and the windows of the test images."""
+    return {
+        "crop": 512,  # pixels
+        "overlap": 128,  # pixels that neighbouring windows of a test image share
+        "crop_scale": (0.5, 2.0),
+        "max_share": 0.75,  # of the most frequent class in a crop
+        "horizontal_flip": 0.5,
+        "vertical_flip": 0.5,
+        "quarter_turns": 1.0,
+    }
+
+
 def _crops() -> dict[str, Any]:
     """torchvision's RandomResizedCrop, and MAE's flips."""
     return {
@@ -146,11 +228,17 @@ def check(recipe: ml_collections.ConfigDict) -> None:
             fits = value in CHOICES[name]
         if not fits:
             raise UserError(f"recipe.{name}={value}, expected {expected(name)}")
-    if recipe.warmup_epochs >= recipe.epochs:
-        raise UserError(
-            f"recipe.warmup_epochs={recipe.warmup_epochs:g}, expected less than "
-            f"recipe.epochs={recipe.epochs:g}: lower the first or raise the second"
-        )
+    for shorter, longer in (
+        ("warmup_epochs", "epochs"),
+        ("warmup_steps", "num_steps"),
+        ("overlap", "crop"),
+    ):
+        if shorter in fields and fields[shorter] >= fields[longer]:
+            raise UserError(
+                f"recipe.{shorter}={fields[shorter]:g}, expected less than "
+                f"recipe.{longer}={fields[longer]:g}: lower the first or raise the "
+                "second"
+            )
 
 
 def expected(name: str) -> str:
@@ -198,6 +286,17 @@ def create_plan(recipe: Mapping[str, Any], *, num_images: int) -> Plan:
         end=recipe["min_learning_rate"],
     )
     return Plan(num_steps, schedule)
+
+
+def create_plan_of_steps(recipe: Mapping[str, Any]) -> Plan:
+    """`recipe.num_steps`; linear warm-up from 0, then cosine to the minimum rate."""
+    schedule = warmup_cosine(
+        recipe["learning_rate"],
+        num_steps=recipe["num_steps"],
+        warmup_steps=recipe["warmup_steps"],
+        end=recipe["min_learning_rate"],
+    )
+    return Plan(recipe["num_steps"], schedule)
 
 
 def create_crops(recipe: Mapping[str, Any], *, size: int) -> ViewSampler:

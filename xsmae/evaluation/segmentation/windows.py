@@ -102,7 +102,7 @@ def segment(
     windows = _windows(images, crop, stride)
     canvas = None
     while batch := list(itertools.islice(windows, batch_size)):
-        values = np.stack([_padded(window.read(crop), crop) for window in batch])
+        values = np.stack([padded(window.read(crop), crop) for window in batch])
         gsd = np.array([window.image.gsd for window in batch], np.float32)
         scores = np.asarray(predict(values, gsd), np.float32)
         for window, found in zip(batch, scores, strict=True):
@@ -139,7 +139,7 @@ def _windows(images: Iterable[Readable], crop: int, stride: int) -> Iterator[_Wi
                 yield _Window(index, image, top, left)
 
 
-def _padded(values: np.ndarray, crop: int) -> np.ndarray:
+def padded(values: np.ndarray, crop: int) -> np.ndarray:
     """A window of the full size: the last row and column are repeated."""
     down, across = (crop - side for side in values.shape[:2])
     if not down and not across:
