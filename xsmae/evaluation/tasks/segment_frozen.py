@@ -1,0 +1,211 @@
+"""Segmentation from frozen features: a linear layer per pixel, and dense retrieval."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from xsmae.evaluation.fitting.recipe import Plan
+from xsmae.evaluation.segmentation.dense import Dense
+from xsmae.evaluation.segmentation.windows import Predict
+from xsmae.evaluation.tasks.knn import nearest
+from xsmae.evaluation.tasks.segment import cross_entropy
+from xsmae.ops import resize
+from xsmae.optim import Optimizer, decay_mask
+from xsmae.train_state import TrainState, create_train_state, updated
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, UInt8
+
+K = 30  # neighbours of a patch (Hummingbird, Balazevic et al. 2023)
+TEMPERATURE = 0.02  # of the cosine similarities
+MEMORY = 100_000  # patches
+
+
+class PixelLinear(nnx.Module):
+    """Batch norm without scale and bias, one linear layer, bilinear to the pixels."""
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        momentum: float,
+        epsilon: float,
+        head_std: float,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = nnx.BatchNorm(
+            width,
+            momentum=1 - momentum,
+            epsilon=epsilon,
+            use_bias=False,
+            use_scale=False,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
+        self.head = nnx.Linear(
+            width,
+            num_classes,
+            kernel_init=nnx.initializers.normal(head_std),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        features: Float[Array, "batch rows columns width"],
+        *,
+        size: tuple[int, int],
+        training: bool,
+    ) -> Float[Array, "batch height width classes"]:
+        """Scores of all pixels of images of `size`."""
+        features = features.astype(jnp.float32)
+        features = self.norm(features, use_running_average=not training)
+        return resize.bilinear(self.head(features), size)
+
+
+def fit_linear(
+    dense: Dense,
+    features: Float[np.ndarray, "n rows columns width"],
+    masks: UInt8[np.ndarray, "n height width"],
+    num_classes: int,
+    plan: Plan,
+    *,
+    recipe: Mapping[str, Any],
+    seed: int,
+    each_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Predict:
+    """Trains the linear layer on what `window_features` gives for `dense`, by AdamW.
+
+    Returns `predict(images, gsd)`, the scores of all pixels. each_step gets the step
+    and its loss.
+    """
+
+    def build(rngs):
+        return PixelLinear(
+            features.shape[-1],
+            num_classes,
+            momentum=recipe["batch_norm_momentum"],
+            epsilon=recipe["batch_norm_epsilon"],
+            head_std=recipe["head_std"],
+            rngs=rngs,
+        )
+
+    adamw = optax.adamw(
+        plan.learning_rate,
+        **{name: recipe[name] for name in ("b1", "b2", "weight_decay")},
+        mask=decay_mask,
+    )
+    optimizer = Optimizer(adamw, plan.learning_rate)
+    graphdef, state = create_train_state(build, optimizer, jax.random.key(seed))
+    step = jax.jit(
+        functools.partial(linear_step, graphdef=graphdef, optimizer=optimizer),
+        donate_argnums=0,
+    )
+    rows = _rows(len(features), recipe["batch_size"], plan.num_steps, seed)
+    for number, batch in enumerate(rows, 1):
+        state, loss = step(state, features[batch], masks[batch])
+        each_step(number, loss)
+
+    @functools.partial(jax.jit, static_argnames="size")
+    def scores(features, size):
+        model = nnx.merge(graphdef, state.params, state.batch_stats)
+        return model(features, size=size, training=False)
+
+    return lambda images, gsd: scores(dense(images, gsd), images.shape[1:3])
+
+
+def _rows(total: int, batch: int, num_steps: int, seed: int) -> Iterator[np.ndarray]:
+    """The rows of each step: every row once per epoch, in an order of its own."""
+    rng, waiting = np.random.default_rng(seed), np.zeros(0, np.int64)
+    for _ in range(num_steps):
+        while len(waiting) < batch:
+            waiting = np.concatenate([waiting, rng.permutation(total)])
+        yield waiting[:batch]
+        waiting = waiting[batch:]
+
+
+def linear_step(
+    state: TrainState,
+    features: Float[Array, "batch rows columns width"],
+    masks: UInt8[Array, "batch height width"],
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: Optimizer,
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One update, and the cross-entropy of the pixels that count before it."""
+
+    def loss_fn(params, batch_stats):
+        # Variables can only be written in the trace that created them: copy them here.
+        batch_stats = jax.tree.map(lambda x: x, batch_stats)
+        model = nnx.merge(graphdef, params, batch_stats)
+        scores = model(features, size=masks.shape[1:3], training=True)
+        return cross_entropy(scores, masks), nnx.state(model, nnx.BatchStat)
+
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params, state.batch_stats
+    )
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    state = updated(state, grads, batch_stats, finite=finite, optimizer=optimizer)
+    return state, loss
+
+
+def class_histograms(
+    masks: UInt8[np.ndarray, "n height width"], grid: tuple[int, int], num_classes: int
+) -> Float[np.ndarray, "n rows columns classes"]:
+    """The share of each class among a patch's pixels that count; 0 without any."""
+    n, height, width = masks.shape
+    rows, columns = grid
+    patches = masks.reshape(n, rows, height // rows, columns, width // columns)
+    counts = [(patches == c).sum(axis=(2, 4)) for c in range(num_classes)]
+    counts = np.stack(counts, axis=-1).astype(np.float32)
+    return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+
+
+def retrieval(
+    dense: Dense,
+    features: Float[np.ndarray, "n rows columns width"],
+    masks: UInt8[np.ndarray, "n height width"],
+    num_classes: int,
+    *,
+    seed: int,
+    k: int = K,
+    temperature: float = TEMPERATURE,
+    memory: int = MEMORY,
+) -> Predict:
+    """Dense kNN: the k most similar training patches vote with their histograms.
+
+    A vote weighs exp(cosine / temperature), normalised over the k. The memory has up to
+    `memory` patches, drawn at random among those with a pixel that counts. features,
+    masks: what `window_features` gives for `dense`. Returns `predict(images, gsd)`, the
+    shares of the votes for all pixels.
+    """
+    histograms = class_histograms(masks, features.shape[1:3], num_classes)
+    known = np.flatnonzero(histograms.any(axis=-1))
+    if len(known) > memory:
+        chosen = np.random.default_rng(seed).permutation(len(known))[:memory]
+        known = known[np.sort(chosen)]
+    bank = features.reshape(-1, features.shape[-1])[known].astype(np.float32)
+    values = histograms.reshape(-1, num_classes)[known]
+
+    def votes(queries):
+        similarity, rows = nearest(bank, queries, k=k)
+        weights = np.exp((similarity - similarity[:, :1]) / temperature)
+        weights /= weights.sum(axis=1, keepdims=True)
+        return np.einsum("qk,qkc->qc", weights, values[rows])
+
+    def predict(images, gsd):
+        # In float16, like the memory.
+        found = np.asarray(dense(images, gsd)).astype(np.float16).astype(np.float32)
+        shares = votes(found.reshape(-1, found.shape[-1]))
+        shares = shares.reshape(*found.shape[:3], num_classes).astype(np.float32)
+        return resize.bilinear(jnp.asarray(shares), images.shape[1:3])
+
+    return predict
