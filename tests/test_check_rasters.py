@@ -199,6 +199,14 @@ def test_wrong_flags(flags, expected, scenes, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_rasters_without_any_value_are_refused(tmp_path, capsys):
+    root = tmp_path / "scenes"
+    root.mkdir()
+    write(root / "a.tif", land(32, 32) * 0, nodata=0)
+    assert run(root, tmp_path, "--data.min_valid=0") == 2
+    assert "a.tif: no pixel has a value" in capsys.readouterr().err
+
+
 def test_kinds_of_rasters_that_do_not_fit(scenes, tmp_path, capsys):
     write(scenes / "other.tif", land(48, 40))
     write(scenes / "deep.tif", land(48, 40, dtype="uint16"))

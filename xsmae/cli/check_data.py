@@ -104,7 +104,7 @@ def check(argv: list[str], should_stop: Callable[[], bool]) -> int:
     if wanted and config.test.to_dict() != config.data.to_dict():
         test = _open("test", config.test, should_stop)
         parts["test"] = _read("test", test, should_stop)
-    if not parts["data"].images:
+    if not parts["data"].counted():
         raise UserError(
             f"no image of {source!r} can be read, e.g. {_first(parts)}: "
             "give other images with --data.root"
@@ -226,7 +226,8 @@ def _compare(report: dict[str, Any], known: Known | None) -> None:
 
 
 def _first(parts: dict[str, Survey]) -> str:
-    key, reason = next(iter(parts["data"].rejected.items()))
+    nothing = parts["data"].source.id(0), "no pixel has a value"
+    key, reason = next(iter(parts["data"].rejected.items()), nothing)
     return f"{key}: {reason}"
 
 

@@ -190,8 +190,9 @@ def _statistics(config, source, devices) -> Chosen:
         return dict(zip(("mean", "std"), values, strict=True)), reason
     indices = evenly_spaced(len(source), MEASURED)
     found = survey(source, indices=indices)
-    if not found.images:
-        name, reason = next(iter(found.rejected.items()))
+    if not found.counted():
+        nothing = source.id(indices[0]), "no pixel has a value"
+        name, reason = next(iter(found.rejected.items()), nothing)
         raise UserError(
             f"mean and std cannot be measured: none of {len(indices)} images can be "
             f"read, e.g. {name} ({reason}): give other images, or --config.mean and "
