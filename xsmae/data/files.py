@@ -11,7 +11,7 @@ import numpy as np
 
 from xsmae.bands import BANDS
 from xsmae.data.picture import open_picture
-from xsmae.data.records import BaseSource, Record, decoded, fingerprint
+from xsmae.data.records import OpenedSource, Record, fingerprint
 from xsmae.errors import UserError
 
 
@@ -39,7 +39,7 @@ class Listing(NamedTuple):
         )
 
 
-class FileSource(BaseSource):
+class FileSource(OpenedSource):
     """Image files under one root; the base class of sources that read files.
 
     `options` are other settings that change the pixels. They are part of the
@@ -70,17 +70,9 @@ class FileSource(BaseSource):
             strict=True,
         )
         kind = type(self).__name__
+        # Of the class, ids, sizes in bytes, labels and GSDs.
         self._fingerprint = fingerprint((kind, *options), names, *records)
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits of the class, ids, sizes in bytes, labels and GSDs."""
-        return self._fingerprint
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The name of every label; empty without labels."""
-        return self._listing.class_names
+        self._class_names = names
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -97,10 +89,6 @@ class FileSource(BaseSource):
 
     def __len__(self) -> int:
         return len(self._listing.ids)
-
-    def __getitem__(self, index: int) -> Record:
-        with self.open(index) as record:
-            return decoded(record)
 
     @contextlib.contextmanager
     def open(self, index: int) -> Iterator[Record]:

@@ -16,7 +16,7 @@ from xsmae.data.geotiff import Window, WindowIndex
 from xsmae.data.geotiff_scene import Scene, shared_reads
 from xsmae.data.raster import Raster
 from xsmae.data.raster_views import DTYPE, RasterImage
-from xsmae.data.records import BaseSource, Record, decoded, fingerprint, number
+from xsmae.data.records import OpenedSource, Record, fingerprint, number
 from xsmae.data.sensors import wavelengths_of
 from xsmae.data.splits import split_indices
 from xsmae.errors import UserError
@@ -27,7 +27,7 @@ WINDOW = 256
 CROPS_PER_READ = 8
 
 
-class GeotiffSource(BaseSource):
+class GeotiffSource(OpenedSource):
     """Windows of all rasters of a folder, a list, one file or a table, in float32.
 
     A raster that is no larger than a window is one record. The id is the raster's path
@@ -138,16 +138,6 @@ class GeotiffSource(BaseSource):
         return self._units
 
     @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits of the windows, their values' scale and the labels."""
-        return self._fingerprint
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The name of every label; empty without labels."""
-        return self._class_names
-
-    @property
     def labels(self) -> np.ndarray | None:
         """int64 [len(self)]; None without labels."""
         return self._labels
@@ -181,10 +171,6 @@ class GeotiffSource(BaseSource):
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def __getitem__(self, index: int) -> Record:
-        with self.open(index) as record:
-            return decoded(record)
 
     @contextlib.contextmanager
     def open(self, index: int) -> Iterator[Record]:

@@ -21,11 +21,11 @@ from fractions import Fraction
 import numpy as np
 
 from xsmae.bands import known_or_empty
-from xsmae.data.records import BaseSource, Record, Source, decoded, fingerprint
+from xsmae.data.records import OpenedSource, Record, Source, fingerprint
 from xsmae.errors import UserError
 
 
-class Mix(BaseSource):
+class Mix(OpenedSource):
     """The records of several sources, by weight. Nothing is warped or converted.
 
     All parts need the same bands, dtype and units. Ids start with the part's name. If
@@ -97,16 +97,6 @@ class Mix(BaseSource):
             ]
         )
 
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits of the parts' names, samples and contents."""
-        return self._fingerprint
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes of all parts, sorted; empty if a part has no labels."""
-        return self._class_names
-
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """int64 [len(self)]; None if a part has no labels."""
@@ -152,10 +142,6 @@ class Mix(BaseSource):
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> Record:
-        with self.open(index) as record:
-            return record if isinstance(record.image, np.ndarray) else decoded(record)
 
     @contextlib.contextmanager
     def open(self, index: int) -> Iterator[Record]:

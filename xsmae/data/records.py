@@ -132,8 +132,34 @@ class BaseSource:
         return []
 
 
+class OpenedSource(BaseSource):
+    """A source whose `open` gives images that are not decoded yet.
+
+    Its constructor sets `_fingerprint` and `_class_names`.
+    """
+
+    _fingerprint: str
+    _class_names: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the list of contents."""
+        return self._fingerprint
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of every label; empty without labels."""
+        return self._class_names
+
+    def __getitem__(self, index: int) -> Record:
+        with self.open(index) as record:
+            return decoded(record)
+
+
 def decoded(record: Record) -> Record:
     """Returns the record with its image decoded; raises BadImageError."""
+    if isinstance(record.image, np.ndarray):
+        return record
     if isinstance(record.image, Picture):
         return dataclasses.replace(record, image=record.image.decode())
     image, valid = record.image.read()

@@ -14,17 +14,12 @@ from xsmae.bands import BANDS
 from xsmae.data.gsd import GSD_HELP, check_gsd
 from xsmae.data.images import MAX_PIXELS, MIN_SIDE
 from xsmae.data.picture import open_picture
-from xsmae.data.records import (
-    BaseSource,
-    Record,
-    decoded,
-    fingerprint,
-)
+from xsmae.data.records import OpenedSource, Record, fingerprint
 from xsmae.data.splits import split_indices
 from xsmae.errors import BadImageError, UserError
 
 
-class TfdsSource(BaseSource):
+class TfdsSource(OpenedSource):
     """A TFDS data set that was prepared as ArrayRecord; needs no TensorFlow.
 
     Reads the features `image` (encoded; decoded by `images.decode`), and if present
@@ -124,16 +119,6 @@ class TfdsSource(BaseSource):
         )
 
     @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits of name, version, sizes, shards, GSD and indices."""
-        return self._fingerprint
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The name of every label; empty without labels."""
-        return self._class_names
-
-    @property
     def labels(self) -> np.ndarray | None:
         """int64 [len(self)]; read, undecoded, on first use. None without labels."""
         if not self._class_names:
@@ -153,10 +138,6 @@ class TfdsSource(BaseSource):
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    def __getitem__(self, index: int) -> Record:
-        with self.open(index) as record:
-            return decoded(record)
 
     @contextlib.contextmanager
     def open(self, index: int) -> Iterator[Record]:
