@@ -4,6 +4,7 @@ import json
 import pickle
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from xsmae import load_config
 from xsmae.data import gdal, geotiff, raster_kept
 from xsmae.data.geotiff_scene import shared_reads
 from xsmae.data.geotiff_source import GeotiffSource
+from xsmae.data.mix import Mix
 from xsmae.data.order import GroupOrder
 from xsmae.data.raster import open_raster
 from xsmae.data.raster_kept import windows_here
@@ -397,3 +399,29 @@ def test_a_signal_stops_the_index_and_what_was_found_is_kept(tmp_path, monkeypat
 
 def test_the_config_has_the_field():
     assert load_config("geotiff").data.crops_per_read == 8
+
+
+def test_a_mix_has_the_groups_of_its_parts(tmp_path):
+    """Windows of a repetition stay together, apart from those of the others."""
+    for name, size in (("a", (128, 128)), ("b", (64, 64))):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "0.tif", noise(*size), **TILES, **UINT16)
+    parts = {
+        name: GeotiffSource(tmp_path / name, window=32, gsd=1.0) for name in ("a", "b")
+    }
+    mix = Mix(parts, weights=[1, 1])
+    assert (len(parts["a"]), len(parts["b"]), len(mix)) == (16, 4, 32)
+    groups = mix.groups
+    assert sorted(set(groups)) == list(range(groups.max() + 1))
+    for group in range(groups.max() + 1):
+        ids = [mix.id(i) for i in np.flatnonzero(groups == group)]
+        assert len(ids) == 4 == len(set(ids))
+        assert len({name[0] for name in ids}) == 1
+    found = batches(mix, num_steps=8)
+    assert Counter(column(found, "index").tolist()) == Counter(range(32))
+    together = groups[column(found, "index")].reshape(8, 4)
+    assert (together == together[:, :1]).all()
+    alone = {
+        name: GeotiffSource(tmp_path / name, window=64, gsd=1.0) for name in ("a", "b")
+    }
+    assert Mix(alone, weights=[1, 1]).groups is None

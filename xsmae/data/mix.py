@@ -110,6 +110,21 @@ class Mix(OpenedSource):
             ]
         )
 
+    @functools.cached_property
+    def groups(self) -> np.ndarray | None:
+        """int64 [len(self)], those of the parts, others for each repetition."""
+        if all(source.groups is None for source in self._sources):
+            return None
+        found, first = [], 0
+        for source, count in zip(self._sources, self._counts, strict=True):
+            at, size = np.arange(count), len(source)
+            own = np.arange(size) if source.groups is None else source.groups
+            groups = own[_cycled(at, source, count)] + at // size * (own.max() + 1)
+            found.append(first + groups)
+            first = found[-1].max() + 1
+        # Numbers without gaps: the last repetition may lack some groups.
+        return np.unique(np.concatenate(found), return_inverse=True)[1]
+
     def notes(self) -> list[str]:
         """Each part's share and length, and its own notes."""
         lines = []
