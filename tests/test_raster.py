@@ -650,7 +650,7 @@ def test_settings_are_ours_unless_the_user_sets_them(path, monkeypatch, caplog):
     write(path, land(8, 8))
     monkeypatch.delenv("GDAL_CACHEMAX", raising=False)
     found = gdal.settings(str(path))
-    assert found["GDAL_CACHEMAX"] == 128 * 2**20
+    assert found["GDAL_CACHEMAX"] == 32 * 2**20
     assert found["GDAL_NUM_THREADS"] == 1
     assert "GDAL_DISABLE_READDIR_ON_OPEN" not in found  # sidecars are found
     with caplog.at_level("DEBUG", logger="xsmae"):

@@ -242,7 +242,7 @@ def test_gdal_keeps_blocks_between_two_reads(path, monkeypatch):
 
     written(path)
     with gdal.gdal(str(path)):
-        assert get_gdal_config("GDAL_CACHEMAX") == 128 * 2**20  # bytes
+        assert get_gdal_config("GDAL_CACHEMAX") == 32 * 2**20  # bytes
 
 
 # Which windows are a group

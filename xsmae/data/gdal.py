@@ -29,7 +29,7 @@ MAX_IDLE = 32  # datasets that are kept open; each takes a file and some memory
 # Threads within one dataset did not pay (0.84 times one thread). The cache is of each
 # process. Damage that libjpeg would only warn of is an error.
 _LOCAL = {
-    "GDAL_CACHEMAX": 128 * 2**20,  # rasterio takes bytes, GDAL's own option megabytes
+    "GDAL_CACHEMAX": 32 * 2**20,  # rasterio takes bytes, GDAL's own option megabytes
     "GDAL_NUM_THREADS": 1,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,
 }

@@ -29,8 +29,8 @@ from xsmae.errors import BadImageError
 if TYPE_CHECKING:
     import rasterio
 
-MAX_BYTES = 96 * 2**20  # a row of 512-px blocks of 20,000 px and 4 bands takes 90 MB
-LARGEST = MAX_BYTES // 4  # of a group; larger ones are read window by window
+MAX_BYTES = 32 * 2**20  # a group of 8 windows of 256 px, 4 bands and 16 bits has 4 MB
+LARGEST = MAX_BYTES // 2  # of a group; larger ones are read window by window
 
 
 class Key(NamedTuple):
