@@ -22,7 +22,7 @@ from xsmae.weights.encoder import Encoder
 
 NAMES = {
     "Encoder", "evaluate", "export", "import_weights", "load_config", "load_encoder",
-    "open_raster", "open_source", "pretrain", "read_results",
+    "load_head", "open_raster", "open_source", "pretrain", "read_results",
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from xsmae.evaluation.rows import read_results
     from xsmae.weights.encoder import Encoder, load_encoder
     from xsmae.weights.export import export
+    from xsmae.weights.head import load_head
     from xsmae.weights.importing import import_weights
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "import_weights",
     "load_config",
     "load_encoder",
+    "load_head",
     "open_raster",
     "open_source",
     "pretrain",
@@ -54,6 +56,7 @@ _HOMES = {
     "import_weights": "xsmae.weights.importing",
     "load_config": "xsmae.config",
     "load_encoder": "xsmae.weights.encoder",
+    "load_head": "xsmae.weights.head",
     "open_raster": "xsmae.data.raster",
     "open_source": "xsmae.data.catalogue",
     "read_results": "xsmae.evaluation.rows",

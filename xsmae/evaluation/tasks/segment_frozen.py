@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from xsmae.evaluation.segmentation.dense import Dense
 from xsmae.evaluation.segmentation.windows import Predict
 from xsmae.evaluation.tasks.knn import nearest
 from xsmae.evaluation.tasks.segment import cross_entropy
+from xsmae.models.pixel_linear import PixelLinear
 from xsmae.ops import resize
 from xsmae.optim import Optimizer, decay_mask
 from xsmae.train_state import TrainState, create_train_state, updated
@@ -29,46 +31,15 @@ TEMPERATURE = 0.02  # of the cosine similarities
 MEMORY = 100_000  # patches
 
 
-class PixelLinear(nnx.Module):
-    """Batch norm without scale and bias, one linear layer, bilinear to the pixels."""
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A trained linear layer: `linear(images, gsd)` gives the scores of all pixels."""
 
-    def __init__(
-        self,
-        width: int,
-        num_classes: int,
-        *,
-        momentum: float,
-        epsilon: float,
-        head_std: float,
-        rngs: nnx.Rngs,
-    ):
-        self.norm = nnx.BatchNorm(
-            width,
-            momentum=1 - momentum,
-            epsilon=epsilon,
-            use_bias=False,
-            use_scale=False,
-            use_fast_variance=False,
-            rngs=rngs,
-        )
-        self.head = nnx.Linear(
-            width,
-            num_classes,
-            kernel_init=nnx.initializers.normal(head_std),
-            rngs=rngs,
-        )
+    state: TrainState
+    predict: Predict
 
-    def __call__(
-        self,
-        features: Float[Array, "batch rows columns width"],
-        *,
-        size: tuple[int, int],
-        training: bool,
-    ) -> Float[Array, "batch height width classes"]:
-        """Scores of all pixels of images of `size`."""
-        features = features.astype(jnp.float32)
-        features = self.norm(features, use_running_average=not training)
-        return resize.bilinear(self.head(features), size)
+    def __call__(self, images: np.ndarray, gsd: np.ndarray) -> np.ndarray:
+        return self.predict(images, gsd)
 
 
 def fit_linear(
@@ -81,11 +52,10 @@ def fit_linear(
     recipe: Mapping[str, Any],
     seed: int,
     each_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> Predict:
+) -> Linear:
     """Trains the linear layer on what `window_features` gives for `dense`, by AdamW.
 
-    Returns `predict(images, gsd)`, the scores of all pixels. each_step gets the step
-    and its loss.
+    each_step gets the step and its loss.
     """
 
     def build(rngs):
@@ -119,7 +89,9 @@ def fit_linear(
         model = nnx.merge(graphdef, state.params, state.batch_stats)
         return model(features, size=size, training=False)
 
-    return lambda images, gsd: scores(dense(images, gsd), images.shape[1:3])
+    return Linear(
+        state, lambda images, gsd: scores(dense(images, gsd), images.shape[1:3])
+    )
 
 
 def _rows(total: int, batch: int, num_steps: int, seed: int) -> Iterator[np.ndarray]:
