@@ -153,6 +153,8 @@ def get_common(
     config.figures = ml_collections.ConfigDict()
     config.figures.every = placeholder(int)  # 4 times, at most 5000; 0: only at the end
     config.figures.samples = 6  # images in a picture of reconstructions
+    # Three bands of rasters to show as red, green and blue; true colour where known.
+    config.figures.colours = placeholder(tuple)
 
     # The kNN monitor, for data with labels. `train` and `test` override fields of
     # `data` for the labelled bank and for the queries.

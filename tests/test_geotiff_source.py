@@ -27,6 +27,7 @@ from xsmae.evaluation.evaluate import subject_of
 from xsmae.evaluation.features import extract, image_statistics
 from xsmae.evaluation.tables import create_tables
 from xsmae.run.choices import settle
+from xsmae.run.pictures import shown_bands
 from xsmae.weights.description import describe_encoder, new_network
 from xsmae.weights.encoder import Encoder
 
@@ -361,6 +362,29 @@ def test_bands_of_a_preset_are_chosen_by_its_names(tmp_path):
     assert source.units == "top-of-atmosphere reflectance"
     other = GeotiffSource(tmp_path, sensor="eurosat_ms", scale=2e-4)
     assert other.units == "uint16 numbers * 0.0002 + 0"
+
+
+@pytest.mark.parametrize(
+    ("colours", "said"),
+    [(("nir", "red"), "expected three of red"), (("a", "red", "nir"), "a, red, nir")],
+)
+def test_the_colours_of_figures_are_bands(colours, said, scenes, image_folder):
+    config = load_config("geotiff", {"figures.colours": colours})
+    with pytest.raises(UserError, match=said):
+        check_bands(GeotiffSource(scenes), config)
+    pictures = load_config("folder", {"figures.colours": ("red", "green", "blue")})
+    with pytest.raises(UserError, match="is for rasters"):
+        check_bands(FolderSource(image_folder, gsd=1.0), pictures)
+
+
+def test_figures_show_the_chosen_bands(scenes):
+    fields = {"bands": NAMES, "mean": (0.5,) * 3, "std": (0.1,) * 3}
+    config = load_config("geotiff", {"figures.colours": ("nir", "red", "green")})
+    config.update(fields)
+    assert shown_bands(config).colours() == (2, 0, 1)
+    with config.unlocked():
+        del config.figures["colours"]
+    assert shown_bands(config).colours() == (0, 1, 2)
 
 
 @pytest.mark.parametrize("method", ["sat_mae", "scale_mae", "cross_scale_mae"])

@@ -38,7 +38,7 @@ class Bands:
     mean, std: one number per band, for values in 0-1; for float32, for stored values.
     units: the units of mean and std, in words. dtype: the dtype of stored images.
     wavelengths: the central one of each band in nm, None where it is unknown; () if
-    all are.
+    all are. shown: three bands for figures; (): true colour.
     """
 
     names: tuple[str, ...]
@@ -47,6 +47,7 @@ class Bands:
     units: str = UNITS
     dtype: str = "uint8"
     wavelengths: tuple[float | None, ...] = ()
+    shown: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.dtype not in STORED:
@@ -105,11 +106,11 @@ class Bands:
         return images * np.float32(self.std) + np.float32(self.mean)
 
     def colours(self) -> tuple[int, int, int]:
-        """The places of red, green and blue; without these of the first three bands.
+        """The places of `shown`; else of red, green and blue; else of the first three.
 
         Of fewer than three bands it is the first one, three times: grey.
         """
-        for names in TRUE_COLOUR:
+        for names in (self.shown, *TRUE_COLOUR) if self.shown else TRUE_COLOUR:
             if set(names) <= set(self.names):
                 return tuple(self.places(names))
         return (0, 1, 2) if len(self.names) > 2 else (0, 0, 0)

@@ -209,7 +209,8 @@ def check_bands(source: Source, config: Mapping[str, Any]) -> None:
     """Raises UserError unless the config describes the source's images.
 
     Its `bands` must be the source's, in order, and its `dtype` (uint8 if it has none)
-    and `units` the source's too. What is None has not been chosen yet.
+    and `units` the source's too, and `figures.colours` three of its bands. What is
+    None has not been chosen yet.
     """
     dtype, units = config.get("dtype", "uint8"), config.get("units")
     if dtype is not None and dtype != source.dtype:
@@ -230,6 +231,19 @@ def check_bands(source: Source, config: Mapping[str, Any]) -> None:
             + (f" and no {', '.join(unknown)}" if unknown else "")
             + ": name all bands of the source in its order with "
             f'--config.bands="{source.bands}", and give mean and std in that order'
+        )
+    colours = config.get("figures", {}).get("colours")
+    if colours is None:
+        return
+    if source.dtype == "uint8":
+        raise UserError(
+            f"figures.colours={', '.join(colours)} is for rasters, 8-bit images are "
+            "shown as they are: leave it out"
+        )
+    if len(colours) != 3 or not set(colours) <= set(source.bands):
+        raise UserError(
+            f"figures.colours={', '.join(colours)}, expected three of "
+            f"{', '.join(source.bands)}"
         )
 
 

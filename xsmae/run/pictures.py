@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
+import ml_collections
 import numpy as np
 
 from xsmae.bands import Bands
@@ -23,6 +25,13 @@ PER_PATCH = "Each predicted patch has the mean and contrast of the true one."
 GSD_SAMPLES = 2000  # in the histogram of GSDs; enough to look smooth
 
 
+def shown_bands(config: ml_collections.ConfigDict) -> Bands:
+    """The bands of a run, with those that its figures show."""
+    # Configs of older runs have no such field.
+    colours = config.figures.get("colours") or ()
+    return dataclasses.replace(Bands.of(config), shown=tuple(colours))
+
+
 class Crops(Hook):
     """Draws the first samples of the first batch: sources, boxes and views."""
 
@@ -34,7 +43,7 @@ class Crops(Hook):
             self.draw(done.batch)
 
     def draw(self, batch: Mapping[str, np.ndarray]) -> None:
-        run, bands = self.run, Bands.of(self.run.config)
+        run, bands = self.run, shown_bands(self.run.config)
         rows = range(min(run.config.figures.samples, len(batch["index"])))
         records = [run.source[int(batch["index"][row])] for row in rows]
         figures.crops(
@@ -77,7 +86,7 @@ class Reconstructions(Hook):
             folder / f"reconstructions_{step:07}.png",
             pictures,
             run.gsd_seen(batch["gsd"]),
-            bands=Bands.of(config),
+            bands=shown_bands(config),
             note=PER_PATCH if normalised else "",
         )
 
