@@ -18,7 +18,7 @@ from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.models.taps import as_map
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Int, UInt8
 
 # From normalised images [n, height, width, bands] and their GSDs [n, 2] to features
 # [n, rows, columns, width], of patches or of pixels.
@@ -52,7 +52,8 @@ def neighbourhood_statistics(side: int) -> Dense:
 
     @jax.jit
     def statistics(images, gsd):
-        count = over(jnp.ones_like(images), 0.0, jax.lax.add)
+        count = np.outer(*(_counts(length, side) for length in images.shape[1:3]))
+        count = jnp.asarray(count, jnp.float32)[None, ..., None]
         mean = over(images, 0.0, jax.lax.add) / count
         # Around the mean of the image, so that subtracting squares loses no digits.
         centred = images - images.mean(axis=(1, 2), keepdims=True)
@@ -64,6 +65,23 @@ def neighbourhood_statistics(side: int) -> Dense:
         return jnp.concatenate([mean, std, low, high], axis=-1)
 
     return statistics
+
+
+def _counts(length: int, side: int) -> Int[np.ndarray, " length"]:
+    """How many pixels of an axis are around each, with the edges cut."""
+    places = np.arange(length)
+    first = np.maximum(places - (side - 1) // 2, 0)
+    return np.minimum(places + side // 2 + 1, length) - first
+
+
+def normalizer(encoder: FrozenEncoder) -> Normalize:
+    """From stored values of one image to what the encoder's network reads."""
+    reading = encoder.reading
+
+    def normalize(image):
+        return reading.bands.normalize(reading(image[None]))[0]
+
+    return normalize
 
 
 def normalized(labelled: Labelled, normalize: Normalize) -> Float[np.ndarray, "h w b"]:
