@@ -108,7 +108,7 @@ def measure(job: Measurement) -> list[Result]:
     With several scales, one row per feature averages over them. If the file already has
     all rows, nothing is computed. Raises what `job.outcomes` raises.
     """
-    encoder = _describe(job)
+    encoder = describe_subject(job)
     percents, sizes = zip(*((s.percent, s.size) for s in job.scales), strict=True)
     columns = [column(*pair) for pair in zip(percents, sizes, strict=True)]
     if len(columns) > 1:
@@ -230,7 +230,7 @@ def _row(
         leaks=leaks(parts, train, test),
         seconds=outcome.seconds,
         images_per_second=outcome.images_per_second,
-        run=_run(),
+        run=describe_run(),
     )
     return row, right
 
@@ -284,7 +284,7 @@ def check_features(encoder: FrozenEncoder, wanted: Sequence[str]) -> list[str]:
     return list(wanted)
 
 
-def _describe(job: Measurement) -> dict[str, Any]:
+def describe_subject(job: Measurement) -> dict[str, Any]:
     """`Result.encoder`; `bands` are those it reads of rasters."""
     encoder, source = job.encoder, job.parts.train
     info, bands = encoder.info or {}, {}
@@ -303,7 +303,8 @@ def _describe(job: Measurement) -> dict[str, Any]:
     }
 
 
-def _run() -> dict[str, Any]:
+def describe_run() -> dict[str, Any]:
+    """`Result.run`: the time, the versions and the devices."""
     found = describe_environment()
     kept = ("python", "platform", "versions", "devices", "git_revision", "command")
     return {"time": now(), **{name: found[name] for name in kept}}

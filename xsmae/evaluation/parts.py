@@ -112,7 +112,7 @@ def open_parts(name: str, train: Data, test: Data) -> Parts:
             f"({parts.class_names[shown.pop()]}), expected 2 or more: give another "
             "--train.split"
         )
-    common = _places(parts.train) & _places(parts.test)
+    common = places_of(parts.train) & places_of(parts.test)
     if common:
         raise UserError(
             f"{len(common)} images are in both the training and the test part of "
@@ -129,7 +129,7 @@ def name_of(*data: Data) -> str:
     decides. If none has one, the result is the kind of the first.
     """
     for one in data:
-        fields = _fields(one)
+        fields = fields_of(one)
         if fields is None:
             continue
         if fields.get("name"):
@@ -139,11 +139,11 @@ def name_of(*data: Data) -> str:
         place = fields.get("root") or fields.get("csv_path")
         if place:
             return Path(place).absolute().stem
-    fields = _fields(data[0])
+    fields = fields_of(data[0])
     return type(data[0]).__name__ if fields is None else fields["source"]
 
 
-def _fields(data: Data) -> Mapping[str, Any] | None:
+def fields_of(data: Data) -> Mapping[str, Any] | None:
     """The fields of a `config.data`, None for a source."""
     if isinstance(data, ml_collections.ConfigDict):
         return data.to_dict()
@@ -151,7 +151,7 @@ def _fields(data: Data) -> Mapping[str, Any] | None:
 
 
 def _build(part: str, data: Data) -> Source:
-    fields = _fields(data)
+    fields = fields_of(data)
     if fields is None:
         return data
     try:
@@ -161,7 +161,7 @@ def _build(part: str, data: Data) -> Source:
         raise UserError(f"the {part} part: {message}") from None
 
 
-def _places(source: Source) -> set[str]:
+def places_of(source: Source) -> set[str]:
     """What identifies each image: its real path, or its id if it is not a file."""
     paths = (source.path(i) for i in range(len(source)))
     return {

@@ -26,10 +26,10 @@ class Protocol:
     """Everything that decides a number, except the encoder, the scale and the seed.
 
     Only rows with equal protocols share a table. task: `knn`, `linear_probe`, ...
-    metric: `accuracy`. data: `Parts.describe()`. base_size: pixels at 100 %. resize,
-    crop: how images are brought to their size. gsd_policy: `true` or `fixed`. options:
-    the task's own numbers, such as k and temperature. interval: how the interval is
-    computed.
+    metric: `accuracy` or `mIoU`. data: `Parts.describe()`. base_size: pixels at 100 %;
+    0 if images keep their own size. resize, crop: how images are brought to their size.
+    gsd_policy: `true` or `fixed`. options: the task's own numbers, such as k and
+    temperature. interval: how the interval is computed.
     """
 
     task: str
@@ -64,7 +64,8 @@ class Result:
     counts [true class][predicted class], None for the average. num_train, num_test:
     images used. unusable: images left out, per part. leaks: test images with the same
     pixels as a training image. seconds, images_per_second: of the extraction, None if
-    the features were cached. run: versions, devices, time.
+    the features were cached. run: versions, devices, time. metrics: other metrics ->
+    value, low, high. files: the folder of what a segmentation keeps beside the row.
     """
 
     protocol: Protocol
@@ -89,6 +90,8 @@ class Result:
     images_per_second: float | None
     run: Mapping[str, Any]
     scales: list[float] | None = None
+    metrics: Mapping[str, list[float]] | None = None
+    files: str | None = None
 
     @property
     def identity(self) -> str:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -58,6 +58,28 @@ class Seen:
     scores: np.ndarray
 
 
+class Batches(Protocol):
+    """The batches of a training.
+
+    size: images per step. epochs_per_step: how much of an epoch a step is.
+    """
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def epochs_per_step(self) -> float: ...
+
+    def saved_after(self, step: int) -> bool:
+        """True if the state is saved after `step`, besides the last one."""
+
+    def after(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Images, GSDs and labels of the steps after `start`."""
+
+
 # (measurement, feature, plan of the training) -> learner.
 CreateLearner = Callable[[Measurement, str, Plan], Learner]
 
@@ -84,7 +106,7 @@ def of_trained(
         learner = create_learner(job, feature, plan)
         begin = time.monotonic()
         batches = _Batches(job, scale, source, plan, recipe, num_workers)
-        state, steps = _train(job, scale, feature, learner, batches)
+        state, steps = train(job, scale, feature, learner, batches)
         seconds = time.monotonic() - begin
         test = _classify(job, scale, learner, state)
         yield Outcome(
@@ -148,6 +170,11 @@ class _Batches:
     def epochs_per_step(self) -> float:
         return self.size / len(self.source)
 
+    def saved_after(self, step: int) -> bool:
+        """True after the last step of each epoch."""
+        epoch = step * self.epochs_per_step
+        return math.floor(epoch) > math.floor(epoch - self.epochs_per_step)
+
     def after(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Images, GSDs and labels of the steps after `start`."""
         if start >= self.plan.num_steps:
@@ -180,8 +207,8 @@ class _Batches:
             yield images, gsd, self.source.labels[batch["index"]]
 
 
-def _train(
-    job: Measurement, scale: Scale, feature: str, learner: Learner, batches: _Batches
+def train(
+    job: Measurement, scale: Scale, feature: str, learner: Learner, batches: Batches
 ) -> tuple[TrainState, int]:
     """The state after the last step, and how many steps ran now."""
     title = f"{job.encoder.name}, {scale.percent:g} % ({scale.size} px), {feature}"
@@ -198,9 +225,9 @@ def _train(
 
 
 def _train_in(
-    folder: Path, job: Measurement, title: str, learner: Learner, batches: _Batches
+    folder: Path, job: Measurement, title: str, learner: Learner, batches: Batches
 ) -> tuple[TrainState, int]:
-    """`_train` in a folder that this process has locked."""
+    """`train` in a folder that this process has locked."""
     checkpoints = Checkpoints(folder, keep=1, say=job.say)
     num_steps = batches.plan.num_steps
     state, start = _restore(job, checkpoints, learner)
@@ -212,16 +239,16 @@ def _train_in(
         for step, batch in enumerate(batches.after(start), start + 1):
             state, loss = learner.step(state, *batch)
             # Check the previous step's loss, so that the device need not wait.
-            _check_finite(previous, step - 1)
+            check_finite(previous, step - 1)
             previous = loss
             if step == start + 1:
                 jax.block_until_ready(loss)
                 progress.restart(step)  # the first step compiles
             epoch = step * batches.epochs_per_step
-            whole = math.floor(epoch) > math.floor(epoch - batches.epochs_per_step)
+            whole = batches.saved_after(step)
             stopping = job.should_stop()
             if whole or stopping or step == num_steps:
-                _check_finite(loss, step)
+                check_finite(loss, step)
                 checkpoints.save(step, state, fingerprint=job.parts.train.fingerprint)
             if time.monotonic() - said > EVERY or stopping or step == num_steps:
                 first = step == start + 1
@@ -252,7 +279,8 @@ def _restore(
     return state, start
 
 
-def _check_finite(loss: jax.Array | None, step: int) -> None:
+def check_finite(loss: jax.Array | None, step: int) -> None:
+    """Raise UserError if there is a loss and it is not finite."""
     if loss is not None and not np.isfinite(loss):
         raise UserError(
             f"the loss is {float(loss)} at step {step}: lower --recipe.learning_rate"

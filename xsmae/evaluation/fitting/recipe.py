@@ -55,6 +55,9 @@ RANGES = {
     "max_share": SHARE,
     "channels": FROM_0,
     "dropout": FRACTION,
+    "k": (1, LARGE),
+    "temperature": ABOVE_0,
+    "memory": (1, LARGE),
 }
 # (low, high) fields: maximum
 PAIRS = {"crop_area": 1.0, "crop_ratio": math.inf, "crop_scale": math.inf}
@@ -176,6 +179,20 @@ def linear_segmentation() -> ml_collections.ConfigDict:
             "batch_norm_momentum": 0.1,  # weight of the new value; PyTorch's default
             "batch_norm_epsilon": 1e-5,
             "head_std": 0.01,
+            **{name: crops[name] for name in ("crop", "overlap")},
+        }
+    )
+
+
+def retrieval_segmentation() -> ml_collections.ConfigDict:
+    """Dense kNN of patches, by the numbers of Hummingbird (Balazevic et al. 2023)."""
+    crops = _labelled_crops()
+    return ml_collections.ConfigDict(
+        {
+            "batch_size": 16,
+            "k": 30,  # neighbours of a patch
+            "temperature": 0.02,  # of the cosine similarities
+            "memory": 100_000,  # training patches that are kept, drawn at random
             **{name: crops[name] for name in ("crop", "overlap")},
         }
     )
