@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from xsmae.bands import Bands
 from xsmae.evaluation.fitting.fit import Learner
 from xsmae.evaluation.fitting.recipe import Plan
 from xsmae.evaluation.segmentation.crops import CropSampler, Labelled
-from xsmae.evaluation.segmentation.dense import normalized
+from xsmae.evaluation.segmentation.dense import normalized, normalizer
+from xsmae.evaluation.segmentation.scaled import nearest
 from xsmae.evaluation.segmentation.scores import IGNORE, confusion
 from xsmae.evaluation.segmentation.windows import Readable, segment
 from xsmae.evaluation.subjects import FrozenEncoder
@@ -31,7 +32,7 @@ from xsmae.sharding import by_batch, create_mesh, replicated
 from xsmae.train_state import TrainState, create_train_state, updated
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, Key
+    from jaxtyping import Array, Float, Int, Key, UInt8
 
 
 class Segmenter(nnx.Module):
@@ -88,7 +89,7 @@ def create_sampler(encoder: FrozenEncoder, recipe: Mapping[str, Any]) -> CropSam
     return CropSampler(
         size=recipe["crop"],
         scale=recipe["crop_scale"],
-        normalize=Bands.of(encoder.info).normalize,
+        normalize=normalizer(encoder),
         **{name: recipe[name] for name in names},
     )
 
@@ -214,18 +215,32 @@ def segment_step(
     return state, loss
 
 
-def confusions(
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """The predicted classes of some rows of an image, full width, beside its mask.
+
+    image: the place in the source. top: the first row. The prediction has the size of
+    the mask: where the image was resized, the nearest pixel is taken.
+    """
+
+    image: int
+    top: int
+    mask: UInt8[np.ndarray, "rows width"]
+    predicted: Int[np.ndarray, "rows width"]
+
+
+def guesses(
     predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
     source: Sequence[Labelled],
     *,
     normalize: Callable[[np.ndarray], np.ndarray],
     recipe: Mapping[str, Any],
-    num_classes: int,
-) -> Int[np.ndarray, "images classes classes"]:
-    """The confusion matrix of every image, from overlapping windows at full size.
+) -> Iterator[Guess]:
+    """The predicted classes of all images, from overlapping windows.
 
     predict(images, gsd) -> scores [n, crop, crop, classes]; n is always the recipe's
-    `batch_size`. normalize: see `crops.CropSampler`.
+    `batch_size`. normalize: see `crops.CropSampler`. source: masks may be larger or
+    smaller than images, as `scaled.Scaled` makes them.
     """
 
     def predict_some(images, gsd):
@@ -235,14 +250,13 @@ def confusions(
         images = np.pad(images, [missing, *[(0, 0)] * 3], "edge")
         return predict(images, np.pad(gsd, [missing, (0, 0)], "edge"))[:count]
 
-    found = np.zeros((len(source), num_classes, num_classes), np.int64)
-    masks: dict[int, np.ndarray] = {}
+    waiting: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
 
     def images() -> Iterator[Readable]:
         for index in range(len(source)):
             labelled = source[index]
-            masks[index] = labelled.mask
             values = normalized(labelled, normalize)
+            waiting[index] = (labelled.mask, values.shape[:2])
             yield Readable.of(values, tuple(np.broadcast_to(labelled.gsd, 2)))
 
     strips = segment(
@@ -253,10 +267,26 @@ def confusions(
         batch_size=recipe["batch_size"],
     )
     for strip in strips:
-        mask = masks[strip.image]
-        rows = slice(strip.top, strip.top + len(strip.scores))
-        guessed = strip.scores.argmax(axis=-1)
-        found[strip.image] += confusion(mask[rows], guessed, num_classes)
-        if rows.stop == len(mask):
-            del masks[strip.image]
+        mask, shape = waiting[strip.image]
+        rows, columns = map(nearest, mask.shape, shape)
+        bottom = strip.top + len(strip.scores)
+        first, last = np.searchsorted(rows, (strip.top, bottom))
+        classes = strip.scores.argmax(axis=-1)
+        chosen = classes[np.ix_(rows[first:last] - strip.top, columns)]
+        yield Guess(strip.image, int(first), mask[first:last], chosen)
+        if bottom == shape[0]:
+            del waiting[strip.image]
+
+
+def confusions(
+    predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    source: Sequence[Labelled],
+    *,
+    num_classes: int,
+    **how: Any,
+) -> Int[np.ndarray, "images classes classes"]:
+    """The confusion matrix of every image; the arguments are those of `guesses`."""
+    found = np.zeros((len(source), num_classes, num_classes), np.int64)
+    for guess in guesses(predict, source, **how):
+        found[guess.image] += confusion(guess.mask, guess.predicted, num_classes)
     return found
