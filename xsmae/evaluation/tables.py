@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+from xsmae.evaluation.details import details, percent
 from xsmae.evaluation.naming import bands_of, data_names, encoder_names, headings
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
 
@@ -94,7 +95,8 @@ def _rank(kind: str) -> int:
 def heading(column: tuple, table: Table) -> str:
     """`50 % (128 px)` or `average`, with its scales if a table has several."""
     if column[0] != AVERAGE:
-        return f"{column[0]:g} % ({column[1]} px)"
+        windows = "windows of " if keeps_size(table.protocol) else ""
+        return f"{column[0]:g} % ({windows}{column[1]} px)"
     if sum(other[0] == AVERAGE for other in table.columns) == 1:
         return "average"
     return "average of " + ", ".join(
@@ -102,12 +104,14 @@ def heading(column: tuple, table: Table) -> str:
     )
 
 
+def keeps_size(protocol: Protocol) -> bool:
+    """True if 100 % is the images' own size, as in segmentation."""
+    return not protocol.base_size
+
+
 def cell(row: Result | None) -> str:
     """The value in percent and its interval: `80.6 [79.5, 81.6]`."""
-    if row is None:
-        return "-"
-    value, low, high = (100 * x for x in (row.value, row.low, row.high))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    return "-" if row is None else percent(row.value, row.low, row.high)
 
 
 def rival(line: Line, table: Table) -> tuple[tuple, Line] | None:
@@ -182,10 +186,21 @@ def markdown(
             parts.append(
                 _row([line.name, line.feature_name, *cells, verdict(line, table)])
             )
-        parts += ["", *(f"- {_literal(text)}" for text in statements(table)), ""]
+        parts += ["", *_details(table)]
+        parts += [*(f"- {_literal(text)}" for text in statements(table)), ""]
         for title, file in figures.get(table.protocol.key, ()):
             parts += [f"![{_literal(title)}]({file})", ""]
     return "\n".join([*parts, *appendix(tables)])
+
+
+def _details(table: Table) -> list[str]:
+    """The other metrics, and the IoU of each class, of each row of a segmentation."""
+    named = [(line.name, row) for line in table.lines for row in line.cells.values()]
+    header, lines = details(named)
+    if not lines:
+        return []
+    ruler = _row(["---", "---", *["---:"] * (len(header) - 2)])
+    return [_row(header), ruler, *map(_row, lines), ""]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -225,9 +240,7 @@ def statements(table: Table) -> list[str]:
         f"({interval['method']}, {interval['resamples']} resamples)",
         f"data: {table.data}, {data['classes']} classes, {data['train']['images']} "
         f"training and {data['test']['images']} test images" + _values(protocol),
-        f"images: {protocol.crop} of the source, resized to the column's size "
-        f"({protocol.resize}); 100 % is {protocol.base_size} px, rounded to a multiple "
-        "of the patch size",
+        _images(protocol),
         "GSD given to the encoder: "
         + (
             "the true GSD of each scale"
@@ -264,6 +277,20 @@ def statements(table: Table) -> list[str]:
         if fact not in facts:
             facts.append(fact)
     return facts
+
+
+def _images(protocol: Protocol) -> str:
+    """How images are cut and resized."""
+    if keeps_size(protocol):
+        return (
+            f"images: whole, in {protocol.crop}; resized to the column's percentage of "
+            f"their own size ({protocol.resize})"
+        )
+    return (
+        f"images: {protocol.crop} of the source, resized to the column's size "
+        f"({protocol.resize}); 100 % is {protocol.base_size} px, rounded to a multiple "
+        "of the patch size"
+    )
 
 
 def _values(protocol: Protocol) -> str:

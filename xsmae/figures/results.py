@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from xsmae.evaluation.rows import AVERAGE, Result
-from xsmae.evaluation.tables import FEATURE_NAMES, Line, Table
+from xsmae.evaluation.tables import FEATURE_NAMES, Line, Table, keeps_size
 from xsmae.figures.fonts import drawable
 from xsmae.figures.style import LEGEND, VIEW_COLOURS, save
 
@@ -43,7 +43,12 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
     axes = fig.subplots(1, len(features), sharey=True, squeeze=False)[0]
     styles = _styles(table)
     for ax, feature in zip(axes, features, strict=True):
-        lines = [ln for ln in table.lines if ln.feature in (feature, ln.kind)]
+        # Segmentation has no feature of whole images: one panel shows all lines.
+        lines = [
+            ln
+            for ln in table.lines
+            if feature is None or ln.feature in (feature, ln.kind)
+        ]
         for index, line in enumerate(lines):
             # Shift the lines a little, so that intervals do not hide each other.
             shift = 1.012 ** (index - (len(lines) - 1) / 2)
@@ -144,7 +149,10 @@ def _axis(ax: Axes, percents: list[float], table: Table) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticklabels([tick(percent) for percent in percents])
     ax.set_xlim(percents[0] / 1.25, percents[-1] * 1.25)
-    ax.set_xlabel("scale: side of the image that the encoder sees", fontsize=9)
+    label = "scale: side of the image that the encoder sees"
+    if keeps_size(table.protocol):
+        label = "scale: percent of the images' own size; side of a window"
+    ax.set_xlabel(label, fontsize=9)
     ax.tick_params(labelsize=9)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -155,12 +163,13 @@ def confusion_matrix(
 ) -> None:
     """Plot the confusion matrix; colours show percent of the true class.
 
-    Cells show counts unless there are too many classes. name, data: the names of the
-    encoder and the data in the table.
+    Cells show counts, of pixels percent, unless there are too many classes. name, data:
+    the names of the encoder and the data in the table.
     """
     # A class without test images has no accuracy and an empty row.
     counts, classes = np.array(row.confusion), row.class_names
     share = 100 * counts / np.maximum(counts.sum(axis=1), 1)[:, None]
+    pixels = keeps_size(row.protocol)  # millions do not fit: show percent instead
     side = max(6.0, 0.34 * len(classes) + 2.6)
     fig = Figure(figsize=(side + 1.2, side), layout="constrained")
     ax = fig.subplots()
@@ -179,19 +188,21 @@ def confusion_matrix(
             ax.text(
                 predicted,
                 true,
-                counts[true, predicted],
+                f"{share[true, predicted]:.0f}" if pixels else counts[true, predicted],
                 ha="center",
                 va="center",
                 fontsize=7,
                 color="white" if share[true, predicted] > 55 else "black",
             )
     ax.set_xlabel("predicted class", fontsize=10)
-    ax.set_ylabel("true class, and its accuracy", fontsize=10)
+    metric = row.protocol.metric
+    of_class = metric.removeprefix("m")
+    ax.set_ylabel(f"true class, and its {of_class}", fontsize=10)
     value, low, high = (100 * x for x in (row.value, row.low, row.high))
     feature = FEATURE_NAMES.get(row.feature, row.feature)
     ax.set_title(
         f"{data}, {row.protocol.task}: {name}, {feature}\n"
-        f"{row.num_test:,} test images at {row.scale:g} % ({row.size} px), accuracy "
+        f"{row.num_test:,} test images at {row.scale:g} % ({row.size} px), {metric} "
         f"{value:.1f} % [{low:.1f}, {high:.1f}]",
         fontsize=10,
     )
