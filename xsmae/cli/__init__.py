@@ -15,6 +15,7 @@ COMMANDS = {
     "knn": ("knn", "measure an encoder by its nearest neighbours, over scales"),
     "probe": ("probe", "measure a frozen encoder by a linear classifier"),
     "finetune": ("finetune", "measure an encoder by training all of it with labels"),
+    "segment": ("segment", "measure an encoder by segmenting images with masks"),
     "embed": ("embed", "write the features of a folder of images to a Parquet table"),
     "results": ("results", "make tables and figures of results"),
     "check-data": ("check_data", "check a data set before training on it"),

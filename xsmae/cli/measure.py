@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -28,12 +28,6 @@ def measure(
 
     values, config: from `evaluation.parse`. how: other arguments of `evaluate`.
     """
-    try:
-        scales = [float(text) for text in values.scales]
-    except ValueError:
-        raise UserError(
-            f"scales={','.join(values.scales)}, expected percent such as 12.5,25,50,100"
-        ) from None
     names = (
         "base_size", "gsd", "feature", "results", "cache", "seed", "batch_size", "name",
         "missing_bands",
@@ -43,14 +37,27 @@ def measure(
         config.train,
         config.test,
         task=task,
-        scales=scales,
+        scales=percents_of(values),
         data_name=name_of(config.data, config.train),
         config=config,
         should_stop=should_stop,
         **{name: values[name].value for name in names},
         **how,
     )
-    print(
-        printable(terminal_table(rows)), f"rows: {values.results}", sep="\n", flush=True
-    )
+    print_table(rows, values.results)
     return rows
+
+
+def percents_of(values: flags.FlagValues) -> list[float]:
+    """The numbers of --scales. Raises UserError if one is no number."""
+    try:
+        return [float(text) for text in values.scales]
+    except ValueError:
+        raise UserError(
+            f"scales={','.join(values.scales)}, expected percent such as 12.5,25,50,100"
+        ) from None
+
+
+def print_table(rows: Sequence[Result], results: str) -> None:
+    """Print the table of the rows, and the file that has them."""
+    print(printable(terminal_table(rows)), f"rows: {results}", sep="\n", flush=True)
