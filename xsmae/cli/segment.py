@@ -21,7 +21,10 @@ from xsmae.evaluation.parts import name_of
 from xsmae.evaluation.rows import Result
 from xsmae.evaluation.segmentation.evaluate import evaluate_segmentation
 from xsmae.evaluation.segmentation.heads import HEADS, Head, recipe_of
+from xsmae.evaluation.segmentation.kept import read_kept
+from xsmae.evaluation.segmentation.parts import MaskParts
 
+PICTURE = "examples.png"
 # Flags of other evaluations without a meaning here -> what to do instead.
 OTHERS = {
     "base_size": "images keep their own size, and --scales are percent of it",
@@ -53,7 +56,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "out",
         "segmentation",
         "The folder that gets a folder per result: the confusion matrix of every test "
-        "image, and a picture of examples.",
+        "image, a picture of examples and, except for controls and kNN, the head.",
         flag_values=values,
     )
 
@@ -83,11 +86,19 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
         scales=percents_of(values),
         data_name=name_of(config.data, config.train),
         config=config,
+        draw=draw,
         should_stop=should_stop,
         **{name: values[name].value for name in names},
     )
     print_table(rows, values.results)
     return rows
+
+
+def draw(folder: Path, parts: MaskParts, title: str) -> None:
+    """Draw the examples of a result into its folder."""
+    from xsmae.figures.triplets import triplets
+
+    triplets(folder / PICTURE, parts.test, read_kept(folder), parts.bands, title)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +10,9 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
-from xsmae.configs import common
 from xsmae.errors import UserError
 from xsmae.evaluation import scales as scales_of
-from xsmae.evaluation.evaluate import Subject, subject_of
+from xsmae.evaluation.evaluate import Subject
 from xsmae.evaluation.fitting.fit import state_folder
 from xsmae.evaluation.intervals import LEVEL, RESAMPLES
 from xsmae.evaluation.measure import (
@@ -24,7 +22,6 @@ from xsmae.evaluation.measure import (
     leaks,
 )
 from xsmae.evaluation.parts import Data, name_of
-from xsmae.evaluation.reading import Kind, read_by
 from xsmae.evaluation.rows import (
     Protocol,
     Result,
@@ -35,13 +32,14 @@ from xsmae.evaluation.rows import (
     read,
 )
 from xsmae.evaluation.segmentation.dense import normalizer
-from xsmae.evaluation.segmentation.heads import STATISTICS_SIDE, Head
+from xsmae.evaluation.segmentation.heads import Fitted, Head
 from xsmae.evaluation.segmentation.kept import Examples, write_kept
 from xsmae.evaluation.segmentation.parts import MaskParts, Pixels, open_mask_parts
 from xsmae.evaluation.segmentation.scaled import RESIZE, Scaled
 from xsmae.evaluation.segmentation.scores import bootstrap, confusion, scores
-from xsmae.evaluation.subjects import FrozenEncoder, pixel_control, random_encoder
+from xsmae.evaluation.segmentation.subjects import controls_of, subject_of_masks
 from xsmae.evaluation.tasks.segment import guesses
+from xsmae.weights.head import save_head
 
 # `Scores` field -> its name in `Result.metrics`.
 OTHERS = {
@@ -68,6 +66,7 @@ def evaluate_segmentation(
     data_name: str | None = None,
     missing_bands: str = "refuse",
     config: ml_collections.ConfigDict | None = None,
+    draw: Callable[[Path, MaskParts, str], None] = lambda folder, parts, title: None,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> list[Result]:
@@ -76,8 +75,10 @@ def evaluate_segmentation(
     The controls are measured alongside: the architecture with random weights and, for
     the linear head, statistics of each pixel's neighbourhood. One row per encoder and
     scale is added to `results` as soon as it is known; rows already there are not
-    measured again. out: the folder that gets a folder per row, see `kept`. scales:
-    percent of the images' own size. The other arguments are those of `evaluate`.
+    measured again. out: the folder that gets a folder per row, see `kept`; that of the
+    encoder itself gets the trained head too. scales: percent of the images' own size.
+    draw(folder, parts, title) is called once a row's folder is written. The other
+    arguments are those of `evaluate`.
 
     Raises:
       UserError: arguments or data that do not fit, before anything is trained.
@@ -91,7 +92,7 @@ def evaluate_segmentation(
     never = parts.never_trained()
     if never:
         say(f"classes without a training pixel: {', '.join(never)}")
-    subject = _subject(
+    subject = subject_of_masks(
         encoder,
         parts,
         config=config,
@@ -103,7 +104,7 @@ def evaluate_segmentation(
     sizes = _sizes(scales, head, gsd)
     subjects = [subject]
     if controls:
-        subjects += _controls(subject, parts, head, seed, missing_bands)
+        subjects += controls_of(subject, parts, head, seed, missing_bands)
     protocol = _protocol(parts, head, gsd)
     rows = []
     for subject in subjects:
@@ -120,11 +121,18 @@ def evaluate_segmentation(
             should_stop=should_stop,
             say=say,
         )
-        rows += _measure(job, head, out)
+        rows += _measure(job, head, out, draw, keeps_head=subject is subjects[0])
     return rows
 
 
-def _measure(job: Measurement, head: Head, out: Path) -> list[Result]:
+def _measure(
+    job: Measurement,
+    head: Head,
+    out: Path,
+    draw: Callable[[Path, MaskParts, str], None],
+    *,
+    keeps_head: bool,
+) -> list[Result]:
     """The row of each scale, measured unless it is in the file."""
     known, rows = {row.identity: row for row in read(job.results)}, []
     encoder, (feature,) = describe_subject(job), job.features
@@ -136,7 +144,10 @@ def _measure(job: Measurement, head: Head, out: Path) -> list[Result]:
             job.say(f"{title}: {job.results} already has its row for this protocol")
             rows.append(known[key])
             continue
-        row = _row(job, head, scale, out / key)
+        row = _row(job, head, scale, out / key, keeps_head=keeps_head)
+        draw(
+            out / key, job.parts, f"{title}, {head.task}, mIoU {100 * row.value:.1f} %"
+        )
         append(job.results, row)
         shutil.rmtree(state_folder(job, scale, feature), ignore_errors=True)
         low, high = 100 * row.low, 100 * row.high
@@ -145,23 +156,32 @@ def _measure(job: Measurement, head: Head, out: Path) -> list[Result]:
     return rows
 
 
-def _row(job: Measurement, head: Head, scale: scales_of.Scale, folder: Path) -> Result:
+def _row(
+    job: Measurement,
+    head: Head,
+    scale: scales_of.Scale,
+    folder: Path,
+    *,
+    keeps_head: bool,
+) -> Result:
     """Trains, predicts, counts, and writes what is kept beside the row."""
     begin, parts = time.monotonic(), job.parts
     policy, names = job.protocol.gsd_policy, parts.class_names
     train = Scaled(parts.train, scale.percent, gsd=policy)
-    predict, feature_scaling = head.fit(job, scale, train)
+    fitted = head.fit(job, scale, train)
     test = Scaled(parts.test, scale.percent, gsd=policy, whole_masks=True)
     found = np.zeros((len(test), len(names), len(names)), np.int64)
     examples = Examples(parts.test)
     predicted = guesses(
-        predict, test, normalize=normalizer(job.encoder), recipe=head.recipe
+        fitted.predict, test, normalize=normalizer(job.encoder), recipe=head.recipe
     )
     for guess in predicted:
         found[guess.image] += confusion(guess.mask, guess.predicted, len(names))
         examples.add(guess)
     seconds = time.monotonic() - begin
     write_kept(folder, parts, found, examples)
+    if keeps_head and job.encoder.network and fitted.state:
+        _save_head(folder / "head", job, head, fitted, scale)
     value = scores(found)
     interval = bootstrap(found, seed=job.seed, scenes=parts.scenes)
     seen = {part: Pixels.of(survey) for part, survey in parts.surveys.items()}
@@ -169,7 +189,7 @@ def _row(job: Measurement, head: Head, scale: scales_of.Scale, folder: Path) -> 
         protocol=job.protocol,
         encoder=describe_subject(job),
         feature=job.features[0],
-        feature_scaling=feature_scaling,
+        feature_scaling=fitted.feature_scaling,
         scale=scale.percent,
         size=scale.size,
         gsd_told=_gsd_told(job, scale) if job.encoder.reads_gsd else None,
@@ -202,6 +222,35 @@ def _row(job: Measurement, head: Head, scale: scales_of.Scale, folder: Path) -> 
     )
 
 
+def _save_head(
+    folder: Path, job: Measurement, head: Head, fitted: Fitted, scale: scales_of.Scale
+) -> None:
+    try:
+        save_head(
+            folder,
+            job.encoder,
+            fitted.state,
+            kind=head.name,
+            classes=job.parts.class_names,
+            colours=job.parts.train.colours,
+            recipe=head.recipe,
+            training={
+                "encoder": job.encoder.name,
+                "digest": job.encoder.digest,
+                "data": dict(job.protocol.data),
+                "protocol": job.protocol.key,
+                "options": dict(job.protocol.options),
+                "scale": scale.percent,
+                "seed": job.seed,
+            },
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; free space or give another "
+            "--out"
+        ) from None
+
+
 def _gsd_told(job: Measurement, scale: scales_of.Scale) -> float:
     """The median over the test images, after resizing unless the GSD is fixed."""
     gsd = [image.gsd for image in job.parts.surveys["test"].images]
@@ -222,58 +271,6 @@ def _sizes(percents: Sequence[float], head: Head, gsd: str) -> list[scales_of.Sc
             "percentages above 0 and up to 1000, such as 50,100"
         )
     return [scales_of.Scale(p, head.recipe["crop"], 1.0) for p in sorted(percents)]
-
-
-def _subject(
-    encoder: Subject,
-    parts: MaskParts,
-    *,
-    config: ml_collections.ConfigDict | None,
-    name: str | None,
-    **how,
-) -> FrozenEncoder:
-    if encoder == "thumbnail":
-        raise UserError(
-            "encoder=thumbnail has one feature per image, segmentation needs one per "
-            "pixel: give statistics or another encoder"
-        )
-    if encoder == "statistics":
-        return _statistics(parts, name)
-    if config is not None and parts.train.dtype == "uint8":
-        # The config of segmentation is for rasters; pictures are read as usual.
-        config = config.copy_and_resolve_references()
-        for field in ("dtype", "units", "wavelengths"):
-            if field in config:
-                del config[field]
-        config.bands = common.get_common("corrected", "base").bands
-    return subject_of(encoder, source=parts.train, config=config, name=name, **how)
-
-
-def _statistics(parts: MaskParts, name: str | None = None) -> FrozenEncoder:
-    """The control that knows the values around each pixel and no network."""
-    side = f"{STATISTICS_SIDE} x {STATISTICS_SIDE} px"
-    control = pixel_control("statistics")
-    reading = read_by(
-        "statistics", parts.bands, Kind.of(parts.train), missing_bands="refuse"
-    )
-    return dataclasses.replace(
-        control,
-        name=name or f"statistics (mean, std, min, max in {side})",
-        digest=f"{control.digest[:12]}{STATISTICS_SIDE:04}",
-        reading=reading,
-    )
-
-
-def _controls(
-    encoder: FrozenEncoder, parts: MaskParts, head: Head, seed: int, missing_bands: str
-) -> list[FrozenEncoder]:
-    found = []
-    if encoder.kind == "encoder":
-        how = {"missing_bands": missing_bands, "source": parts.train}
-        found.append(random_encoder(encoder.info, seed=seed, **how))
-    if head.name == "linear" and encoder.kind != "statistics":
-        found.append(_statistics(parts))
-    return found
 
 
 def _protocol(parts: MaskParts, head: Head, gsd: str) -> Protocol:

@@ -31,10 +31,20 @@ from xsmae.evaluation.segmentation.windows import Predict
 from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.evaluation.tasks.segment import create_learner, create_sampler
 from xsmae.evaluation.tasks.segment_frozen import fit_linear, retrieval
+from xsmae.train_state import TrainState
 
 HEADS = ("linear", "knn", "upernet")
 STATISTICS_SIDE = 9  # pixels, of the neighbourhood of the control
 SAVE_EVERY = 1000  # steps of UperNet between two saved states
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A trained head. state: of its training; None if nothing was trained."""
+
+    predict: Predict
+    feature_scaling: str
+    state: TrainState | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +97,8 @@ class Head:
                 f"which are {patch} px: give --recipe.crop={nearest}"
             )
 
-    def fit(self, job: Measurement, scale: Scale, train: Scaled) -> tuple[Predict, str]:
-        """Train it on `train`; returns `predict` and how the features are scaled."""
+    def fit(self, job: Measurement, scale: Scale, train: Scaled) -> Fitted:
+        """Train it on `train`."""
         if self.name == "upernet":
             return _fit_upernet(job, scale, train, self)
         title, classes = f"{job.encoder.name}: ", len(job.parts.class_names)
@@ -106,9 +116,9 @@ class Head:
             predict = retrieval(
                 dense, features, masks, classes, seed=job.seed, **numbers
             )
-            return predict, "unit length"
+            return Fitted(predict, "unit length", None)
         plan = create_plan_of_steps(self.recipe)
-        predict = fit_linear(
+        linear = fit_linear(
             dense,
             features,
             masks,
@@ -118,7 +128,7 @@ class Head:
             seed=job.seed,
             each_step=_each_step(job, title, plan),
         )
-        return predict, "batch norm"
+        return Fitted(linear, "batch norm", linear.state)
 
 
 def recipe_of(name: str, frozen: bool) -> ml_collections.ConfigDict:
@@ -171,9 +181,7 @@ def _each_step(
     return each_step
 
 
-def _fit_upernet(
-    job: Measurement, scale: Scale, train: Scaled, head: Head
-) -> tuple[Predict, str]:
+def _fit_upernet(job: Measurement, scale: Scale, train: Scaled, head: Head) -> Fitted:
     plan = create_plan_of_steps(head.recipe)
     learner = create_learner(
         job.encoder,
@@ -192,7 +200,7 @@ def _fit_upernet(
             raise KeyboardInterrupt
         return learner.predict(state, images, gsd)
 
-    return predict, learner.feature_scaling
+    return Fitted(predict, learner.feature_scaling, state)
 
 
 @dataclasses.dataclass(frozen=True)
