@@ -132,6 +132,7 @@ def test_the_report_has_all_metrics_and_pictures(linear, tmp_path):
     assert len(table) == 3  # its mIoUs, then the other metrics of both scales
     assert len(list(tmp_path.glob("confusion_*.png"))) == 3
     assert len(list(tmp_path.glob("scales_*.png"))) == 1
+    assert len(list(tmp_path.glob("classes_*.png"))) == 1
 
 
 def test_dense_knn_with_a_fixed_gsd(tmp_path):

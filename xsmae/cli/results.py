@@ -1,7 +1,8 @@
 """xsmae results results.jsonl --out=report
 
 Makes tables and figures of the rows that evaluations wrote. --out gets results.md,
-results.csv, a plot of accuracy by scale per protocol, and confusion matrices.
+results.csv, a plot of accuracy or mIoU by scale per protocol, confusion matrices and,
+of segmentation, the IoU of each class.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from xsmae.cli.command import example, run
 from xsmae.errors import UserError, printable
 from xsmae.evaluation.rows import Result, read
 from xsmae.evaluation.spreadsheet import csv_text
-from xsmae.evaluation.tables import Line, Table, create_tables, markdown
+from xsmae.evaluation.tables import Line, Table, create_tables, keeps_size, markdown
 from xsmae.figures import results as pictures
 
 
@@ -38,7 +39,8 @@ def write_report(files: list[Path], out: Path) -> list[Path]:
         if not found:
             what = "has no rows" if file.exists() else "does not exist"
             raise UserError(
-                f"{file} {what}: give the results.jsonl of xsmae knn, probe or finetune"
+                f"{file} {what}: give the results.jsonl of an evaluation, such as "
+                "xsmae knn"
             )
         rows += found
     # A row that is in two files counts once.
@@ -66,7 +68,13 @@ def draw(table: Table, out: Path) -> list[tuple[str, str]]:
     name = f"scales_{stem}.png"
     if pictures.accuracy_by_scale(out / name, table):
         drawn.append((f"{table.heading}: {protocol.metric} by scale", name))
-    for row, line in whole_images(table):
+    whole = whole_images(table)
+    if whole and keeps_size(protocol):
+        name = f"classes_{stem}.png"
+        pictures.class_bars(out / name, whole, table)
+        of_class = protocol.metric.removeprefix("m")
+        drawn.append((f"{table.heading}: {of_class} of each class", name))
+    for row, line in whole:
         name = f"confusion_{stem}_{_slug(line.name)}.png"
         if name in dict(drawn).values() or not _slug(line.name):
             name = f"confusion_{stem}_{line.digest}_seed{line.seed}.png"

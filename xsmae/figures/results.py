@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -156,6 +157,41 @@ def _axis(ax: Axes, percents: list[float], table: Table) -> None:
     ax.tick_params(labelsize=9)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def class_bars(
+    path: str | os.PathLike, rows: Sequence[tuple[Result, Line]], table: Table
+) -> None:
+    """Plot the metric of each class as bars, one per row; for segmentation.
+
+    A class without a true or a predicted pixel has no bar.
+    """
+    names = rows[0][0].class_names
+    fig = Figure(
+        figsize=(max(7, (0.3 + 0.22 * len(rows)) * len(names) + 2), 5),
+        layout="constrained",
+    )
+    ax, styles, width = fig.subplots(), _styles(table), 0.8 / len(rows)
+    for place, (row, line) in enumerate(rows):
+        heights = [100 * row.per_class.get(name, np.nan) for name in names]
+        shift = (place - (len(rows) - 1) / 2) * width
+        ax.bar(
+            np.arange(len(names)) + shift,
+            heights,
+            width,
+            color=styles[line.name]["color"],
+            label=f"{line.name}: {row.protocol.metric} {100 * row.value:.1f} %",
+        )
+    shown = [_class_name(index, name) for index, name in enumerate(names)]
+    ax.set_xticks(range(len(names)), shown, rotation=30, ha="right", fontsize=9)
+    ax.set_ylabel(f"{table.protocol.metric.removeprefix('m')} (%)", fontsize=10)
+    ax.set_ylim(0, 100)
+    ax.set_axisbelow(True)
+    ax.grid(axis="y", alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(f"{table.heading}: each class at 100 %", fontsize=11)
+    fig.legend(loc="outside lower center", ncols=1, **LEGEND)
+    save(fig, path)
 
 
 def confusion_matrix(
