@@ -134,6 +134,23 @@ def gdal(name: str) -> Iterator[dict[str, Any]]:
         ) from error
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[Any]:
+    """rasterio, to write `path` with our settings; its errors are a UserError."""
+    rasterio = import_rasterio()
+    from rasterio._err import CPLE_BaseError
+
+    where = os.fspath(path)
+    try:
+        with rasterio.Env(**settings(where)), warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            yield rasterio
+    except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
+        raise UserError(
+            f"{printable(where)}: cannot be written: {reason(error)}"
+        ) from error
+
+
 def reason(error: BaseException) -> str:
     """What GDAL said first, in one line: "Read failed" says nothing."""
     while error.__cause__ is not None:

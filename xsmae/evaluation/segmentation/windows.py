@@ -25,13 +25,16 @@ class Readable:
     """An image to read by windows.
 
     gsd: metres per pixel (y, x). read(top, left, height, width) -> [height, width,
-    bands], for windows inside the image.
+    bands], for windows inside the image. gsd_at: the GSD of such a window, where it
+    differs within the image. start: rows above it are not wanted.
     """
 
     height: int
     width: int
     gsd: tuple[float, float]
     read: Callable[[int, int, int, int], Shaped[np.ndarray, "height width bands"]]
+    gsd_at: Callable[[int, int, int, int], tuple[float, float]] | None = None
+    start: int = 0
 
     @classmethod
     def of(
@@ -95,26 +98,29 @@ def segment(
     so do the strips of each. `predict` gets up to `batch_size` windows, of several
     images if they are small. An image smaller than the crop is padded at the bottom and
     at the right with its last row and column; those scores are cut off.
+
+    If the first image has a `start` where a strip begins, the strips from there are the
+    same, bit for bit: the windows that reach them are computed in the same batches.
     """
     if not 0 <= overlap < crop:
         raise ValueError(f"overlap={overlap}, expected 0 or more and below crop={crop}")
     weights, stride = window_weights(crop, overlap), crop - overlap
-    windows = _windows(images, crop, stride)
+    windows = _windows(images, crop, stride, batch_size)
     canvas = None
     while batch := list(itertools.islice(windows, batch_size)):
         values = np.stack([padded(window.read(crop), crop) for window in batch])
-        gsd = np.array([window.image.gsd for window in batch], np.float32)
+        gsd = np.array([window.gsd(crop) for window in batch], np.float32)
         scores = np.asarray(predict(values, gsd), np.float32)
         for window, found in zip(batch, scores, strict=True):
             if canvas is not None and canvas.index != window.index:
                 yield canvas.finish(canvas.image.height)
                 canvas = None
             if canvas is None:
-                canvas = _Canvas(
-                    window.index, window.image, weights, stride, found.shape[-1]
-                )
+                canvas = _Canvas(window, weights, stride, found.shape[-1])
             if window.top > canvas.top:
-                yield canvas.finish(window.top)
+                strip = canvas.finish(window.top)
+                if strip.top >= window.image.start:
+                    yield strip
             canvas.add(window, found)
     if canvas is not None:
         yield canvas.finish(canvas.image.height)
@@ -127,16 +133,30 @@ class _Window:
     top: int
     left: int
 
+    def place(self, crop: int) -> tuple[int, int, int, int]:
+        sides = min(crop, self.image.height), min(crop, self.image.width)
+        return self.top, self.left, *sides
+
     def read(self, crop: int) -> np.ndarray:
-        height = min(crop, self.image.height)
-        return self.image.read(self.top, self.left, height, min(crop, self.image.width))
+        return self.image.read(*self.place(crop))
+
+    def gsd(self, crop: int) -> tuple[float, float]:
+        if self.image.gsd_at is None:
+            return self.image.gsd
+        return self.image.gsd_at(*self.place(crop))
 
 
-def _windows(images: Iterable[Readable], crop: int, stride: int) -> Iterator[_Window]:
+def _windows(
+    images: Iterable[Readable], crop: int, stride: int, batch_size: int
+) -> Iterator[_Window]:
     for index, image in enumerate(images):
-        for top in window_starts(image.height, crop, stride):
-            for left in window_starts(image.width, crop, stride):
-                yield _Window(index, image, top, left)
+        tops = window_starts(image.height, crop, stride)
+        lefts = window_starts(image.width, crop, stride)
+        above = sum(top + crop <= image.start for top in tops) * len(lefts)
+        first = above - above % batch_size  # whole batches, so that they stay the same
+        for place in range(first, len(tops) * len(lefts)):
+            row, column = divmod(place, len(lefts))
+            yield _Window(index, image, tops[row], lefts[column])
 
 
 def padded(values: np.ndarray, crop: int) -> np.ndarray:
@@ -152,20 +172,18 @@ class _Canvas:
 
     def __init__(
         self,
-        index: int,
-        image: Readable,
+        first: _Window,
         weights: Float[np.ndarray, " crop"],
         stride: int,
         classes: int,
     ):
-        self.index, self.image, self.top = index, image, 0
+        self.index, self.image, self.top = first.index, first.image, first.top
         self._weights = weights
-        rows = min(len(weights), image.height)
-        self._sums = np.zeros((rows, image.width, classes), np.float32)
+        height, width = self.image.height, self.image.width
+        self._sums = np.zeros((min(len(weights), height), width, classes), np.float32)
         # Windows form a grid, so the sum of their weights is a product of two axes.
         self._down, self._across = (
-            _sum_of_weights(side, weights, stride)
-            for side in (image.height, image.width)
+            _sum_of_weights(side, weights, stride) for side in (height, width)
         )
 
     def add(self, window: _Window, scores: np.ndarray) -> None:
