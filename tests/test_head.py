@@ -1,9 +1,11 @@
 """Segmentation heads in folders: saved, loaded, damaged."""
 
+import dataclasses
 import functools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +16,6 @@ from xsmae.bands import Bands
 from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe as recipes
 from xsmae.evaluation.segmentation import dense
-from xsmae.evaluation.segmentation.crops import crops_of_steps
 from xsmae.evaluation.tasks import segment
 from xsmae.evaluation.tasks.segment_frozen import fit_linear
 from xsmae.weights.encoder import Encoder
@@ -22,7 +23,7 @@ from xsmae.weights.head import save_head
 
 CLASSES = ("roof", "road", "tree")
 COLOURS = ((200, 0, 0), (120, 120, 120), (0, 150, 0))
-SMALL = {"batch_size": 4, "num_steps": 3, "crop": 16, "overlap": 4}
+SMALL = {"batch_size": 8, "num_steps": 3, "crop": 16, "overlap": 4}
 
 
 def saved(folder, encoder, state, kind, recipe, **changes):
@@ -33,21 +34,30 @@ def saved(folder, encoder, state, kind, recipe, **changes):
     return folder
 
 
-def train_upernet(folder, kind, **changes):
-    """A head after three steps, its folder and the learner's own predict."""
-    frozen, encoder = kind == "frozen", tiny_encoder(depth=1)
+def save_upernet(folder, kind, **changes):
+    """A head with random weights and statistics, and the learner's own predict.
+
+    Training takes longer to compile than all else; noise stands for it.
+    """
+    frozen, encoder = kind != "trained", tiny_encoder(depth=1)
     recipe = recipes.frozen_upernet() if frozen else recipes.trained_upernet()
-    recipe.update(**SMALL, warmup_steps=0, learning_rate=1e-2, channels=8, **changes)
+    recipe.update(
+        SMALL | {"warmup_steps": 0, "learning_rate": 1e-2, "channels": 8} | changes
+    )
     plan = recipes.create_plan_of_steps(recipe)
     learner = segment.create_learner(
         encoder, 3, plan, recipe=recipe, frozen=frozen, seed=0
     )
-    draw, state = segment.create_sampler(encoder, recipe), learner.state
-    scenes = some_scenes(np.random.default_rng(0))
-    for batch in crops_of_steps(
-        scenes, draw, batch_size=4, seed=0, start=0, num_steps=3
-    ):
-        state, _ = learner.step(state, *batch)
+    rng = np.random.default_rng(0)
+
+    def noisy(array):
+        return array + rng.uniform(0, 0.05, array.shape).astype(np.float32)
+
+    params, batch_stats = (
+        jax.tree.map(noisy, part)
+        for part in (learner.state.params, learner.state.batch_stats)
+    )
+    state = dataclasses.replace(learner.state, params=params, batch_stats=batch_stats)
     saved(folder, encoder, state, "upernet", recipe)
     return functools.partial(learner.predict, state)
 
@@ -67,13 +77,14 @@ def train_linear(folder):
     return fitted
 
 
-@pytest.mark.parametrize("kind", ["frozen", "trained", "bfloat16", "linear"])
+@pytest.mark.parametrize("kind", ["frozen", "trained", "linear"])
 def test_a_loaded_head_predicts_as_the_trained_one(tmp_path, kind):
     if kind == "linear":
         predict = train_linear(tmp_path)
     else:
-        dtype = {"dtype": "bfloat16"} if kind == "bfloat16" else {}
-        predict = train_upernet(tmp_path, kind, **dtype)
+        # The frozen one has batch norm, the other one group norm.
+        other = {} if kind == "frozen" else {"dtype": "bfloat16", "batch_size": 4}
+        predict = save_upernet(tmp_path, kind, **other)
     head = xsmae.load_head(tmp_path)
     assert head.classes == CLASSES
     assert head.colours == COLOURS
@@ -90,14 +101,14 @@ def test_a_loaded_head_predicts_as_the_trained_one(tmp_path, kind):
     # The trained encoder is the one that is saved.
     given = tiny_encoder(depth=1)
     same = head.info["encoder"] == Encoder(given.network, given.info).digest
-    assert same == (kind in ("frozen", "linear"))
-    assert head.encoder.dtype == ("bfloat16" if kind == "bfloat16" else "float32")
+    assert same == (kind != "trained")
+    assert head.encoder.dtype == ("bfloat16" if kind == "trained" else "float32")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("head")
-    train_upernet(folder, "frozen")
+    save_upernet(folder, "frozen")
     return folder
 
 
