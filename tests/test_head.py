@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import xsmae
-from tests.support.encoders import tiny_encoder
+from tests.support.encoders import make_encoder, tiny_encoder
 from tests.support.segmentation import some_scenes
 from xsmae.bands import Bands
 from xsmae.errors import UserError
@@ -18,6 +20,8 @@ from xsmae.evaluation.fitting import recipe as recipes
 from xsmae.evaluation.segmentation import dense
 from xsmae.evaluation.tasks import segment
 from xsmae.evaluation.tasks.segment_frozen import fit_linear
+from xsmae.models.pixel_linear import PixelLinear
+from xsmae.ops import resize
 from xsmae.weights.encoder import Encoder
 from xsmae.weights.head import save_head
 
@@ -103,6 +107,22 @@ def test_a_loaded_head_predicts_as_the_trained_one(tmp_path, kind):
     same = head.info["encoder"] == Encoder(given.network, given.info).digest
     assert same == (kind != "trained")
     assert head.encoder.dtype == ("bfloat16" if kind == "trained" else "float32")
+
+
+def test_an_encoder_with_fixed_positions_needs_no_gsd(tmp_path):
+    encoder = xsmae.load_encoder(make_encoder(tmp_path / "given"))
+    options = {"momentum": 0.1, "epsilon": 1e-6, "head_std": 1.0}
+    model = PixelLinear(16, 3, **options, rngs=nnx.Rngs(0))
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    state = SimpleNamespace(params=params, batch_stats=batch_stats)
+    recipe = {"batch_norm_epsilon": 1e-6, "crop": 16, "overlap": 4}
+    head = xsmae.load_head(saved(tmp_path, encoder, state, "linear", recipe))
+    images = np.random.default_rng(0).uniform(size=(2, 16, 16, 3))
+    found = np.asarray(head.predict(images))
+    np.testing.assert_array_equal(found, head.predict(images, gsd=3.0))
+    tokens = encoder.tokens(images)[:, 1:].reshape(2, 4, 4, 16)
+    expected = resize.bilinear(model(tokens, size=(4, 4), training=False), (16, 16))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from flax import nnx
 from tests.support.encoders import tiny_encoder
 from tests.support.rasters import REASON, UTM, north_up, write
 from xsmae import cli
+from xsmae.cli import predict as command
 from xsmae.data.raster import open_raster
 from xsmae.errors import UserError
 from xsmae.evaluation.segmentation.windows import Readable, segment, window_weights
@@ -125,6 +126,8 @@ def test_a_map_equals_brute_force(tmp_path, head, scene, capsys):
     assert len(contents(out)) == 4
     before = contents(out)
     capsys.readouterr()
+    # Statistics of another program beside the scene do not matter.
+    scene.with_name("scene.tif.aux.xml").write_text("<PAMDataset></PAMDataset>")
     assert predict(scene, f"--head={head}", f"--out={out}") == 0
     assert "was there" in capsys.readouterr().out
     assert contents(out) == before
@@ -201,6 +204,28 @@ def test_sigkill(tmp_path, head, scene):
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".scene.unfinished"]
     assert predict(*words) == 0
     assert predict(scene, f"--head={head}", f"--out={tmp_path}/whole") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_command_that_is_asked_to_stop_resumes(tmp_path, head, scene, capsys):
+    second = make_scene(tmp_path / "second.tif", 40, 40)
+    words = [str(scene), str(second), f"--head={head}"]
+    asked = []
+    with pytest.raises(KeyboardInterrupt):
+        command.predict(
+            ["xsmae predict", *words, f"--out={tmp_path}/out"],
+            lambda: asked.append(1) or len(asked) > 2,
+        )
+    journal = tmp_path / "out" / ".scene.unfinished" / "journal.json"
+    assert json.loads(journal.read_text())["next_row"] == 2 * (CROP - OVERLAP)
+    with pytest.raises(KeyboardInterrupt):  # between two scenes
+        command.predict(
+            ["xsmae predict", *words, f"--out={tmp_path}/other"],
+            lambda: True,
+        )
+    assert predict(*words, f"--out={tmp_path}/out") == 0
+    assert f"row {2 * (CROP - OVERLAP)} of {HEIGHT}" in capsys.readouterr().out
+    assert predict(*words, f"--out={tmp_path}/whole") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

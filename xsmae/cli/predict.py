@@ -89,6 +89,8 @@ def predict(argv: list[str], should_stop: Callable[[], bool]) -> int:
     failed = 0
     for scene, target in zip(scenes, outputs, strict=True):
         name = printable(scene)
+        if should_stop():
+            raise KeyboardInterrupt
         try:
             new = _map(head, scene, target, values, should_stop)
         except (UserError, BadImageError) as error:

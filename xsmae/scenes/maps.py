@@ -18,7 +18,7 @@ from xsmae.data.geotiff_source import units_of
 from xsmae.data.raster import Raster
 from xsmae.data.raster_gsd import ground_size
 from xsmae.data.raster_write import NODATA, Layers, write_categories, write_cog
-from xsmae.errors import UserError, printable
+from xsmae.errors import BadImageError, UserError, printable
 from xsmae.evaluation.reading import Kind, Reading, read_by
 from xsmae.evaluation.segmentation.windows import Readable, segment
 from xsmae.figures.map_overlay import map_overlay
@@ -242,9 +242,12 @@ def _gsd_at(raster: Raster) -> Callable[..., tuple[float, float]] | None:
             return ground_size(raster.transform, raster.crs, rows, columns)
 
     height, width = raster.shape
-    centre = measured(height / 2, width / 2)
     rows, columns = np.meshgrid(*(np.linspace(0.5, s - 0.5, 5) for s in raster.shape))
-    ratios = measured(rows, columns) / centre
+    try:
+        centre = measured(height / 2, width / 2)
+        ratios = measured(rows, columns) / centre
+    except BadImageError:  # a CRS that is none of Earth's
+        return None
     same = np.allclose(ratios, 1, atol=GSD_TOLERANCE)
     if same or not np.isfinite(ratios).all() or not (ratios > 0).all():
         return None
@@ -258,11 +261,14 @@ def _gsd_at(raster: Raster) -> Callable[..., tuple[float, float]] | None:
 
 def _digest(head: Head, raster: Raster, reading: Reading) -> str:
     """16 hexadecimal digits of what a map is computed from."""
+    # Other programs add these beside a scene, which changes no value of it.
+    files = [n for n in raster.files if not n.endswith((".aux.xml", ".ovr"))]
+    path = raster.path if raster.stamp is None else None  # it may have moved
     told = [
-        SCHEMA, head.digest, raster.path, raster.stamp, raster.shape, raster.crs,
+        SCHEMA, head.digest, path, raster.stamp, raster.shape, raster.crs,
         raster.transform[:6], raster.bands, raster.known_gsd(), raster.scale,
         raster.offset, [str(x) for x in raster.nodata], reading.places,
-        [gdal.stamp_of(name) for name in raster.files],
+        [gdal.stamp_of(name) for name in files],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
