@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import jax
@@ -270,6 +271,24 @@ def test_strips_from_a_start_are_the_same_in_the_same_batches():
         assert [strip.top for strip in later] == [s.top for s in whole[number:]]
         for a, b in zip(later, whole[number:], strict=True):
             np.testing.assert_array_equal(a.scores, b.scores)
+
+
+def test_memory_does_not_grow_with_the_height(tmp_path, head, monkeypatch):
+    head = load_head(head)
+    scores = np.zeros((8, CROP, CROP, 3), np.float32)
+    head.predict = lambda images, gsd: scores
+    monkeypatch.setattr(maps, "map_overlay", lambda path, *_, **__: path.touch())
+    peaks = []
+    for height in (512, 512, 2048):  # the first one imports
+        name = f"{height}_{len(peaks)}"
+        path = make_scene(tmp_path / f"{name}.tif", height, 128)
+        with open_raster(path) as raster:
+            tracemalloc.start()
+            map_scene(head, raster, Outputs(tmp_path, name), probabilities=True)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    # The scores alone would take 12 bytes for each pixel more.
+    assert peaks[2] - peaks[1] < (2048 - 512) * 128
 
 
 def test_windows_have_the_gsd_of_their_place(tmp_path, head):
