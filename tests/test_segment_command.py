@@ -1,5 +1,6 @@
 """`xsmae segment`: rows, what is kept beside them, resuming, refusals."""
 
+import csv
 import json
 
 import numpy as np
@@ -131,6 +132,11 @@ def test_the_report_has_all_metrics_and_pictures(linear, tmp_path):
     table = [line for line in text.splitlines() if line.startswith("| statistics")]
     assert len(table) == 3  # its mIoUs, then the other metrics of both scales
     assert len(list(tmp_path.glob("confusion_*.png"))) == 3
+    with (tmp_path / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6
+    assert "; mean accuracy=0." in lines[0]["metrics"]
+    assert lines[0]["per_class"].startswith("field=")
     assert len(list(tmp_path.glob("scales_*.png"))) == 1
     assert len(list(tmp_path.glob("classes_*.png"))) == 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from xsmae.bands import BANDS, UNITS
 from xsmae.evaluation.rows import Result
@@ -18,7 +18,7 @@ def csv_text(results: Iterable[Result]) -> str:
         "base_size", "crop", "resize", "gsd_policy", "options", "encoder", "kind",
         "digest", "normalization", "feature", "feature_scaling", "scale", "size",
         "gsd_told", "seed", "value", "low", "high", "pixel_identical_test_images",
-        "bands", "units",
+        "bands", "units", "metrics", "per_class",
     )  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
@@ -48,9 +48,15 @@ def csv_text(results: Iterable[Result]) -> str:
                 "pixel_identical_test_images": row.leaks["pixel_identical_test_images"],
                 "bands": " ".join(row.encoder.get("bands", BANDS)),
                 "units": data.get("units", UNITS),
+                "metrics": _numbers({k: v[0] for k, v in (row.metrics or {}).items()}),
+                "per_class": _numbers(row.per_class),
             }
         )
     return text.getvalue()
+
+
+def _numbers(values: Mapping[str, float]) -> str:
+    return "; ".join(f"{name}={value:.6g}" for name, value in values.items())
 
 
 def _joined(value) -> str:

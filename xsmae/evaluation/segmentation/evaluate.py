@@ -115,7 +115,7 @@ def evaluate_segmentation(
             protocol=protocol,
             features=[head.feature if subject.network else subject.kind],
             seed=seed,
-            outcomes=lambda job, scale: (),
+            outcomes=lambda job, scale: (),  # `_measure` makes the rows itself
             results=results,
             cache=cache,
             should_stop=should_stop,
