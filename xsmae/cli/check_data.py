@@ -1,9 +1,10 @@
 """xsmae check-data --data=folder --data.root=DIR --data.gsd=0.5
 
-Reads every image as pretraining would, prints counts, sizes, GSDs, classes, the values
-of each band, duplicates, unusable images and the command that trains on them. Writes a
-report, a contact sheet, histograms and, for rasters, a map of their footprints to
---out. The exit status is 3 if too many images are unusable for pretraining.
+Reads every image as pretraining would, and prints counts, sizes, GSDs, classes, values
+of bands, duplicates, unusable images and the command that trains on them. Writes a
+report, a contact sheet, histograms and, for rasters, a map of their footprints.
+
+The exit status is 3 if too many images are unusable for pretraining.
 
 For images with masks (--data=segmentation), prints the share of each class in both
 parts, and what the parts share: ground, pixels, scenes. The exit status is 3 if an
