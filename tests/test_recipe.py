@@ -146,7 +146,11 @@ SMALL = [
         (finetune, ["--recipe.layer_decay=0"], "recipe.layer_decay=0.0"),
         (finetune, ["--recipe.no_such=1"], "recipe.no_such"),
         (finetune, ["--missing_bands=mean"], "--missing_bands has no meaning for"),
-        (finetune, ["--recipe.epochs=many"], "xsmae: --recipe.epochs=many: could not"),
+        (
+            finetune,
+            ["--recipe.epochs=many"],
+            "xsmae: --recipe.epochs=many: expected a number",
+        ),
         (finetune, ["--num_workers=-1"], "num_workers"),
         (finetune, ["--feature=no"], "feature=no, expected one or both of"),
         (finetune, ["--encoder=statistics"], "encoder=statistics has no weights"),
