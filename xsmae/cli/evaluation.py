@@ -47,13 +47,14 @@ def define_flags(values: flags.FlagValues) -> None:
         "scales",
         [f"{percent:g}" for percent in scales_of.SCALES],
         "Sizes of the images, in percent of the base size. Default of the published "
-        "probe and of fine-tuning: 100.",
+        "probe, of fine-tuning and of segmentation: 100.",
         flag_values=values,
     )
     integer(
         "base_size",
         0,
-        "Pixels at 100 %. 0 means 256, or the images' side if that is smaller.",
+        "Pixels at 100 %. 0 means 256, or the images' side if that is smaller. Not for "
+        "segmentation.",
     )
     flags.DEFINE_enum(
         "gsd",
@@ -67,7 +68,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "feature",
         list(FEATURES),
         "The class token, the mean patch, or both. Default of the published probe: "
-        "cls; of fine-tuning: mean.",
+        "cls; of fine-tuning: mean. Not for segmentation.",
         flag_values=values,
     )
     flags.DEFINE_enum(
@@ -79,7 +80,11 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     integer("seed", 0, "The seed of random encoders and of the intervals.")
-    integer("batch_size", 64, "How many images the encoder gets at a time.")
+    integer(
+        "batch_size",
+        64,
+        "How many images the encoder gets at a time. Not for segmentation.",
+    )
     string("results", "results.jsonl", "The file that result rows are added to.")
     string(
         "cache",
