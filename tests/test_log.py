@@ -89,3 +89,10 @@ assert not xla_bridge.backends_are_initialized()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("asked\n", "")
+
+
+def test_names_of_files_that_are_not_utf_8_are_escaped(capfdbinary):
+    """The C locale would write their bytes as they are."""
+    with shown():
+        LOG.warning(b"roof/\xff.jpg".decode(errors="surrogateescape"))
+    assert capfdbinary.readouterr().out == b"roof/\\udcff.jpg\n"

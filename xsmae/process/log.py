@@ -7,6 +7,8 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from xsmae.errors import printable
+
 # The whole library logs here. A program that uses the library configures the logger
 # "xsmae"; by default it shows only warnings, as with any other library.
 LOG = logging.getLogger("xsmae")
@@ -22,7 +24,7 @@ class Terminal(logging.Handler):
         if record.levelno >= logging.WARNING or _is_first_process():
             # print uses the current stdout, which a caller may have redirected. Errors,
             # such as a closed pipe, go to the caller.
-            print(record.getMessage(), flush=True)
+            print(printable(record.getMessage()), flush=True)
 
 
 @contextlib.contextmanager
