@@ -28,6 +28,9 @@ RUN = [
     "--config.watchdog_minutes=2",
     "--config.tensorboard=False",
 ]
+GLOO = re.compile(
+    r"\[Gloo\]|Rank|is connected to|peer ranks\.?|Expected number of connected|is|:|\d+"
+)
 # JAX's own watchdog may be the first to see that a process has ended.
 ENDED_WITH_THE_OTHER = (EXIT_STATUS, -signal.SIGABRT)
 
@@ -115,9 +118,9 @@ def test_two_processes_of_two_devices_equal_one_of_four(one_process, tmp_path):
     assert ends(processes, logs) == [0, 0], logs[0].read_text()
     assert_near(workdir, one_process)
     assert f"\nstep {NUM_STEPS}/" in logs[0].read_text()
-    # Process 1 repeats no lines; [Gloo] is the library that JAX communicates with.
-    said = logs[1].read_text().splitlines()
-    assert [line for line in said if not line.startswith("[Gloo]")] == []
+    # Process 1 repeats no lines. Gloo, which JAX communicates with, writes its own, and
+    # those of two threads can be mixed word by word.
+    assert GLOO.sub("", logs[1].read_text()).split() == []
     # Both processes report the same metrics; each lists its own images.
     assert comparable(workdir / "process_1") == comparable(workdir)
     assert not (workdir / "process_1/encoder").exists()
