@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def last_tokens(encoder: FrozenEncoder) -> Dense:
         tokens = network(images, gsd=gsd).astype(jnp.float32)
         return as_map(tokens, network.grid(*images.shape[1:3]))
 
-    return lambda images, gsd: encode(state, images, gsd)
+    return functools.partial(encode, state)
 
 
 def neighbourhood_statistics(side: int) -> Dense:

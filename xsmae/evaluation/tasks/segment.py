@@ -158,26 +158,26 @@ def create_learner(
         ),
         in_shardings=(whole, whole, divided, divided, divided),
         out_shardings=whole,
-        donate_argnums=0,
+        donate_argnums=1,
     )
 
     @functools.partial(jax.jit, in_shardings=(whole, whole, divided, divided))
-    def predict(state, fixed_state, images, gsd):
+    def predict(fixed_state, state, images, gsd):
         return scores(
             state.params, state.batch_stats, fixed_state, images, gsd, training=False
         )[0]
 
     return Learner(
         state=jax.device_put(state, whole),
-        step=lambda state, *batch: step(state, fixed_state, *batch),
-        predict=lambda state, *batch: predict(state, fixed_state, *batch),
+        step=functools.partial(step, fixed_state),
+        predict=functools.partial(predict, fixed_state),
         feature_scaling="layer norm per block" if frozen else "none",
     )
 
 
 def segment_step(
-    state: TrainState,
     fixed_state: nnx.State,
+    state: TrainState,
     images: Float[Array, "batch height width channels"],
     gsd: Float[Array, "batch 2"],
     masks: Int[Array, "batch height width"],

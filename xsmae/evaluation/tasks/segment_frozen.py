@@ -57,10 +57,48 @@ def fit_linear(
 
     each_step gets the step and its loss.
     """
+    layer = create_layer(
+        features.shape[-1], num_classes, plan, recipe=recipe, seed=seed
+    )
+    state = layer.state
+    rows = _rows(len(features), recipe["batch_size"], plan.num_steps, seed)
+    for number, batch in enumerate(rows, 1):
+        state, loss = layer.step(state, features[batch], masks[batch])
+        each_step(number, loss)
+    return Linear(
+        state,
+        lambda images, gsd: layer.scores(
+            state, dense(images, gsd), size=images.shape[1:3]
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear layer that can be trained, on features [n, rows, columns, width].
+
+    state: the initial state. step(state, features, masks) -> (state, loss).
+    scores(state, features, size=(height, width)) -> [n, height, width, classes].
+    """
+
+    state: TrainState
+    step: Callable[..., tuple[TrainState, jax.Array]]
+    scores: Callable[..., jax.Array]
+
+
+def create_layer(
+    width: int,
+    num_classes: int,
+    plan: Plan,
+    *,
+    recipe: Mapping[str, Any],
+    seed: int,
+) -> Layer:
+    """A layer with random weights, and AdamW for it."""
 
     def build(rngs):
         return PixelLinear(
-            features.shape[-1],
+            width,
             num_classes,
             momentum=recipe["batch_norm_momentum"],
             epsilon=recipe["batch_norm_epsilon"],
@@ -79,19 +117,13 @@ def fit_linear(
         functools.partial(linear_step, graphdef=graphdef, optimizer=optimizer),
         donate_argnums=0,
     )
-    rows = _rows(len(features), recipe["batch_size"], plan.num_steps, seed)
-    for number, batch in enumerate(rows, 1):
-        state, loss = step(state, features[batch], masks[batch])
-        each_step(number, loss)
 
     @functools.partial(jax.jit, static_argnames="size")
-    def scores(features, size):
+    def scores(state, features, *, size):
         model = nnx.merge(graphdef, state.params, state.batch_stats)
         return model(features, size=size, training=False)
 
-    return Linear(
-        state, lambda images, gsd: scores(dense(images, gsd), images.shape[1:3])
-    )
+    return Layer(state, step, scores)
 
 
 def _rows(total: int, batch: int, num_steps: int, seed: int) -> Iterator[np.ndarray]:
