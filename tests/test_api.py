@@ -22,7 +22,8 @@ from xsmae.weights.encoder import Encoder
 
 NAMES = {
     "Encoder", "evaluate", "export", "import_weights", "load_config", "load_encoder",
-    "load_head", "open_raster", "open_source", "pretrain", "read_results",
+    "load_head", "map_scene", "open_raster", "open_source", "pretrain",
+    "read_results", "segment",
 }  # fmt: skip
 
 

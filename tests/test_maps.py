@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import xsmae
 from tests.support.encoders import tiny_encoder
 from tests.support.rasters import REASON, UTM, north_up, write
 from xsmae import cli
@@ -153,6 +154,24 @@ def run_killed(monkeypatch, head, scene, out, name, number):
     with monkeypatch.context() as patch, open_raster(scene) as raster:
         patch.setattr(home, attribute, counted)
         map_scene(head, raster, Outputs(out, "scene"), probabilities=True, batch_size=3)
+
+
+def test_python_writes_the_map_of_the_command(tmp_path, head, scene, capsys):
+    assert predict(scene, f"--head={head}", f"--out={tmp_path}/command") == 0
+    capsys.readouterr()
+    outputs = xsmae.map_scene(head, scene, tmp_path / "file", progress=False)
+    assert capsys.readouterr().out == ""
+    with xsmae.open_raster(scene) as raster:
+        loaded = xsmae.load_head(head)
+        xsmae.map_scene(loaded, raster, tmp_path / "opened")
+        named = xsmae.map_scene(loaded, raster, tmp_path / "opened", name="other")
+    assert named.classes == tmp_path / "opened" / "other_classes.tif"
+    expected = contents(tmp_path / "command")
+    assert contents(tmp_path / "file") == expected
+    assert contents(tmp_path / "opened").items() > expected.items()
+    assert outputs.overlay.read_bytes() == expected["scene_overlay.png"]
+    with pytest.raises(UserError, match="batch_size=0"):
+        xsmae.map_scene(loaded, scene, tmp_path, batch_size=0)
 
 
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import xsmae
 from tests.support.encoders import make_encoder
 from tests.support.segmentation import Labelled, ramp
 from xsmae.cli import results, segment
@@ -119,6 +120,53 @@ def test_a_row_that_exists_is_not_measured_again(linear, capsys):
     assert json.loads(file.read_text().splitlines()[-1])["scale"] == 100.0
     assert [row.value for row in again] == [row.value for row in rows]
     assert again[3].confusion == rows[3].confusion
+
+
+def test_python_gives_the_rows_of_the_command(linear, tmp_path, monkeypatch, capsys):
+    folder, _ = linear
+    monkeypatch.chdir(tmp_path)
+    train, test = (
+        xsmae.open_source("synthetic_land", num_images=n, seed=seed, size=32)
+        for seed, n in enumerate((5, 3))
+    )
+    recipe = {"crop": 16, "overlap": 4, "batch_size": 4, "num_steps": 12}
+    options = {"recipe": recipe, "controls": False, "data_name": "synthetic_land"}
+    encoder = xsmae.load_encoder(folder / "encoder")
+    (row,) = xsmae.segment(encoder, train, test, **options, progress=False)
+    expected = read(folder / "results.jsonl")[1]
+    assert (row.identity, row.scale, row.files) == (expected.identity, 100.0, None)
+    assert row.confusion == expected.confusion
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+    # With files, a second call measures nothing.
+    places = {"results": "rows.jsonl", "out": "out"}
+    for _ in range(2):
+        (kept,) = xsmae.segment(encoder, train, test, **options, **places)
+        assert kept.confusion == expected.confusion
+    assert "already has its row" in capsys.readouterr().out
+    assert xsmae.read_results("rows.jsonl") == [kept]
+    assert {path.name for path in (tmp_path / kept.files).iterdir()} == {
+        "confusions.npz", "examples.npz", "examples.png", "head",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head": "mlp"}, "head='mlp', expected one of linear, knn, upernet"),
+        ({"recipe": {"steps": 3}}, r"recipe.steps .* num_steps"),
+        ({"recipe": {"crop": 64, "overlap": 64}}, "recipe.overlap=64, expected less"),
+        ({"freeze": False}, "--head=linear reads a frozen"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_what_python_cannot_measure(changes, said):
+    world = [
+        xsmae.open_source("synthetic_land", num_images=1, seed=s, size=32)
+        for s in (0, 1)
+    ]
+    with pytest.raises(UserError, match=said):
+        xsmae.segment("statistics", *world, **changes)
 
 
 def test_the_report_has_all_metrics_and_pictures(linear, tmp_path):

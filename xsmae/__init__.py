@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from xsmae.config import load_config
     from xsmae.data.catalogue import open_source
     from xsmae.data.raster import open_raster
-    from xsmae.evaluation.evaluate import evaluate
-    from xsmae.evaluation.rows import read_results
+    from xsmae.evaluation.evaluate import Subject, evaluate
+    from xsmae.evaluation.parts import Data
+    from xsmae.evaluation.rows import Result, read_results
+    from xsmae.scenes.mapped import map_scene
     from xsmae.weights.encoder import Encoder, load_encoder
     from xsmae.weights.export import export
     from xsmae.weights.head import load_head
@@ -42,10 +44,12 @@ __all__ = [
     "load_config",
     "load_encoder",
     "load_head",
+    "map_scene",
     "open_raster",
     "open_source",
     "pretrain",
     "read_results",
+    "segment",
 ]
 
 # Name -> the module that defines it.
@@ -57,6 +61,7 @@ _HOMES = {
     "load_config": "xsmae.config",
     "load_encoder": "xsmae.weights.encoder",
     "load_head": "xsmae.weights.head",
+    "map_scene": "xsmae.scenes.mapped",
     "open_raster": "xsmae.data.raster",
     "open_source": "xsmae.data.catalogue",
     "read_results": "xsmae.evaluation.rows",
@@ -113,3 +118,77 @@ def pretrain(
     if status:
         raise KeyboardInterrupt(f"stopped by signal {status - 128}")
     return workdir
+
+
+def segment(
+    encoder: Subject,
+    train: Data,
+    test: Data,
+    *,
+    head: str = "linear",
+    freeze: bool = True,
+    recipe: Mapping[str, Any] | None = None,
+    scales: Sequence[float] = (100.0,),
+    gsd: str = "true",
+    controls: bool = True,
+    results: str | os.PathLike | None = None,
+    out: str | os.PathLike | None = None,
+    cache: str | os.PathLike | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    data_name: str | None = None,
+    missing_bands: str = "refuse",
+    config: ml_collections.ConfigDict | None = None,
+    progress: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Result]:
+    """Measure an encoder and its controls by segmentation; returns result rows.
+
+        rows = xsmae.segment("runs/mine", train, test, recipe={"num_steps": 400})
+
+    Args:
+      encoder: as in `evaluate`, except `thumbnail`.
+      train, test: sources with masks (see `xsmae.open_source`), or their fields.
+      head: `linear`, `knn` or `upernet`. freeze: False trains the encoder too, with
+        `upernet`.
+      recipe: the fields that differ from the head's default, such as
+        `{"crop": 256, "num_steps": 2000}`.
+      scales: percent of the images' own size.
+      controls: also measure the controls: the architecture with random weights and,
+        for the linear head, statistics of the neighbourhood of each pixel.
+      out: the folder that gets a folder for each row, named in `row.files`: confusion
+        matrices, a picture of examples and, for the encoder itself, the trained head.
+        None keeps none of them.
+      gsd, results, cache, seed, name, data_name, missing_bands, config, progress,
+        should_stop: as in `evaluate`.
+
+    Raises:
+      UserError: arguments that do not fit, in one line, before anything is trained.
+    """
+    from xsmae.evaluation.evaluate import cache_folder, print_line
+    from xsmae.evaluation.segmentation.evaluate import evaluate_segmentation
+    from xsmae.evaluation.segmentation.heads import create_head
+    from xsmae.figures.triplets import draw_examples
+
+    chosen = create_head(head, freeze=freeze, recipe=recipe)
+    with cache_folder(cache) as folder:
+        return evaluate_segmentation(
+            encoder,
+            train,
+            test,
+            head=chosen,
+            results=None if results is None else Path(results),
+            out=None if out is None else Path(out),
+            cache=folder,
+            scales=scales,
+            gsd=gsd,
+            controls=controls,
+            seed=seed,
+            name=name,
+            data_name=data_name,
+            missing_bands=missing_bands,
+            config=config,
+            draw=draw_examples,
+            should_stop=should_stop,
+            say=print_line if progress else lambda line: None,
+        )

@@ -21,10 +21,7 @@ from xsmae.evaluation.parts import name_of
 from xsmae.evaluation.rows import Result
 from xsmae.evaluation.segmentation.evaluate import evaluate_segmentation
 from xsmae.evaluation.segmentation.heads import HEADS, Head, recipe_of
-from xsmae.evaluation.segmentation.kept import read_kept
-from xsmae.evaluation.segmentation.parts import MaskParts
 
-PICTURE = "examples.png"
 # Flags of other evaluations without a meaning here -> what to do instead.
 OTHERS = {
     "base_size": "images keep their own size, and --scales are percent of it",
@@ -63,6 +60,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure the encoder and its controls; prints the table."""
+    from xsmae.figures.triplets import draw_examples
+
     values, config = commandline.parse(
         argv,
         define_flags,
@@ -86,19 +85,12 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
         scales=percents_of(values),
         data_name=name_of(config.data, config.train),
         config=config,
-        draw=draw,
+        draw=draw_examples,
         should_stop=should_stop,
         **{name: values[name].value for name in names},
     )
     print_table(rows, values.results)
     return rows
-
-
-def draw(folder: Path, parts: MaskParts, title: str) -> None:
-    """Draw the examples of a result into its folder."""
-    from xsmae.figures.triplets import triplets
-
-    triplets(folder / PICTURE, parts.test, read_kept(folder), parts.bands, title)
 
 
 def main(argv: list[str] | None = None) -> int:

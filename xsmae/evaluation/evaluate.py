@@ -176,7 +176,7 @@ def evaluate(
     if controls:
         subjects += _controls(setup, task, seed, missing_bands)
     rows, protocol = [], _protocol(setup, task)
-    with _cache(cache) as folder:
+    with cache_folder(cache) as folder:
         for subject in subjects:
             job = Measurement(
                 encoder=subject,
@@ -190,7 +190,7 @@ def evaluate(
                 cache=folder,
                 batch_size=batch_size,
                 should_stop=should_stop,
-                say=_print if progress else lambda line: None,
+                say=print_line if progress else lambda line: None,
             )
             rows += measure(job)
             task.finish(job)
@@ -247,7 +247,7 @@ def _protocol(setup: Setup, task: Task) -> Protocol:
 
 
 @contextlib.contextmanager
-def _cache(folder: str | os.PathLike | None) -> Iterator[Path]:
+def cache_folder(folder: str | os.PathLike | None) -> Iterator[Path]:
     """The given folder, or a temporary one that is removed afterwards."""
     if folder is not None:
         yield Path(folder)
@@ -256,5 +256,6 @@ def _cache(folder: str | os.PathLike | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _print(line: str) -> None:
+def print_line(line: str) -> None:
+    """Print a line of progress at once."""
     print(line, flush=True)

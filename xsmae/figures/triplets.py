@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,9 +13,17 @@ from matplotlib.patches import Patch
 from xsmae.bands import Bands
 from xsmae.data.mask_classes import IGNORE
 from xsmae.data.masks import MaskRecord, Segmentation
-from xsmae.evaluation.segmentation.kept import Kept
+from xsmae.evaluation.segmentation.kept import Kept, read_kept
+from xsmae.evaluation.segmentation.parts import MaskParts
 from xsmae.figures.mask_sheet import class_colours
 from xsmae.figures.style import LEGEND, in_colour, save, scale_bar, show
+
+PICTURE = "examples.png"
+
+
+def draw_examples(folder: Path, parts: MaskParts, title: str) -> None:
+    """Draw the examples of a result into its folder."""
+    triplets(folder / PICTURE, parts.test, read_kept(folder), parts.bands, title)
 
 
 def triplets(

@@ -62,6 +62,8 @@ RANGES = {
 # (low, high) fields: maximum
 PAIRS = {"crop_area": 1.0, "crop_ratio": math.inf, "crop_scale": math.inf}
 CHOICES = {"interpolation": tuple(INTERPOLATIONS), "dtype": DTYPES}
+# The fields that replace a recipe's defaults.
+Changes = Mapping[str, Any] | ml_collections.ConfigDict | None
 
 
 def published_probe() -> ml_collections.ConfigDict:
@@ -231,6 +233,23 @@ def define_flags(values: flags.FlagValues) -> None:
         lower_bound=0,
         flag_values=values,
     )
+
+
+def changed(
+    recipe: ml_collections.ConfigDict, changes: Changes
+) -> ml_collections.ConfigDict:
+    """The recipe with some fields replaced, checked."""
+    for name, value in (changes or {}).items():
+        if name not in recipe:
+            known = ", ".join(sorted(recipe))
+            raise UserError(f"recipe.{name} does not exist, expected one of {known}")
+        try:
+            recipe[name] = value
+        except TypeError:
+            usual = f"a value such as {recipe[name]!r}"
+            raise UserError(f"recipe.{name}={value!r}, expected {usual}") from None
+    check(recipe)
+    return recipe
 
 
 def check(recipe: ml_collections.ConfigDict) -> None:

@@ -55,8 +55,8 @@ def evaluate_segmentation(
     test: Data,
     *,
     head: Head,
-    results: Path,
-    out: Path,
+    results: Path | None,
+    out: Path | None,
     cache: Path,
     scales: Sequence[float] = (100.0,),
     gsd: str = "true",
@@ -74,9 +74,10 @@ def evaluate_segmentation(
 
     The controls are measured alongside: the architecture with random weights and, for
     the linear head, statistics of each pixel's neighbourhood. One row per encoder and
-    scale is added to `results` as soon as it is known; rows already there are not
-    measured again. out: the folder that gets a folder per row, see `kept`; that of the
-    encoder itself gets the trained head too. scales: percent of the images' own size.
+    scale is added to `results`, if given, as soon as it is known; rows already there
+    are not measured again. out: the folder that gets a folder per row, see `kept`; that
+    of the encoder itself gets the trained head too. None keeps neither. scales: percent
+    of the images' own size.
     draw(folder, parts, title) is called once a row's folder is written. The other
     arguments are those of `evaluate`.
 
@@ -85,7 +86,8 @@ def evaluate_segmentation(
     """
     if seed < 0:
         raise UserError(f"seed={seed}, expected 0 or more")
-    check_writable(results)
+    if results is not None:
+        check_writable(results)
     parts = open_mask_parts(
         data_name or name_of(train), train, test, should_stop=should_stop, say=say
     )
@@ -128,13 +130,14 @@ def evaluate_segmentation(
 def _measure(
     job: Measurement,
     head: Head,
-    out: Path,
+    out: Path | None,
     draw: Callable[[Path, MaskParts, str], None],
     *,
     keeps_head: bool,
 ) -> list[Result]:
     """The row of each scale, measured unless it is in the file."""
-    known, rows = {row.identity: row for row in read(job.results)}, []
+    rows = []
+    known = {row.identity: row for row in read(job.results)} if job.results else {}
     encoder, (feature,) = describe_subject(job), job.features
     for scale in job.scales:
         place = column(scale.percent, scale.size)
@@ -144,11 +147,13 @@ def _measure(
             job.say(f"{title}: {job.results} already has its row for this protocol")
             rows.append(known[key])
             continue
-        row = _row(job, head, scale, out / key, keeps_head=keeps_head)
-        draw(
-            out / key, job.parts, f"{title}, {head.task}, mIoU {100 * row.value:.1f} %"
-        )
-        append(job.results, row)
+        folder = None if out is None else out / key
+        row = _row(job, head, scale, folder, keeps_head=keeps_head)
+        if folder is not None:
+            value = f"mIoU {100 * row.value:.1f} %"
+            draw(folder, job.parts, f"{title}, {head.task}, {value}")
+        if job.results:
+            append(job.results, row)
         shutil.rmtree(state_folder(job, scale, feature), ignore_errors=True)
         low, high = 100 * row.low, 100 * row.high
         job.say(f"{title}: mIoU {100 * row.value:.1f} [{low:.1f}, {high:.1f}]")
@@ -160,11 +165,11 @@ def _row(
     job: Measurement,
     head: Head,
     scale: scales_of.Scale,
-    folder: Path,
+    folder: Path | None,
     *,
     keeps_head: bool,
 ) -> Result:
-    """Trains, predicts, counts, and writes what is kept beside the row."""
+    """Trains, predicts, counts, and writes into `folder` what is kept of the row."""
     begin, parts = time.monotonic(), job.parts
     policy, names = job.protocol.gsd_policy, parts.class_names
     train = Scaled(parts.train, scale.percent, gsd=policy)
@@ -179,9 +184,10 @@ def _row(
         found[guess.image] += confusion(guess.mask, guess.predicted, len(names))
         examples.add(guess)
     seconds = time.monotonic() - begin
-    write_kept(folder, parts, found, examples)
-    if keeps_head and job.encoder.network and fitted.state:
-        _save_head(folder / "head", job, head, fitted, scale)
+    if folder is not None:
+        write_kept(folder, parts, found, examples)
+        if keeps_head and job.encoder.network and fitted.state:
+            _save_head(folder / "head", job, head, fitted, scale)
     value = scores(found)
     interval = bootstrap(found, seed=job.seed, scenes=parts.scenes)
     seen = {part: Pixels.of(survey) for part, survey in parts.surveys.items()}
@@ -218,7 +224,7 @@ def _row(
             ]
             for field, text in OTHERS.items()
         },
-        files=str(folder),
+        files=None if folder is None else str(folder),
     )
 
 

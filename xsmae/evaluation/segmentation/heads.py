@@ -131,6 +131,15 @@ class Head:
         return Fitted(linear, "batch norm", linear.state)
 
 
+def create_head(name: str, *, freeze: bool, recipe: recipes.Changes) -> Head:
+    """The head `name`; recipe: the fields that differ from the default.
+
+    Raises UserError for an unknown head, or a recipe that does not fit.
+    """
+    found = recipes.changed(recipe_of(name, freeze), recipe)
+    return Head(name, freeze, found.to_dict())
+
+
 def recipe_of(name: str, frozen: bool) -> ml_collections.ConfigDict:
     """The default recipe of a head. Raises UserError if it needs a frozen encoder."""
     if name not in HEADS:

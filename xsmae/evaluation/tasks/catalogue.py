@@ -104,10 +104,9 @@ def linear_probe(
     return Task("linear_probe", options, outcomes)
 
 
-Recipe = Mapping[str, Any] | ml_collections.ConfigDict | None
-
-
-def linear_probe_published(*, recipe: Recipe = None, num_workers: int = 0) -> Task:
+def linear_probe_published(
+    *, recipe: recipes.Changes = None, num_workers: int = 0
+) -> Task:
     """The papers' probe: batch norm and a linear layer, trained by LARS on crops.
 
     recipe: fields that replace those of `recipe.published_probe`.
@@ -115,14 +114,14 @@ def linear_probe_published(*, recipe: Recipe = None, num_workers: int = 0) -> Ta
     return _trained(
         "linear_probe_published",
         "batch norm, linear; LARS on random crops",
-        _changed(recipes.published_probe(), recipe),
+        recipes.changed(recipes.published_probe(), recipe),
         published_probe.create_learner,
         num_workers,
         features=("cls",),
     )
 
 
-def finetune(*, recipe: Recipe = None, num_workers: int = 0) -> Task:
+def finetune(*, recipe: recipes.Changes = None, num_workers: int = 0) -> Task:
     """The whole encoder and a linear layer, trained by MAE's recipe.
 
     recipe: fields that replace those of `recipe.finetuning`.
@@ -130,7 +129,7 @@ def finetune(*, recipe: Recipe = None, num_workers: int = 0) -> Task:
     return _trained(
         "finetune",
         "the whole encoder and a linear layer",
-        _changed(recipes.finetuning(), recipe),
+        recipes.changed(recipes.finetuning(), recipe),
         finetuning.create_learner,
         num_workers,
         features=("mean",),
@@ -188,26 +187,6 @@ def _trained(
     )
     options = {"classifier": classifier, **recipes.describe(recipe)}
     return Task(name, options, outcomes, finish=forget, **how)
-
-
-def _changed(
-    recipe: ml_collections.ConfigDict, changes: Recipe
-) -> ml_collections.ConfigDict:
-    """The recipe with some fields replaced, checked."""
-    for name, value in (changes or {}).items():
-        if name not in recipe:
-            raise UserError(
-                f"recipe.{name} does not exist, expected one of "
-                f"{', '.join(sorted(recipe))}"
-            )
-        try:
-            recipe[name] = value
-        except TypeError:
-            raise UserError(
-                f"recipe.{name}={value!r}, expected a value such as {recipe[name]!r}"
-            ) from None
-    recipes.check(recipe)
-    return recipe
 
 
 def _check_trainable(encoder: FrozenEncoder) -> None:
