@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from tests.support.encoders import tiny_encoder
+from xsmae.evaluation.fitting import optimizers
 from xsmae.evaluation.tasks import finetune as finetuning
 
 
@@ -19,7 +20,7 @@ def tiny_classifier(feature="mean"):
 def test_layer_decay_of_every_slice_of_every_parameter():
     params = nnx.state(tiny_classifier(), nnx.Param)
     ones = jax.tree.map(jnp.ones_like, params)
-    scales = finetuning.layer_scales(params, depth=3, decay=0.75)
+    scales = optimizers.layer_scales(params, depth=3, decay=0.75)
     found = nnx.to_flat_state(jax.tree.map(jnp.multiply, ones, scales))
     layers = set()
     for path, leaf in found:
@@ -50,7 +51,7 @@ def test_layer_decay_of_every_slice_of_every_parameter():
 def test_the_rate_of_a_layer_is_that_of_its_updates():
     """AdamW's first update is rate * (sign of the gradient + decay * weight)."""
     params = nnx.state(tiny_classifier(), nnx.Param)
-    optimizer = finetuning.create_adamw(
+    optimizer = optimizers.create_adamw(
         0.1, depth=3, layer_decay=0.5, weight_decay=0.2, b1=0.9, b2=0.999
     )
     grads = jax.tree.map(jnp.ones_like, params)

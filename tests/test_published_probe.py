@@ -7,11 +7,9 @@ import optax
 from flax import nnx
 
 from xsmae.evaluation.fitting import recipe
-from xsmae.evaluation.tasks.published_probe import (
-    LinearProbe,
-    create_lars,
-    most_movement,
-)
+from xsmae.evaluation.fitting.optimizers import create_lars
+from xsmae.evaluation.tasks.published_probe import most_movement
+from xsmae.models.linear import LinearProbe
 
 
 def test_lars_is_the_papers_formula():

@@ -12,27 +12,27 @@ import optax
 from flax import nnx
 
 from xsmae.bands import Bands
+from xsmae.evaluation.fitting import optimizers
 from xsmae.evaluation.fitting.augment import mix, random_erasing
 from xsmae.evaluation.fitting.fit import Learner
 from xsmae.evaluation.fitting.recipe import Plan
+from xsmae.evaluation.fitting.step import step_by
 from xsmae.evaluation.measure import Measurement
 from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.models.build import build_encoder
 from xsmae.models.drop_path import drop_path_scales
+from xsmae.models.linear import PooledLinear
 from xsmae.models.pooling import pool
-from xsmae.models.vit import Encoder, LayerNorm
-from xsmae.optim import Optimizer, decay_mask
+from xsmae.models.vit import Encoder
+from xsmae.optim import Optimizer
 from xsmae.sharding import by_batch, create_mesh, replicated
-from xsmae.train_state import TrainState, create_train_state, updated
+from xsmae.train_state import TrainState, create_train_state
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, PyTree, Shaped
-
-# No weight decay for biases, norms and the class token (MAE's models_vit.py).
-NOT_DECAYED = ("bias", "scale", "cls_token")
+    from jaxtyping import Array, Float, Int, Shaped
 
 
-class Classifier(nnx.Module):
+class Classifier(PooledLinear):
     """An encoder with a linear layer on top.
 
     feature: `mean` averages the patch tokens and applies a LayerNorm `fc_norm`, which
@@ -49,20 +49,14 @@ class Classifier(nnx.Module):
         head_std: float,
         rngs: nnx.Rngs,
     ):
-        width = encoder.embed_dim
-        self.encoder = encoder
-        if feature == "mean":
-            self.fc_norm = LayerNorm(
-                width, epsilon=1e-6, out_dtype=jnp.float32, rngs=rngs
-            )
-        else:
-            self.fc_norm = None
-        self.head = nnx.Linear(
-            width,
+        super().__init__(
+            encoder.embed_dim,
             num_classes,
-            kernel_init=nnx.initializers.normal(head_std),
+            feature=feature,
+            head_std=head_std,
             rngs=rngs,
         )
+        self.encoder, self.feature = encoder, feature
 
     def __call__(
         self,
@@ -73,55 +67,7 @@ class Classifier(nnx.Module):
     ) -> Float[Array, "batch classes"]:
         """Scores of normalised images; `branch_scales` is for training only."""
         tokens = self.encoder(images, gsd=gsd, branch_scales=branch_scales)
-        tokens = tokens.astype(jnp.float32)
-        if self.fc_norm is None:
-            return self.head(pool(tokens, "cls"))
-        return self.head(self.fc_norm(pool(tokens, "mean")))
-
-
-def layer_scales(params: PyTree, *, depth: int, decay: float) -> PyTree:
-    """Factors of the learning rate, one per parameter, in shapes that broadcast.
-
-    The factor is decay ** (depth + 1 - layer). The patch embedding and the class token
-    are layer 0, block i is layer i + 1, and everything after the blocks is layer depth
-    + 1, at the full rate (BEiT's rule, in MAE's util/lr_decay.py). Stacked blocks have
-    one factor per slice of their leading axis.
-    """
-
-    def scale(path, leaf):
-        names = {str(getattr(key, "key", key)) for key in path}
-        if "blocks" in names:
-            below = depth - jnp.arange(depth)
-            return decay ** below.reshape(-1, *[1] * (leaf.ndim - 1))
-        first = {"patch_embed", "cls_token"} & names
-        return jnp.asarray(decay ** (depth + 1 if first else 0))
-
-    return jax.tree_util.tree_map_with_path(scale, params)
-
-
-def create_adamw(
-    learning_rate: float | optax.Schedule,
-    *,
-    depth: int,
-    layer_decay: float,
-    weight_decay: float,
-    b1: float,
-    b2: float,
-) -> optax.GradientTransformation:
-    """AdamW with smaller updates and smaller weight decay in lower layers."""
-    adamw = optax.adamw(
-        learning_rate,
-        b1=b1,
-        b2=b2,
-        weight_decay=weight_decay,
-        mask=functools.partial(decay_mask, exempt=NOT_DECAYED),
-    )
-
-    def scaled(updates, params):
-        scales = layer_scales(params, depth=depth, decay=layer_decay)
-        return jax.tree.map(jnp.multiply, updates, scales)
-
-    return optax.chain(adamw, optax.stateless(scaled))
+        return self.scores(pool(tokens.astype(jnp.float32), self.feature))
 
 
 def copied_network(encoder: FrozenEncoder, *, dtype: str, **changes: Any) -> Encoder:
@@ -161,15 +107,7 @@ def create_learner(
             rngs=rngs,
         )
 
-    names = ("layer_decay", "weight_decay", "b1", "b2")
-    optimizer = Optimizer(
-        create_adamw(
-            plan.learning_rate,
-            depth=depth,
-            **{name: recipe[name] for name in names},
-        ),
-        plan.learning_rate,
-    )
+    optimizer = optimizers.adamw(plan, recipe, depth=depth)
     graphdef, state = create_train_state(build, optimizer, jax.random.key(job.seed))
     mesh = create_mesh(recipe["batch_size"])
     whole, divided = replicated(mesh), by_batch(mesh)
@@ -240,12 +178,9 @@ def finetune_step(
             drop_key, rate=recipe["drop_path"], depth=depth, batch=len(labels)
         )
 
-    def loss_fn(params):
-        model = nnx.merge(graphdef, params, state.batch_stats)
+    def loss_fn(params, batch_stats):
+        model = nnx.merge(graphdef, params, batch_stats)
         scores = model(x, gsd=gsd, branch_scales=scales)
-        return optax.softmax_cross_entropy(scores, targets).mean()
+        return optax.softmax_cross_entropy(scores, targets).mean(), batch_stats
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-    state = updated(state, grads, state.batch_stats, finite=finite, optimizer=optimizer)
-    return state, loss
+    return step_by(loss_fn, state, optimizer=optimizer)

@@ -12,11 +12,13 @@ import numpy as np
 import optax
 from flax import nnx
 
+from xsmae.evaluation.fitting import optimizers
 from xsmae.evaluation.fitting.fit import Learner
 from xsmae.evaluation.fitting.recipe import Plan
+from xsmae.evaluation.fitting.step import head_step
 from xsmae.evaluation.measure import Measurement
-from xsmae.optim import Optimizer
-from xsmae.train_state import TrainState, create_train_state, updated
+from xsmae.models.linear import LinearProbe
+from xsmae.train_state import create_train_state
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -25,72 +27,6 @@ if TYPE_CHECKING:
 # scikit-learn's digits (1,400 images), a movement of 0.1 ended at 19 % accuracy, 0.4 at
 # 47 %, 2.1 at 91 %, 8.2 at 97 %. The papers' 50 epochs of fMoW-RGB allow 36.
 ENOUGH_MOVEMENT = 5.0
-
-
-class LinearProbe(nnx.Module):
-    """Batch norm without scale and bias, then a linear layer (MoCo v3's, MAE's).
-
-    The running variance averages biased variances; PyTorch averages unbiased ones. At
-    the published batch of 512 the difference is 0.2 %.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        num_classes: int,
-        *,
-        momentum: float,
-        epsilon: float,
-        head_std: float,
-        rngs: nnx.Rngs,
-    ):
-        self.norm = nnx.BatchNorm(
-            width,
-            momentum=1 - momentum,
-            epsilon=epsilon,
-            use_bias=False,
-            use_scale=False,
-            use_fast_variance=False,
-            rngs=rngs,
-        )
-        self.head = nnx.Linear(
-            width,
-            num_classes,
-            kernel_init=nnx.initializers.normal(head_std),
-            rngs=rngs,
-        )
-
-    def __call__(
-        self, features: Float[Array, "batch width"], *, training: bool
-    ) -> Float[Array, "batch classes"]:
-        """Scores. Training uses the batch's statistics, prediction the running ones."""
-        return self.head(self.norm(features, use_running_average=not training))
-
-
-def create_lars(
-    learning_rate: float | optax.Schedule,
-    *,
-    momentum: float,
-    trust_coefficient: float,
-    weight_decay: float,
-) -> optax.GradientTransformation:
-    """LARS (You et al. 2017), without trust ratio or decay for biases and norms.
-
-    As in the paper, momentum accumulates updates already multiplied by the rate. MoCo
-    v3's util/lars.py multiplies the accumulated sum by the current rate.
-    """
-
-    def matrices(params):
-        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-    return optax.lars(
-        learning_rate,
-        weight_decay=weight_decay,
-        weight_decay_mask=matrices,
-        trust_coefficient=trust_coefficient,
-        trust_ratio_mask=matrices,
-        momentum=momentum,
-    )
 
 
 def most_movement(plan: Plan, recipe: Mapping[str, Any]) -> float:
@@ -135,14 +71,12 @@ def create_learner(
             "give --protocol=sweep"
         )
     width = feature_width(job, feature)
-    lars = create_lars(
-        plan.learning_rate,
-        **{n: recipe[n] for n in ("momentum", "trust_coefficient", "weight_decay")},
-    )
-    optimizer = Optimizer(lars, plan.learning_rate)
+    optimizer = optimizers.lars(plan, recipe)
     graphdef, state = create_train_state(build, optimizer, jax.random.key(job.seed))
     step = jax.jit(
-        functools.partial(probe_step, graphdef=graphdef, optimizer=optimizer),
+        functools.partial(
+            head_step, graphdef=graphdef, loss=cross_entropy, optimizer=optimizer
+        ),
         donate_argnums=0,
     )
 
@@ -170,28 +104,12 @@ def feature_width(job: Measurement, feature: str) -> int:
     return job.encoder.encode(blank, np.ones((1, 2), np.float32))[feature].shape[1]
 
 
-def probe_step(
-    state: TrainState,
+def cross_entropy(
+    model: LinearProbe,
     features: Float[Array, "batch width"],
     labels: Int[Array, " batch"],
-    *,
-    graphdef: nnx.GraphDef,
-    optimizer: Optimizer,
-) -> tuple[TrainState, Float[Array, ""]]:
-    """One update, and the mean cross-entropy before it."""
-
-    def loss_fn(params, batch_stats):
-        # Variables can only be written in the trace that created them: copy them here.
-        batch_stats = jax.tree.map(lambda x: x, batch_stats)
-        model = nnx.merge(graphdef, params, batch_stats)
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            model(features, training=True), labels
-        )
-        return losses.mean(), nnx.state(model, nnx.BatchStat)
-
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, state.batch_stats
-    )
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-    state = updated(state, grads, batch_stats, finite=finite, optimizer=optimizer)
-    return state, loss
+) -> Float[Array, ""]:
+    """The mean cross-entropy of a batch in training."""
+    return optax.softmax_cross_entropy_with_integer_labels(
+        model(features, training=True), labels
+    ).mean()

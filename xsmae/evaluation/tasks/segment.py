@@ -13,15 +13,17 @@ import numpy as np
 import optax
 from flax import nnx
 
+from xsmae.evaluation.fitting import optimizers
 from xsmae.evaluation.fitting.fit import Learner
 from xsmae.evaluation.fitting.recipe import Plan
+from xsmae.evaluation.fitting.step import step_by
 from xsmae.evaluation.segmentation.crops import CropSampler, Labelled
 from xsmae.evaluation.segmentation.dense import normalized, normalizer
 from xsmae.evaluation.segmentation.scaled import nearest
 from xsmae.evaluation.segmentation.scores import IGNORE, confusion
 from xsmae.evaluation.segmentation.windows import Readable, segment
 from xsmae.evaluation.subjects import FrozenEncoder
-from xsmae.evaluation.tasks.finetune import copied_network, create_adamw
+from xsmae.evaluation.tasks.finetune import copied_network
 from xsmae.models.drop_path import drop_path_scales
 from xsmae.models.taps import tapped_blocks, token_maps
 from xsmae.models.upernet import UperNet, norm_for
@@ -29,7 +31,7 @@ from xsmae.models.vit import Encoder
 from xsmae.ops import resize
 from xsmae.optim import Optimizer
 from xsmae.sharding import by_batch, create_mesh, replicated
-from xsmae.train_state import TrainState, create_train_state, updated
+from xsmae.train_state import TrainState, create_train_state
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key, UInt8
@@ -126,13 +128,7 @@ def create_learner(
         )
         return Segmenter(head, None if frozen else network, blocks=tapped_blocks(depth))
 
-    adamw = create_adamw(
-        plan.learning_rate,
-        depth=depth,
-        layer_decay=recipe.get("layer_decay", 1.0),
-        **{name: recipe[name] for name in ("weight_decay", "b1", "b2")},
-    )
-    optimizer = Optimizer(adamw, plan.learning_rate)
+    optimizer = optimizers.adamw(plan, recipe, depth=depth)
     graphdef, state = create_train_state(build, optimizer, jax.random.key(seed))
     mesh = create_mesh(batch)
     whole, divided = replicated(mesh), by_batch(mesh)
@@ -196,10 +192,10 @@ def segment_step(
             drop_key, rate=drop_path, depth=depth, batch=len(images)
         )
 
-    def loss_fn(params):
+    def loss_fn(params, batch_stats):
         found, batch_stats = scores(
             params,
-            state.batch_stats,
+            batch_stats,
             fixed_state,
             images,
             gsd,
@@ -209,10 +205,7 @@ def segment_step(
         )
         return cross_entropy(found, masks), batch_stats
 
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-    state = updated(state, grads, batch_stats, finite=finite, optimizer=optimizer)
-    return state, loss
+    return step_by(loss_fn, state, optimizer=optimizer)
 
 
 @dataclasses.dataclass(frozen=True)

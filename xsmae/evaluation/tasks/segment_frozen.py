@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
+from xsmae.evaluation.fitting import optimizers
 from xsmae.evaluation.fitting.recipe import Plan
+from xsmae.evaluation.fitting.step import head_step
 from xsmae.evaluation.segmentation.dense import Dense
 from xsmae.evaluation.segmentation.windows import Predict
 from xsmae.evaluation.tasks.knn import nearest
 from xsmae.evaluation.tasks.segment import cross_entropy
 from xsmae.models.pixel_linear import PixelLinear
 from xsmae.ops import resize
-from xsmae.optim import Optimizer, decay_mask
-from xsmae.train_state import TrainState, create_train_state, updated
+from xsmae.train_state import TrainState, create_train_state
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt8
+    from jaxtyping import Float, UInt8
 
 K = 30  # neighbours of a patch (Hummingbird, Balazevic et al. 2023)
 TEMPERATURE = 0.02  # of the cosine similarities
@@ -106,15 +106,14 @@ def create_layer(
             rngs=rngs,
         )
 
-    adamw = optax.adamw(
-        plan.learning_rate,
-        **{name: recipe[name] for name in ("b1", "b2", "weight_decay")},
-        mask=decay_mask,
-    )
-    optimizer = Optimizer(adamw, plan.learning_rate)
+    def loss(model, features, masks):
+        scores = model(features, size=masks.shape[1:3], training=True)
+        return cross_entropy(scores, masks)
+
+    optimizer = optimizers.adamw(plan, recipe)
     graphdef, state = create_train_state(build, optimizer, jax.random.key(seed))
     step = jax.jit(
-        functools.partial(linear_step, graphdef=graphdef, optimizer=optimizer),
+        functools.partial(head_step, graphdef=graphdef, loss=loss, optimizer=optimizer),
         donate_argnums=0,
     )
 
@@ -134,31 +133,6 @@ def _rows(total: int, batch: int, num_steps: int, seed: int) -> Iterator[np.ndar
             waiting = np.concatenate([waiting, rng.permutation(total)])
         yield waiting[:batch]
         waiting = waiting[batch:]
-
-
-def linear_step(
-    state: TrainState,
-    features: Float[Array, "batch rows columns width"],
-    masks: UInt8[Array, "batch height width"],
-    *,
-    graphdef: nnx.GraphDef,
-    optimizer: Optimizer,
-) -> tuple[TrainState, Float[Array, ""]]:
-    """One update, and the cross-entropy of the pixels that count before it."""
-
-    def loss_fn(params, batch_stats):
-        # Variables can only be written in the trace that created them: copy them here.
-        batch_stats = jax.tree.map(lambda x: x, batch_stats)
-        model = nnx.merge(graphdef, params, batch_stats)
-        scores = model(features, size=masks.shape[1:3], training=True)
-        return cross_entropy(scores, masks), nnx.state(model, nnx.BatchStat)
-
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, state.batch_stats
-    )
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-    state = updated(state, grads, batch_stats, finite=finite, optimizer=optimizer)
-    return state, loss
 
 
 def class_histograms(
