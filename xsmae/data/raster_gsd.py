@@ -53,7 +53,7 @@ def ground_size(
     x = (transform.a * column + transform.b * row + transform.c).ravel()
     y = (transform.d * column + transform.e * row + transform.f).ravel()
     longitude, latitude = warp.transform(crs, "EPSG:4326", x, y)
-    places = _on_ellipsoid(np.array(longitude), np.array(latitude))
+    places = on_ellipsoid(np.array(longitude), np.array(latitude))
     places = places.reshape(*row.shape, 3)
     return np.stack(
         [
@@ -64,7 +64,7 @@ def ground_size(
     )
 
 
-def _on_ellipsoid(longitude: np.ndarray, latitude: np.ndarray) -> np.ndarray:
+def on_ellipsoid(longitude: np.ndarray, latitude: np.ndarray) -> np.ndarray:
     """Earth-centred x, y, z in metres, right at the poles and at the antimeridian too.
 
     The straight line between neighbours is the arc on the ground to 1e-5, up to 100 km.
