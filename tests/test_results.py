@@ -136,6 +136,26 @@ def test_the_protocol_stands_under_its_table_in_full():
     assert "a/1.png and a/2.png" in terminal_table(rows)
 
 
+def test_a_class_that_is_only_predicted_is_named():
+    """It lowers the mean of one row alone."""
+    segmented = {"metrics": {"pixel accuracy": [0.9, 0.8, 1.0]}}
+    rows = [
+        dataclasses.replace(
+            row,
+            **segmented,
+            class_names=["road", "water"],
+            confusion=[[8, wrong], [0, 0]],
+            per_class={"road": 0.8} | ({"water": 0.0} if wrong else {}),
+        )
+        for row, wrong in zip(rows_of(), (2, 0), strict=False)
+    ]
+    (table,) = create_tables(rows)
+    facts = [f for f in statements(table) if "no test pixel is water" in f]
+    assert len(facts) == 1
+    assert f"{rows[0].scale:g} %" in facts[0]
+    assert "no test pixel is water" in terminal_table(rows)
+
+
 def test_digests_are_in_the_appendix_alone():
     text = markdown(create_tables([*rows_of(), *controls()]), {})
     before, after = text.split("## Appendix")

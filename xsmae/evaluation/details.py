@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
 
 from xsmae.evaluation.rows import Result
+
+
+class Line(Protocol):
+    """Rows of one protocol, and their name."""
+
+    name: str
+    cells: Mapping[tuple, Result]
 
 
 def percent(value: float, low: float, high: float) -> str:
@@ -12,13 +22,17 @@ def percent(value: float, low: float, high: float) -> str:
     return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def details(named: Iterable[tuple[str, Result]]) -> tuple[list[str], list[list[str]]]:
+def _named(lines: Iterable[Line]) -> list[tuple[str, Result]]:
+    return [(line.name, row) for line in lines for row in line.cells.values()]
+
+
+def details(lines: Iterable[Line]) -> tuple[list[str], list[list[str]]]:
     """A header and lines: the other metrics with intervals, then a class per column.
 
-    named: rows of one protocol, each with its name. Rows with a single metric have no
-    line. `-`: a class without a true or a predicted pixel.
+    Rows with a single metric have no line. `-`: a class without a true or a
+    predicted pixel.
     """
-    found = [(name, row) for name, row in named if row.metrics]
+    found = [(name, row) for name, row in _named(lines) if row.metrics]
     if not found:
         return [], []
     first = found[0][1]
@@ -29,10 +43,32 @@ def details(named: Iterable[tuple[str, Result]]) -> tuple[list[str], list[list[s
         *first.metrics,
         *(f"{of_class} {name}" for name in first.class_names),
     ]
-    lines = []
+    shares = []
     for name, row in found:
         metrics = [percent(*row.metrics[metric]) for metric in first.metrics]
         values = [row.per_class.get(one) for one in row.class_names]
         shown = ["-" if x is None else f"{100 * x:.1f}" for x in values]
-        lines.append([name, f"{row.scale:g} %", *metrics, *shown])
-    return header, lines
+        shares.append([name, f"{row.scale:g} %", *metrics, *shown])
+    return header, shares
+
+
+def without_truth(lines: Iterable[Line]) -> list[str]:
+    """A sentence per row with classes that are predicted, but have no true pixel.
+
+    Their IoU is 0, in the mean of that row alone.
+    """
+    found = []
+    for name, row in _named(lines):
+        true = np.sum(row.confusion, axis=1) if row.metrics else []
+        absent = [
+            one
+            for one, count in zip(row.class_names, true, strict=False)
+            if not count and one in row.per_class
+        ]
+        if absent:
+            found.append(
+                f"{name}, {row.scale:g} %: no test pixel is {' or '.join(absent)}, but "
+                f"some are predicted: they count as IoU 0 in this row's "
+                f"{row.protocol.metric}"
+            )
+    return found

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from xsmae.evaluation.details import details, percent
+from xsmae.evaluation.details import details, percent, without_truth
 from xsmae.evaluation.naming import bands_of, data_names, encoder_names, headings
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
 
@@ -195,8 +195,7 @@ def markdown(
 
 def _details(table: Table) -> list[str]:
     """The other metrics, and the IoU of each class, of each row of a segmentation."""
-    named = [(line.name, row) for line in table.lines for row in line.cells.values()]
-    header, lines = details(named)
+    header, lines = details(table.lines)
     if not lines:
         return []
     ruler = _row(["---", "---", *["---:"] * (len(header) - 2)])
@@ -250,6 +249,7 @@ def statements(table: Table) -> list[str]:
         f"{protocol.task}: "
         + ", ".join(f"{k}={v}" for k, v in protocol.options.items()),
         *_compared(table),
+        *without_truth(table.lines),
     ]
     leaked = max(row.leaks["pixel_identical_test_images"] for row in rows)
     if leaked:
@@ -334,13 +334,15 @@ def terminal_table(results: Sequence[Result]) -> str:
 
 def _warnings(table: Table) -> list[str]:
     rows = [row for line in table.lines for row in line.cells.values()]
+    found = without_truth(table.lines)
     leaks = next(
         (r.leaks for r in rows if r.leaks["pixel_identical_test_images"]), None
     )
     if leaks is None:
-        return []
+        return found
     example = leaks["example"]
     return [
+        *found,
         f"{leaks['pixel_identical_test_images']} test image(s) have the pixels of a "
-        f"training image, e.g. {example['test']} and {example['train']}"
+        f"training image, e.g. {example['test']} and {example['train']}",
     ]
