@@ -13,6 +13,7 @@ from tests.support.segmentation import Labelled, ramp
 from xsmae.cli import results, segment
 from xsmae.errors import UserError
 from xsmae.evaluation.rows import read
+from xsmae.evaluation.segmentation import cache
 from xsmae.evaluation.segmentation.evaluate import OTHERS
 from xsmae.evaluation.segmentation.heads import HEADS, Head, recipe_of
 from xsmae.evaluation.segmentation.kept import read_kept
@@ -197,6 +198,38 @@ def test_dense_knn_with_a_fixed_gsd(tmp_path):
     assert row.protocol.options["k"] == 3
     assert 0 <= row.low <= row.value <= row.high <= 1
     assert not (tmp_path / "out" / row.identity / "head").exists()
+
+
+def test_stopped_features_resume_and_knn_reads_those_of_linear(
+    tmp_path, monkeypatch, capsys
+):
+    computed, compute = [], cache.window_features
+
+    def counted(dense, images, **how):
+        if len(computed) == stop_after:
+            raise KeyboardInterrupt  # stops like a kill
+        computed.append(len(images))
+        return compute(dense, images, **how)
+
+    monkeypatch.setattr(cache, "window_features", counted)
+    command = [TINY, *LAND, *RECIPE, "--nocontrols"]
+    linear = ["--head=linear", "--recipe.num_steps=3"]
+    stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run([*command, *linear, *places(tmp_path)])
+    stop_after = None
+    (row,) = run([*command, *linear, *places(tmp_path)])
+    # An image of 32 pixels has four windows of 16, which are a batch.
+    assert computed == [1] * 5
+    (whole,) = run([*command, *linear, *places(tmp_path / "other")])
+    assert row.confusion == whole.confusion
+    capsys.readouterr()
+    computed.clear()
+    run([*command, "--head=knn", "--recipe.k=3", *places(tmp_path)])
+    assert computed == []
+    assert "training images at 100 %: 5/5 (cached)" in capsys.readouterr().out
+    run([*command, "--head=knn", "--recipe.k=3", *places(tmp_path), "--scales=50"])
+    assert sum(computed) == 5
 
 
 def test_a_stopped_training_of_upernet_resumes(tmp_path, capsys):

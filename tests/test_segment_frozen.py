@@ -10,6 +10,7 @@ from xsmae.bands import Bands
 from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe as recipes
 from xsmae.evaluation.segmentation import dense
+from xsmae.evaluation.segmentation.cache import cached_windows
 from xsmae.evaluation.segmentation.scores import IGNORE, scores
 from xsmae.evaluation.tasks.segment import confusions
 from xsmae.evaluation.tasks.segment_frozen import (
@@ -74,6 +75,78 @@ def test_windows_cover_every_pixel_of_all_images():
             crop=8,
             batch_size=4,
         )
+
+
+def test_windows_on_disk_resume_and_equal_those_in_memory(tmp_path):
+    # 6, 1, 1, 4 and 1 windows: with batches of two, the groups are 0, 1 to 2, 3, 4.
+    sizes = ((10, 19), (5, 8), (8, 8), (16, 9), (3, 3))
+    source, computed, said = [ramp(*size) for size in sizes], [], []
+
+    def dense_of(images, gsd):
+        if len(computed) == stop_after:
+            raise KeyboardInterrupt
+        computed.append(images)
+        return images[:, ::4, ::4] + 1 / 3
+
+    options = {"normalize": plain, "crop": 8}
+    stop_after = None
+    expected = dense.window_features(dense_of, source, **options, batch_size=2)
+    assert len(computed) == 7
+    folder = tmp_path / "cache"
+
+    def windows(batch_size=2):
+        computed.clear()
+        said.clear()
+        return cached_windows(
+            dense_of, source, folder, **options, batch_size=batch_size, title="some",
+            say=said.append,
+        )  # fmt: skip
+
+    stop_after = 4
+    with pytest.raises(KeyboardInterrupt):
+        windows()
+    assert len(list(folder.iterdir())) == 2  # three batches of image 0, one of 1 and 2
+    stop_after = None
+    for batch_size, calls in ((2, 3), (2, 0), (5, 0)):
+        for found, whole in zip(windows(batch_size), expected, strict=True):
+            assert (found.shape, found.dtype, len(found)) == (
+                whole.shape, whole.dtype, len(whole),
+            )  # fmt: skip
+            rows = np.array([12, 0, 7, 7])
+            np.testing.assert_array_equal(found[rows], whole[rows])
+            np.testing.assert_array_equal(found[np.arange(13)], whole)
+        assert len(computed) == calls
+    assert said == ["some: 5/5 (cached)"]
+    # A damaged file is computed again; its windows stand where they were.
+    damaged = folder / "000000001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-40] ^= 1
+    damaged.write_bytes(content)
+    features, _ = windows(5)
+    assert len(computed) == 1
+    assert f"{damaged} is damaged" in said[0]
+    np.testing.assert_array_equal(features[np.arange(13)], expected[0])
+
+
+def test_heads_give_the_same_from_disk_and_memory(tmp_path):
+    source = some_scenes(np.random.default_rng(0))
+    statistics = dense.neighbourhood_statistics(3)
+    options = {"normalize": plain, "crop": 8, "batch_size": 4}
+    in_memory = dense.window_features(statistics, source, **options)
+    on_disk = cached_windows(
+        statistics, source, tmp_path, **options, title="", say=lambda line: None
+    )
+    images = np.stack([s.image[:8, :8] for s in source]).astype(np.float32)
+    gsd = np.ones((4, 2), np.float32)
+    recipe = recipes.linear_segmentation()
+    recipe.update(batch_size=4, num_steps=5, crop=8)
+    plan = recipes.create_plan_of_steps(recipe)
+    for head in (
+        lambda found: retrieval(statistics, *found, 3, seed=0, k=5, memory=700),
+        lambda found: fit_linear(statistics, *found, 3, plan, recipe=recipe, seed=0),
+    ):
+        first, second = (head(found)(images, gsd) for found in (in_memory, on_disk))
+        np.testing.assert_array_equal(first, second)
 
 
 def test_pixels_without_a_value_are_zero():

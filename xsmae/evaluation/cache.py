@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import time
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from xsmae.process.log import LOG
 
 VERSION = 1  # raise it when the same encoder and images give different features
 EVERY = 10.0  # seconds between progress lines
+MAPPED = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I64": "<i8"}  # names of the format
 
 
 class Features:
@@ -54,7 +56,7 @@ class Features:
         rows = np.cumsum([0, *(shape[0] for shape in shapes)])
         joined = None
         for file, start, stop in zip(self._files, rows, rows[1:], strict=False):
-            part = _read(file, name)
+            part = read(file, name)
             if joined is None:
                 joined = np.empty((rows[-1], *part.shape[1:]), part.dtype)
             joined[start:stop] = part
@@ -101,13 +103,8 @@ def cached_features(
         values = fingerprint(source.bands, (source.units,))
         key = f"{key}-{source.dtype}-{values[:8]}"
     folder = cache / encoder.digest / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the cache {cache}: {error.strerror}; give another --cache"
-        ) from None
-    missing = _missing(folder, len(source), say)
+    create_folder(folder)
+    missing = unknown(folder, len(source), say)
     begin = last = time.monotonic()
     computed = 0
     batches = encode_batches(
@@ -131,7 +128,7 @@ def cached_features(
                     f"{encoder.name} gives {name} features that are not finite in the "
                     f"batch that begins with {where!r}: give another checkpoint"
                 )
-        _write(
+        write(
             folder / f"{covered[0]:09}.safetensors",
             {
                 **{k: np.asarray(v, np.float32) for k, v in encoded.items()},
@@ -158,8 +155,22 @@ def cached_features(
     return Features(folder, computed=computed, seconds=seconds)
 
 
-def _missing(folder: Path, total: int, say: Callable[[str], None]) -> np.ndarray:
-    """The positions without features, ascending. Removes damaged files."""
+def create_folder(folder: Path) -> None:
+    """Create a folder of the cache. Raises UserError if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache {folder}: {error.strerror}; give another "
+            "--cache"
+        ) from None
+
+
+def unknown(folder: Path, total: int, say: Callable[[str], None]) -> np.ndarray:
+    """The positions without features, ascending. Removes damaged files.
+
+    Each file has a tensor `covered`: the positions that need not be computed again.
+    """
     done = np.zeros(total, bool)
     for file in sorted(folder.glob("[0-9]*.safetensors")):
         try:
@@ -186,7 +197,7 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
     return found.hexdigest()
 
 
-def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write a file atomically, with a digest of its content."""
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     try:
@@ -204,6 +215,19 @@ def _shape(file: Path, name: str) -> tuple[int, ...]:
         return tuple(content.get_slice(name).get_shape())
 
 
-def _read(file: Path, name: str) -> np.ndarray:
+def read(file: Path, name: str) -> np.ndarray:
+    """A tensor of a file, in memory."""
     with safe_open(file, framework="np") as content:
         return content.get_tensor(name)
+
+
+def mapped(file: Path, name: str) -> np.ndarray:
+    """A tensor of a file, on disk: what is not asked for is not read."""
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        entry = json.loads(content.read(length))[name]
+    kind, shape, (begin, _) = (entry[n] for n in ("dtype", "shape", "data_offsets"))
+    # Little-endian and contiguous, by the format.
+    return np.memmap(
+        file, MAPPED[kind], mode="r", offset=8 + length + begin, shape=tuple(shape)
+    )

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,13 +19,13 @@ from xsmae.evaluation.fitting import recipe as recipes
 from xsmae.evaluation.fitting.recipe import Plan, create_plan_of_steps
 from xsmae.evaluation.measure import Measurement
 from xsmae.evaluation.scales import Scale
+from xsmae.evaluation.segmentation import cache
 from xsmae.evaluation.segmentation.crops import CropSampler, crops_of_steps
 from xsmae.evaluation.segmentation.dense import (
     Dense,
     last_tokens,
     neighbourhood_statistics,
     normalizer,
-    window_features,
 )
 from xsmae.evaluation.segmentation.scaled import Scaled
 from xsmae.evaluation.segmentation.windows import Predict
@@ -103,13 +104,15 @@ class Head:
             return _fit_upernet(job, scale, train, self)
         title, classes = f"{job.encoder.name}: ", len(job.parts.class_names)
         dense = _dense(job.encoder, job)
-        job.say(f"{title}features of {len(train)} training images")
-        features, masks = window_features(
+        features, masks = cache.cached_windows(
             dense,
             train,
+            self._windows_folder(job, scale),
             normalize=normalizer(job.encoder),
             crop=self.recipe["crop"],
             batch_size=self.recipe["batch_size"],
+            title=f"{title}training images at {scale.percent:g} %",
+            say=job.say,
         )
         if self.name == "knn":
             numbers = {n: self.recipe[n] for n in ("k", "temperature", "memory")}
@@ -129,6 +132,15 @@ class Head:
             each_step=_each_step(job, title, plan),
         )
         return Fitted(linear, "batch norm", linear.state)
+
+    def _windows_folder(self, job: Measurement, scale: Scale) -> Path:
+        """Where the features of the training images are; heads share them."""
+        gsd = job.protocol.gsd_policy if job.encoder.reads_gsd else "no"
+        name = (
+            f"windows-v{cache.VERSION}-{job.parts.train.fingerprint}-"
+            f"{scale.percent:g}-{self.recipe['crop']}px-{gsd}gsd"
+        )
+        return job.cache / job.encoder.digest / name
 
 
 def create_head(name: str, *, freeze: bool, recipe: recipes.Changes) -> Head:

@@ -15,6 +15,7 @@ from flax import nnx
 from xsmae.evaluation.fitting import optimizers
 from xsmae.evaluation.fitting.recipe import Plan
 from xsmae.evaluation.fitting.step import head_step
+from xsmae.evaluation.segmentation.cache import Rows
 from xsmae.evaluation.segmentation.dense import Dense
 from xsmae.evaluation.segmentation.windows import Predict
 from xsmae.evaluation.tasks.knn import nearest
@@ -26,6 +27,7 @@ from xsmae.train_state import TrainState, create_train_state
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
 
+AT_ONCE = 16  # windows that are read from disk together
 K = 30  # neighbours of a patch (Hummingbird, Balazevic et al. 2023)
 TEMPERATURE = 0.02  # of the cosine similarities
 MEMORY = 100_000  # patches
@@ -44,8 +46,8 @@ class Linear:
 
 def fit_linear(
     dense: Dense,
-    features: Float[np.ndarray, "n rows columns width"],
-    masks: UInt8[np.ndarray, "n height width"],
+    features: Rows | Float[np.ndarray, "n rows columns width"],
+    masks: Rows | UInt8[np.ndarray, "n height width"],
     num_classes: int,
     plan: Plan,
     *,
@@ -53,8 +55,9 @@ def fit_linear(
     seed: int,
     each_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Linear:
-    """Trains the linear layer on what `window_features` gives for `dense`, by AdamW.
+    """Trains the linear layer by AdamW.
 
+    features, masks: what `cached_windows` gives for `dense`, or arrays in memory.
     each_step gets the step and its loss.
     """
     layer = create_layer(
@@ -149,8 +152,8 @@ def class_histograms(
 
 def retrieval(
     dense: Dense,
-    features: Float[np.ndarray, "n rows columns width"],
-    masks: UInt8[np.ndarray, "n height width"],
+    features: Rows | Float[np.ndarray, "n rows columns width"],
+    masks: Rows | UInt8[np.ndarray, "n height width"],
     num_classes: int,
     *,
     seed: int,
@@ -162,16 +165,27 @@ def retrieval(
 
     A vote weighs exp(cosine / temperature), normalised over the k. The memory has up to
     `memory` patches, drawn at random among those with a pixel that counts. features,
-    masks: what `window_features` gives for `dense`. Returns `predict(images, gsd)`, the
-    shares of the votes for all pixels.
+    masks: what `cached_windows` gives for `dense`, or arrays in memory. Returns
+    `predict(images, gsd)`, the shares of the votes for all pixels.
     """
-    histograms = class_histograms(masks, features.shape[1:3], num_classes)
-    known = np.flatnonzero(histograms.any(axis=-1))
+    n, *grid, width = features.shape
+    parts = [np.arange(n)[start : start + AT_ONCE] for start in range(0, n, AT_ONCE)]
+
+    def shares_of(rows):
+        return class_histograms(masks[rows], grid, num_classes).reshape(-1, num_classes)
+
+    known = np.flatnonzero(np.concatenate([shares_of(r).any(axis=1) for r in parts]))
     if len(known) > memory:
         chosen = np.random.default_rng(seed).permutation(len(known))[:memory]
         known = known[np.sort(chosen)]
-    bank = features.reshape(-1, features.shape[-1])[known].astype(np.float32)
-    values = histograms.reshape(-1, num_classes)[known]
+    bank = np.empty((len(known), width), np.float32)
+    values = np.empty((len(known), num_classes), np.float32)
+    for rows in parts:
+        first, stop = np.array((rows[0], rows[-1] + 1)) * np.prod(grid)
+        here = slice(*np.searchsorted(known, (first, stop)))
+        places = known[here] - first
+        bank[here] = features[rows].reshape(-1, width)[places]
+        values[here] = shares_of(rows)[places]
 
     def votes(queries):
         similarity, rows = nearest(bank, queries, k=k)
