@@ -2,7 +2,8 @@
 
 Measures an encoder by training all of it with a classifier, by MAE's recipe, which
 --recipe.FIELD=VALUE changes. The control is the same architecture, trained the same way
-from random weights.
+from random weights. The trained encoder and its head are kept: xsmae predict labels
+images with them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from absl import flags
 
 from xsmae.cli import evaluation as commandline
-from xsmae.cli.measure import measure
+from xsmae.cli.measure import define_out, measure
 from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe
 from xsmae.evaluation.rows import Result
@@ -27,6 +28,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "Also train the same architecture from random weights, as a control.",
         flag_values=values,
     )
+    define_out(values)
     recipe.define_flags(values)
 
 
@@ -44,7 +46,12 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     commandline.default(values, "scales", ["100"])
     commandline.default(values, "feature", task.features)
     return measure(
-        values, config, task, controls=values.controls, should_stop=should_stop
+        values,
+        config,
+        task,
+        controls=values.controls,
+        out=values.out or None,
+        should_stop=should_stop,
     )
 
 

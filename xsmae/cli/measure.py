@@ -48,6 +48,17 @@ def measure(
     return rows
 
 
+def define_out(values: flags.FlagValues) -> None:
+    """Define the flag --out of the commands that train a classifier."""
+    flags.DEFINE_string(
+        "out",
+        "heads",
+        "The folder that gets a folder per result of the encoder, with the trained "
+        "head. --out= keeps no head.",
+        flag_values=values,
+    )
+
+
 def percents_of(values: flags.FlagValues) -> list[float]:
     """The numbers of --scales. Raises UserError if one is no number."""
     try:

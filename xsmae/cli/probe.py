@@ -3,7 +3,8 @@
 Measures a frozen encoder by a linear classifier: --protocol=sweep fits logistic
 regressions to features; --protocol=published trains batch norm and a linear layer on
 random crops, as in the papers. Image statistics, a thumbnail and the same architecture
-with random weights are measured alongside, as controls.
+with random weights are measured alongside, as controls. The trained head of each result
+is kept: xsmae predict labels images with it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import ml_collections
 from absl import flags
 
 from xsmae.cli import evaluation as commandline
-from xsmae.cli.measure import measure
+from xsmae.cli.measure import define_out, measure
 from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe
 from xsmae.evaluation.rows import Result
@@ -47,6 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "The fraction of each class's training images held out to choose the penalty.",
         flag_values=values,
     )
+    define_out(values)
     recipe.define_flags(values)
 
 
@@ -72,7 +74,8 @@ def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
         task = catalogue.linear_probe(
             penalties=values.penalties, validation=values.validation
         )
-    return measure(values, config, task, should_stop=should_stop)
+    out = values.out or None
+    return measure(values, config, task, out=out, should_stop=should_stop)
 
 
 def _recipe_of(values: flags.FlagValues) -> ml_collections.ConfigDict | None:

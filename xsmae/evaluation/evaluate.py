@@ -17,6 +17,7 @@ from xsmae.data.records import Source
 from xsmae.data.square import RESIZE, RESIZE_RASTER
 from xsmae.errors import UserError
 from xsmae.evaluation import scales as scales_of
+from xsmae.evaluation.kept import check_folder
 from xsmae.evaluation.measure import INTERVAL, Measurement, check_features, measure
 from xsmae.evaluation.parts import Data, Parts, name_of, open_parts
 from xsmae.evaluation.rows import Protocol, Result, check_writable
@@ -100,6 +101,7 @@ def evaluate(
     feature: str | Sequence[str] | None = None,
     controls: bool = True,
     results: str | os.PathLike | None = None,
+    out: str | os.PathLike | None = None,
     cache: str | os.PathLike | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -129,6 +131,8 @@ def evaluate(
         except in fine-tuning, image statistics and thumbnails.
       results: the rows are added to this file. Rows already in it are not measured
         again.
+      out: the folder that gets a folder per new row of the encoder itself, with the
+        trained head for `load_head`; None keeps no head.
       cache: the folder that keeps features and the states of stopped trainings.
       seed: for random encoders, trainings and intervals.
       batch_size: images per call of the encoder.
@@ -172,6 +176,8 @@ def evaluate(
     wanted = (wanted,) if isinstance(wanted, str) else wanted
     if results is not None:
         check_writable(Path(results))
+    if out is not None and setup.encoder.network:
+        check_folder(Path(out))
     subjects = [setup.encoder]
     if controls:
         subjects += _controls(setup, task, seed, missing_bands)
@@ -189,6 +195,7 @@ def evaluate(
                 results=None if results is None else Path(results),
                 cache=folder,
                 batch_size=batch_size,
+                out=Path(out) if out and subject is subjects[0] else None,
                 should_stop=should_stop,
                 say=print_line if progress else lambda line: None,
             )

@@ -14,6 +14,7 @@ from xsmae.errors import UserError
 from xsmae.evaluation.cache import Features, cached_features
 from xsmae.evaluation.features import standardize
 from xsmae.evaluation.intervals import LEVEL, RESAMPLES, bootstrap_interval
+from xsmae.evaluation.kept import describe_training, keep_classifier
 from xsmae.evaluation.parts import Parts, identical_images
 from xsmae.evaluation.rows import (
     AVERAGE,
@@ -29,6 +30,7 @@ from xsmae.evaluation.scales import Scale
 from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.process.environment import describe_environment
 from xsmae.process.log import LOG
+from xsmae.weights.classifier import TrainedClassifier
 
 INTERVAL = {
     "method": "percentile bootstrap over test images",
@@ -66,7 +68,8 @@ class Outcome:
     """A classifier's predictions for the test images, from one feature at one scale.
 
     predicted: [m], a class for each image of `test`. gsd_told, seconds,
-    images_per_second, feature_scaling: see `Result`.
+    images_per_second, feature_scaling: see `Result`. trained() -> the classifier, to
+    keep it; None if nothing was trained on an encoder.
     """
 
     feature: str
@@ -77,6 +80,7 @@ class Outcome:
     gsd_told: float | None
     seconds: float | None
     images_per_second: float | None
+    trained: Callable[[], TrainedClassifier] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Measurement:
 
     features: the encoder's features to measure. results: the file for the rows; None
     only returns them. outcomes(job, scale): one `Outcome` per feature, in order, such
-    as `of_frozen_features`. should_stop, say: see `cached_features`.
+    as `of_frozen_features`. out: the folder that gets a folder per new row, with its
+    trained classifier; None keeps none. should_stop, say: see `cached_features`.
     """
 
     encoder: FrozenEncoder
@@ -98,6 +103,7 @@ class Measurement:
     results: Path | None
     cache: Path
     batch_size: int = 64
+    out: Path | None = None
     should_stop: Callable[[], bool] = lambda: False
     say: Callable[[str], None] = LOG.info
 
@@ -129,6 +135,11 @@ def measure(job: Measurement) -> list[Result]:
     for scale in job.scales:
         for outcome in job.outcomes(job, scale):
             row, right = _row(job, encoder, scale, outcome)
+            if job.out and outcome.trained and row.identity not in known:
+                folder = job.out / row.identity
+                told = describe_training(job.encoder, job.protocol, scale, job.seed)
+                keep_classifier(folder, outcome.trained(), row, scale, told)
+                row = dataclasses.replace(row, files=str(folder))
             rows.append(row)
             correct[outcome.feature].append(right)
     if len(job.scales) > 1:
@@ -255,6 +266,7 @@ def _average(job: Measurement, rows: list[Result], right: np.ndarray) -> Result:
         confusion=None,
         seconds=None,
         images_per_second=None,
+        files=None,
     )
 
 

@@ -65,7 +65,8 @@ class Result:
     images used. unusable: images left out, per part. leaks: test images with the same
     pixels as a training image. seconds, images_per_second: of the extraction, None if
     the features were cached. run: versions, devices, time. metrics: other metrics ->
-    value, low, high. files: the folder of what a segmentation keeps beside the row.
+    value, low, high. files: the folder of what is kept beside the row, such as the
+    trained head.
     """
 
     protocol: Protocol

@@ -51,7 +51,8 @@ class FrozenEncoder:
     deviation, before they are compared.
     encode(images [n, size, size, bands], gsd [n, 2]) -> {feature: [n, width]}; see
     `features.Encode`. network: takes normalised images; None for pixel controls.
-    reading: which images it reads and how; None for pixel controls.
+    reading: which images it reads and how; None for pixel controls. dtype: of its
+    matrix products.
     """
 
     name: str
@@ -66,6 +67,7 @@ class FrozenEncoder:
     encode: Encode
     network: Network | None = None
     reading: Reading | None = None
+    dtype: str = "float32"
 
     @property
     def filled(self) -> tuple[str, ...]:
@@ -204,6 +206,7 @@ def frozen_encoder(
         encode=encode,
         network=encoder.network,
         reading=reading,
+        dtype=encoder.dtype,
     )
 
 

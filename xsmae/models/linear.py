@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from xsmae.models.vit import LayerNorm
@@ -87,6 +89,28 @@ class PooledLinear(nnx.Module):
     ) -> Float[Array, "batch classes"]:
         """Scores of pooled tokens."""
         return self.head(pooled if self.fc_norm is None else self.fc_norm(pooled))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogisticRegression:
+    """`features @ kernel + bias` of standardised features. penalty: the one of L2."""
+
+    mean: Float[np.ndarray, " width"]
+    std: Float[np.ndarray, " width"]
+    kernel: Float[np.ndarray, "width classes"]
+    bias: Float[np.ndarray, " classes"]
+    penalty: float
+
+    def scores(
+        self, features: Float[np.ndarray, "n width"]
+    ) -> Float[np.ndarray, "n classes"]:
+        """Scores, computed by NumPy: the same on every device."""
+        scores = (features - self.mean) / self.std @ np.asarray(self.kernel)
+        return scores + np.asarray(self.bias)
+
+    def predict(self, features: Float[np.ndarray, "n width"]) -> np.ndarray:
+        """The class with the highest score; the lowest class wins a tie."""
+        return self.scores(features).argmax(axis=1)
 
 
 def _linear(width: int, num_classes: int, std: float, rngs: nnx.Rngs) -> nnx.Linear:

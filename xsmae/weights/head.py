@@ -1,59 +1,42 @@
-"""A trained segmentation head: in memory, and in a folder with its encoder.
-
-HEAD/head.safetensors   the weights of the head
-HEAD/head.json          what it is: classes, crop, digests, how it was trained
-HEAD/encoder/           the encoder that it reads, frozen or trained with it
-"""
+"""A trained segmentation head in memory, and any head from its folder."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from xsmae.config import DTYPES
 from xsmae.errors import UserError
 from xsmae.models.pixel_linear import PixelLinear
 from xsmae.models.taps import as_map, tapped_blocks, token_maps
 from xsmae.models.upernet import UperNet, head_channels, norm_for
-from xsmae.models.vit import Encoder as Network
 from xsmae.ops import resize
-from xsmae.process.files import atomic_write, write_json
 from xsmae.train_state import TrainState
+from xsmae.weights import classifier, head_files
 from xsmae.weights.description import check_network
-from xsmae.weights.encoder import Encoder, load_encoder
+from xsmae.weights.encoder import Encoder
+from xsmae.weights.head_files import is_whole
 from xsmae.weights.inputs import check_gsd, check_images, check_patches
-from xsmae.weights.layouts import leaves
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     from xsmae.weights.encoder import Gsd
 
-SCHEMA, TASK = 1, "segment"
+TASK = "segment"
 KINDS = ("upernet", "linear")
 MAX_CLASSES = 255  # 255 itself is a pixel without a class
 REQUIRED = (
     "kind", "classes", "crop", "overlap", "architecture", "encoder", "weights",
     "training",
 )  # fmt: skip
-
-
-class Trained(Protocol):
-    """What `save_head` needs of an encoder: an `Encoder`, or one of an evaluation."""
-
-    info: Mapping[str, Any]
-    network: Network
 
 
 class Head:
@@ -116,10 +99,8 @@ class Head:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits; heads with equal digests give equal scores."""
-        names = ("kind", "classes", "crop", "overlap", "architecture", "encoder")
-        told = {name: self.info[name] for name in (*names, "weights")}
-        told = json.dumps(told, sort_keys=True).encode()
-        return hashlib.sha256(told).hexdigest()[:16]
+        names = ("kind", "classes", "crop", "overlap", "architecture")
+        return head_files.digest_of(self.info, names)
 
 
 def _upernet_scores(network, model, images, gsd, *, blocks):
@@ -135,7 +116,7 @@ def _linear_scores(network, model, images, gsd):
 
 def save_head(
     folder: str | Path,
-    encoder: Trained,
+    encoder: head_files.Trained,
     state: TrainState,
     *,
     kind: str,
@@ -170,17 +151,10 @@ def save_head(
         }
     else:
         architecture = {"epsilon": recipe["batch_norm_epsilon"]}
-    found = leaves(nnx.State(params)) | leaves(nnx.State(batch_stats))
-    weights = save({_name(path): np.asarray(x) for path, x in found.items()})
     info = encoder.info
     if trained:
         info = {**info, "run": {**info.get("run", {}), "trained_with_head": kind}}
-    kept = Encoder(network, info)
-    kept.save(folder / "encoder")
-    with atomic_write(folder / "head.safetensors") as temporary:
-        temporary.write_bytes(weights)
-    content = {
-        "schema": SCHEMA,
+    fields = {
         "task": TASK,
         "kind": kind,
         "classes": [
@@ -190,51 +164,34 @@ def save_head(
         "crop": recipe["crop"],
         "overlap": recipe["overlap"],
         "architecture": architecture,
-        "encoder": kept.digest,
-        "weights": hashlib.sha256(weights).hexdigest(),
         "training": dict(training),
     }
-    # Last: until then the digests do not match, and the folder is refused.
-    write_json(folder / "head.json", content)
+    tensors = head_files.tensors_of(params, batch_stats)
+    head_files.write_head(folder, Encoder(network, info), tensors, fields)
 
 
-def load_head(folder: str | Path) -> Head:
-    """Load the segmentation head of a folder, with its encoder.
+def load_head(folder: str | Path) -> Head | classifier.Classifier:
+    """Load the head of a folder, or of the folder of a result, with its encoder.
 
-    Raises UserError if the folder has no head, or a damaged one.
+    It is a `Head`, which segments, or a `Classifier`, which labels whole images. Raises
+    UserError if the folder has no head, or a damaged one.
     """
     folder = Path(folder)
-    info = _read_description(folder / "head.json")
-    encoder = load_encoder(folder / "encoder")
-    if encoder.digest != info["encoder"]:
-        raise UserError(
-            f"{folder}/encoder has the digest {encoder.digest}, expected "
-            f"{info['encoder']}: it is not the encoder of this head; restore it"
-        )
-    try:
-        content = (folder / "head.safetensors").read_bytes()
-        tensors = load(content)
-    except (ValueError, SafetensorError, OSError) as error:
-        raise UserError(f"{folder}/head.safetensors cannot be read: {error}") from None
-    if hashlib.sha256(content).hexdigest() != info["weights"]:
-        raise UserError(
-            f"{folder}/head.safetensors is damaged, or of another head than head.json: "
-            "restore it"
-        )
-    try:
-        model = _build(info, encoder)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}/head.json is inconsistent: {reason}") from None
-    _fill(model, tensors, folder)
-    dtype = info["architecture"].get("dtype", "float32")
-    if dtype != encoder.dtype:
-        encoder = Encoder(encoder.network, encoder.info, dtype=dtype)
-    return Head(model, encoder, info)
+    if not (folder / "head.json").exists() and (folder / "head/head.json").exists():
+        folder = folder / "head"
+    path = folder / "head.json"
+    info = head_files.read_description(path)
+    if info["task"] == classifier.TASK:
+        return classifier.read_classifier(folder, info)
+    head_files.check_fields(path, info, REQUIRED, _checks)
+    encoder, tensors = head_files.read_head(folder, info)
+    model = head_files.build(folder, lambda: _new(info, encoder))
+    head_files.fill(model, tensors, folder)
+    return Head(model, head_files.in_dtype(encoder, info), info)
 
 
-def _build(info: Mapping[str, Any], encoder: Encoder) -> UperNet | PixelLinear:
-    """The head's module, with shapes only."""
+def _new(info: Mapping[str, Any], encoder: Encoder) -> UperNet | PixelLinear:
+    """A module of the head's architecture."""
     options = dict(info["architecture"])
     width, number = encoder.network.embed_dim, len(info["classes"])
     if info["kind"] == "linear":
@@ -247,82 +204,26 @@ def _build(info: Mapping[str, Any], encoder: Encoder) -> UperNet | PixelLinear:
             raise ValueError(f"dtype={dtype!r}, expected one of {', '.join(DTYPES)}")
         dtype = jnp.dtype(dtype)
         new = functools.partial(UperNet, width, number, dtype=dtype, **options)
-    return nnx.eval_shape(lambda: new(rngs=nnx.Rngs(0)))
+    return new(rngs=nnx.Rngs(0))
 
 
-def _fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], folder: Path) -> None:
-    """Put the tensors of a file into `model`, in place."""
-    expected = {_name(path): leaf.shape for path, leaf in leaves(model).items()}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
-            raise UserError(
-                f"{folder}/head.safetensors does not fit head.json: {name} expected "
-                f"{expected.get(name, 'nothing')}, found {shapes.get(name, 'nothing')}"
-            )
-    state = nnx.state(model)
-    paths = [_name(path) for path in leaves(state)]
-    tree = jax.tree.structure(state)
-    new = [jnp.asarray(tensors[path]) for path in paths]
-    nnx.update(model, jax.tree.unflatten(tree, new))
-
-
-def _name(path: Sequence[str | int]) -> str:
-    return ".".join(map(str, path))
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    """The content of a `head.json`; UserError if incomplete or inconsistent."""
-    if not path.exists():
-        raise UserError(
-            f"{path.parent} has no head.json: give the folder of a segmentation head"
-        )
-    try:
-        info = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    found = info if isinstance(info, dict) else {}
-    for name, expected in (("schema", SCHEMA), ("task", TASK)):
-        if found.get(name) != expected:
-            raise UserError(
-                f"{path} has {name}={found.get(name)!r}, expected {expected!r}: use "
-                "the version of xsmae that wrote it, or give another head"
-            )
-    missing = [name for name in REQUIRED if name not in info]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: restore the file")
-    wrong = [
-        name
-        for name, good in (
-            ("kind", info["kind"] in KINDS),
-            ("classes", _are_classes(info["classes"])),
-            ("crop", _is_whole(info["crop"], 1)),
-            ("overlap", _is_whole(info["overlap"], 0)),
-            ("architecture", isinstance(info["architecture"], dict)),
-        )
-        if not good
-    ]
-    if not wrong and info["overlap"] >= info["crop"]:
-        wrong = ["overlap"]
-    if wrong:
-        raise UserError(
-            f"{path} has {wrong[0]}={info[wrong[0]]!r}, which no head has: restore the "
-            "file"
-        )
-    return info
-
-
-def _is_whole(value: Any, low: int, high: float = float("inf")) -> bool:
-    return type(value) is int and low <= value <= high
+def _checks(info: Mapping[str, Any]) -> dict[str, bool]:
+    """For each field of a `head.json`, whether a head can have its value."""
+    crop, overlap = info["crop"], info["overlap"]
+    return {
+        "kind": info["kind"] in KINDS,
+        "classes": _are_classes(info["classes"]),
+        "crop": is_whole(crop, 1),
+        "overlap": is_whole(overlap, 0) and is_whole(crop, overlap + 1),
+        "architecture": isinstance(info["architecture"], dict),
+    }
 
 
 def _are_classes(entries: Any) -> bool:
-    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_CLASSES:
-        return False
-    if not all(isinstance(x, dict) and isinstance(x.get("name"), str) for x in entries):
+    if not head_files.are_named(entries) or len(entries) > MAX_CLASSES:
         return False
     colours = [entry["color"] for entry in entries if "color" in entry]
     return len(colours) in (0, len(entries)) and all(
-        isinstance(c, list) and len(c) == 3 and all(_is_whole(v, 0, 255) for v in c)
+        isinstance(c, list) and len(c) == 3 and all(is_whole(v, 0, 255) for v in c)
         for c in colours
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 import time
@@ -26,6 +27,7 @@ from xsmae.evaluation.subjects import pixel_control
 from xsmae.process.lock import FolderLock
 from xsmae.process.progress import Progress
 from xsmae.train_state import TrainState
+from xsmae.weights.classifier import TrainedClassifier
 
 VERSION = 1  # raise it when the same training gives different numbers
 EVERY = 5.0  # seconds between progress lines
@@ -39,13 +41,14 @@ class Learner:
     state: the initial state. step(state, images, gsd, labels) -> (state, loss).
     predict(state, images, gsd) -> scores [n, classes]. images: [n, size, size, bands],
     see `features.Encode`; gsd: [n, 2] metres per pixel; labels: [n]. feature_scaling:
-    see `Result`.
+    see `Result`. trained(state) -> the classifier to keep; None if there is none.
     """
 
     state: TrainState
     step: Callable[..., tuple[TrainState, jax.Array]]
     predict: Callable[[TrainState, np.ndarray, np.ndarray], jax.Array]
     feature_scaling: str
+    trained: Callable[[TrainState], TrainedClassifier] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,7 @@ def of_trained(
             gsd_told=float(np.median(test.gsd)) if job.encoder.reads_gsd else None,
             seconds=seconds if steps else None,
             images_per_second=steps * recipe["batch_size"] / seconds if steps else None,
+            trained=learner.trained and functools.partial(learner.trained, state),
         )
 
 

@@ -39,7 +39,7 @@ def step_by(
 def head_step(
     state: TrainState,
     features: Float[Array, "*batch width"],
-    targets: Int[Array, " *batch"],
+    targets: Int[Array, " *labels"],
     *,
     graphdef: nnx.GraphDef,
     loss: Callable[[nnx.Module, Array, Array], Float[Array, ""]],

@@ -15,6 +15,7 @@ from xsmae.evaluation import scales as scales_of
 from xsmae.evaluation.evaluate import Subject
 from xsmae.evaluation.fitting.fit import state_folder
 from xsmae.evaluation.intervals import LEVEL, RESAMPLES
+from xsmae.evaluation.kept import HEAD, describe_training, writing_to
 from xsmae.evaluation.measure import (
     Measurement,
     describe_run,
@@ -187,7 +188,7 @@ def _row(
     if folder is not None:
         write_kept(folder, parts, found, examples)
         if keeps_head and job.encoder.network and fitted.state:
-            _save_head(folder / "head", job, head, fitted, scale)
+            _save_head(folder / HEAD, job, head, fitted, scale)
     value = scores(found)
     interval = bootstrap(found, seed=job.seed, scenes=parts.scenes)
     seen = {part: Pixels.of(survey) for part, survey in parts.surveys.items()}
@@ -231,7 +232,7 @@ def _row(
 def _save_head(
     folder: Path, job: Measurement, head: Head, fitted: Fitted, scale: scales_of.Scale
 ) -> None:
-    try:
+    with writing_to(folder):
         save_head(
             folder,
             job.encoder,
@@ -240,21 +241,8 @@ def _save_head(
             classes=job.parts.class_names,
             colours=job.parts.train.colours,
             recipe=head.recipe,
-            training={
-                "encoder": job.encoder.name,
-                "digest": job.encoder.digest,
-                "data": dict(job.protocol.data),
-                "protocol": job.protocol.key,
-                "options": dict(job.protocol.options),
-                "scale": scale.percent,
-                "seed": job.seed,
-            },
+            training=describe_training(job.encoder, job.protocol, scale, job.seed),
         )
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; free space or give another "
-            "--out"
-        ) from None
 
 
 def _gsd_told(job: Measurement, scale: scales_of.Scale) -> float:

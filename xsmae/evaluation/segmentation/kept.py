@@ -13,6 +13,7 @@ import numpy as np
 from xsmae.data.masks import Segmentation
 from xsmae.errors import UserError
 from xsmae.evaluation.features import spread
+from xsmae.evaluation.kept import writing_to
 from xsmae.evaluation.segmentation.parts import MaskParts
 from xsmae.evaluation.tasks.segment import Guess
 from xsmae.process.files import atomic_write
@@ -72,7 +73,7 @@ def write_kept(
     test, drawn = parts.test, {}
     for index, step, predicted in examples.predicted():
         drawn[f"{index}_{step}"] = predicted
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / CONFUSIONS) as path, path.open("wb") as file:
             np.savez_compressed(
@@ -84,11 +85,6 @@ def write_kept(
             )
         with atomic_write(folder / EXAMPLES) as path, path.open("wb") as file:
             np.savez_compressed(file, **drawn)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; free space or give another "
-            "--out"
-        ) from None
 
 
 def read_kept(folder: Path) -> Kept:

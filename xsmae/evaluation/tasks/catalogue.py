@@ -21,7 +21,8 @@ from xsmae.evaluation.subjects import PIXEL_CONTROLS, FrozenEncoder
 from xsmae.evaluation.tasks import finetune as finetuning
 from xsmae.evaluation.tasks import published_probe
 from xsmae.evaluation.tasks.knn import knn_predict
-from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_predict
+from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_fit
+from xsmae.weights.classifier import TrainedClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +87,27 @@ def linear_probe(
         )
 
     def outcomes(job: Measurement, scale: Scale) -> Iterable[Outcome]:
-        predict = functools.partial(
-            sweep_predict,
-            penalties=ordered,
-            validation=validation,
-            seed=job.seed,
-            should_stop=job.should_stop,
-            say=lambda line: job.say(f"{job.encoder.name}: {line}"),
-        )
-        return of_frozen_features(job, scale, predict=predict)
+        fitted = None
+
+        def predict(bank, labels, queries, *, num_classes):
+            nonlocal fitted
+            fitted = sweep_fit(
+                bank,
+                labels,
+                num_classes=num_classes,
+                penalties=ordered,
+                validation=validation,
+                seed=job.seed,
+                should_stop=job.should_stop,
+                say=lambda line: job.say(f"{job.encoder.name}: {line}"),
+            )
+            return fitted.predict(queries)
+
+        for outcome in of_frozen_features(job, scale, predict=predict):
+            trained = functools.partial(TrainedClassifier.logistic, fitted, job.encoder)
+            yield dataclasses.replace(
+                outcome, trained=trained if job.encoder.network else None
+            )
 
     options = {
         "classifier": "logistic regression, L-BFGS, standardised features",

@@ -27,6 +27,10 @@ from xsmae.models.vit import Encoder
 from xsmae.optim import Optimizer
 from xsmae.sharding import by_batch, create_mesh, replicated
 from xsmae.train_state import TrainState, create_train_state
+from xsmae.weights.classifier import TrainedClassifier
+from xsmae.weights.description import check_network
+from xsmae.weights.encoder import Encoder as TrainedEncoder
+from xsmae.weights.head_files import tensors_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Shaped
@@ -134,11 +138,30 @@ def create_learner(
         out_shardings=whole,
         donate_argnums=0,
     )
+
+    def trained(state):
+        tuned = {
+            **info,
+            "architecture": {**info["architecture"], **changes},
+            "pooling": feature,
+            "run": {**info.get("run", {}), "trained_with_head": "finetuned"},
+        }
+        network = check_network(tuned)
+        nnx.update(network, state.params["encoder"])
+        head = {name: state.params[name] for name in state.params if name != "encoder"}
+        return TrainedClassifier(
+            "finetuned",
+            tensors_of(nnx.State(head)),
+            {"dtype": recipe["dtype"]},
+            TrainedEncoder(network, tuned),
+        )
+
     return Learner(
         state=jax.device_put(state, whole),
         step=lambda state, images, *rest: step(state, read(images), *rest),
         predict=lambda state, images, gsd: scores(state, read(images), gsd),
         feature_scaling="layer norm (fc_norm)" if feature == "mean" else "none",
+        trained=trained,
     )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,10 @@ import numpy as np
 import optax
 
 from xsmae.errors import UserError
+from xsmae.models.linear import LogisticRegression
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Float, Int
 
 # L2 penalties a factor of 10 apart, from almost none to one that dominates the loss.
 PENALTIES = tuple(float(x) for x in np.logspace(-6, 1, 8))
@@ -25,21 +25,6 @@ MAX_ITERATIONS = 500
 TOLERANCE = 1e-5
 
 
-@dataclasses.dataclass(frozen=True)
-class LinearClassifier:
-    """`features @ kernel + bias` of standardised features."""
-
-    mean: Float[np.ndarray, " width"]
-    std: Float[np.ndarray, " width"]
-    kernel: Float[Array, "width classes"]
-    bias: Float[Array, " classes"]
-
-    def predict(self, features: Float[np.ndarray, "n width"]) -> np.ndarray:
-        """The class with the highest score; the lowest class wins a tie."""
-        scores = (features - self.mean) / self.std @ np.asarray(self.kernel)
-        return (scores + np.asarray(self.bias)).argmax(axis=1)
-
-
 def fit(
     features: Float[np.ndarray, "n width"],
     labels: Int[np.ndarray, " n"],
@@ -47,7 +32,7 @@ def fit(
     num_classes: int,
     penalties: Sequence[float],
     should_stop: Callable[[], bool] = lambda: False,
-) -> list[LinearClassifier]:
+) -> list[LogisticRegression]:
     """Multinomial logistic regression, one classifier per L2 penalty.
 
     Minimises the mean cross-entropy + penalty / 2 * the squared norm of the kernel. The
@@ -61,7 +46,7 @@ def fit(
     classifiers = []
     for penalty in penalties:
         kernel, bias = _minimise(x, y, num_classes, penalty, should_stop)
-        classifiers.append(LinearClassifier(mean, std, kernel, bias))
+        classifiers.append(LogisticRegression(mean, std, kernel, bias, penalty))
     return classifiers
 
 
@@ -112,10 +97,9 @@ def hold_out(
     return held
 
 
-def sweep_predict(
+def sweep_fit(
     bank: Float[np.ndarray, "n width"],
     bank_labels: Int[np.ndarray, " n"],
-    queries: Float[np.ndarray, "m width"],
     *,
     num_classes: int,
     penalties: Sequence[float] = PENALTIES,
@@ -123,8 +107,8 @@ def sweep_predict(
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
-) -> np.ndarray:
-    """Classify the queries by logistic regression with the best penalty.
+) -> LogisticRegression:
+    """Logistic regression with the best penalty.
 
     The best penalty has the highest accuracy on held-out TRAINING images; the strongest
     wins a tie. The final fit uses it with all training images. No test label is used.
@@ -145,4 +129,14 @@ def sweep_predict(
         f"{held.sum()} held-out training images"
     )
     (classifier,) = new(bank, bank_labels, penalties=[penalties[best]])
-    return classifier.predict(queries)
+    return classifier
+
+
+def sweep_predict(
+    bank: Float[np.ndarray, "n width"],
+    bank_labels: Int[np.ndarray, " n"],
+    queries: Float[np.ndarray, "m width"],
+    **how: Any,
+) -> np.ndarray:
+    """The classes of the queries by `sweep_fit`, whose options are `how`."""
+    return sweep_fit(bank, bank_labels, **how).predict(queries)

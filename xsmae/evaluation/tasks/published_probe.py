@@ -19,6 +19,8 @@ from xsmae.evaluation.fitting.step import head_step
 from xsmae.evaluation.measure import Measurement
 from xsmae.models.linear import LinearProbe
 from xsmae.train_state import create_train_state
+from xsmae.weights.classifier import TrainedClassifier
+from xsmae.weights.head_files import tensors_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -85,6 +87,14 @@ def create_learner(
         model = nnx.merge(graphdef, state.params, state.batch_stats)
         return model(features, training=False)
 
+    def trained(state):
+        architecture = {
+            "epsilon": recipe["batch_norm_epsilon"],
+            "dtype": job.encoder.dtype,
+        }
+        tensors = tensors_of(state.params, state.batch_stats)
+        return TrainedClassifier("batch_norm", tensors, architecture, job.encoder)
+
     return Learner(
         state=state,
         step=lambda state, images, gsd, labels: step(
@@ -92,6 +102,7 @@ def create_learner(
         ),
         predict=lambda state, images, gsd: scores(state, encode(images, gsd)),
         feature_scaling="batch norm",
+        trained=trained if job.encoder.network else None,
     )
 
 
