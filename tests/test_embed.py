@@ -12,7 +12,7 @@ from tests.test_evaluation import mean_colour
 from tests.test_protocol import Fingerprinted
 from xsmae.cli import embed
 from xsmae.errors import UserError
-from xsmae.evaluation import embeddings
+from xsmae.evaluation import image_tables
 from xsmae.evaluation.embeddings import write_embeddings
 from xsmae.evaluation.features import square
 from xsmae.evaluation.subjects import FrozenEncoder, pixel_control
@@ -41,7 +41,7 @@ def told(path):
 
 
 def test_a_row_an_image_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(embeddings, "ROWS", 3)
+    monkeypatch.setattr(image_tables, "ROWS", 3)
     source, out = Fingerprinted(11, bad=[2, 4, 5, 6, 7]), tmp_path / "new" / "x.parquet"
     found = write_embeddings(colours(), source, out, batch_size=3, say=silent)
     assert found.images == 6

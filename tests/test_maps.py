@@ -358,6 +358,8 @@ def test_commands_that_cannot_work_are_refused(tmp_path, head, scene, capsys):
         ([scene, same, f"--head={head}"], str(same)),
         ([scene, f"--head={tmp_path}"], "head.json"),
         ([scene, f"--head={head}", "--batch_size=0"], "batch_size"),
+        (["--data=folder", f"--head={head}"], "--data is for heads that label"),
+        ([scene, f"--head={head}", "--gsd_csv=a.csv"], "--gsd_csv is for heads that"),
     ):
         assert predict(*words, f"--out={tmp_path}/out") == 2
         said = capsys.readouterr().err

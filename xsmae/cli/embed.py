@@ -15,21 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import ml_collections
 from absl import flags
 
 from xsmae.cli.arguments import parse_flags
 from xsmae.cli.command import example, run, stoppable
-from xsmae.cli.evaluation import define_data, parts_of, split_parts
-from xsmae.data.catalogue import build_source
-from xsmae.data.records import Source
-from xsmae.errors import UserError, printable
+from xsmae.cli.evaluation import define_data, split_parts
+from xsmae.cli.images import open_images, say_written
+from xsmae.errors import UserError
 from xsmae.evaluation.embeddings import write_embeddings
 from xsmae.evaluation.evaluate import subject_of
 from xsmae.evaluation.features import FEATURES
 from xsmae.evaluation.reading import MISSING_BANDS
-
-SHOWN = 20  # unusable images; the file's metadata names all
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -83,10 +79,7 @@ def embed(argv: list[str], should_stop: Callable[[], bool]) -> int:
     folders = parse_flags(values, rest, files=True)
     if not values.encoder:
         raise UserError(f"--encoder is missing: {example(__doc__)}")
-    config = None
-    if values.data is not None or any(fields.values()):
-        config = parts_of(values, fields, doc=__doc__)
-    source = _source(folders, values, config)
+    source, config = open_images(folders, values, fields, doc=__doc__)
     encoder = subject_of(
         values.encoder,
         config=config,
@@ -102,39 +95,8 @@ def embed(argv: list[str], should_stop: Callable[[], bool]) -> int:
         batch_size=values.batch_size,
         should_stop=should_stop,
     )
-    names = list(found.unusable.items())
-    for name, reason in names[:SHOWN]:
-        print(printable(f"left out: {name}: {reason}"))
-    if len(names) > SHOWN:
-        print(f"and {len(names) - SHOWN} more, listed in the metadata of {values.out}")
-    left_out = f", {len(names)} left out" if names else ""
-    print(f"{values.out}: {found.images} images{left_out}", flush=True)
+    say_written(found, values.out)
     return 0
-
-
-def _source(
-    folders: list[str],
-    values: flags.FlagValues,
-    config: ml_collections.ConfigDict | None,
-) -> Source:
-    """The images of the folder, or of the config."""
-    if len(folders) + (config is not None) != 1:
-        raise UserError(
-            f"{len(folders)} folders{' and --data' if config else ''} given, expected "
-            "one folder, or --data=configs/NAME.py"
-        )
-    if config is None:
-        fields = {"root": folders[0], "gsd": values.gsd, "gsd_csv": values.gsd_csv}
-        data, flag = {"source": "folder", **fields}, "--"
-    else:
-        for name in ("gsd", "gsd_csv"):
-            if values[name].present:
-                raise UserError(f"--{name} is for a folder: give --data.{name}")
-        data, flag = config.data.to_dict(), "--data."
-    try:
-        return build_source(data)
-    except UserError as error:
-        raise UserError(str(error).replace("--config.data.", flag)) from None
 
 
 def main(argv: list[str] | None = None) -> int:

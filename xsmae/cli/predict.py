@@ -1,7 +1,7 @@
 """xsmae predict scenes/a.tif scenes/b.tif --head=runs/buildings --out=maps
 
-Maps scenes of any size with a trained segmentation head. For each scene SCENE.tif it
-writes into the folder --out:
+Uses a trained head. A head of xsmae segment maps scenes of any size. For each scene
+SCENE.tif it writes into the folder --out:
 
     SCENE_classes.tif        the class of every pixel, 255 where the scene has no value
     SCENE_probabilities.tif  with --probabilities: a band for each class
@@ -11,6 +11,15 @@ The GeoTIFFs are cloud-optimized and have the scene's CRS and transform. The mem
 that of a strip of rows. A command that was stopped or killed resumes: give it again. A
 scene that cannot be mapped is named with its reason, and the next one follows; the exit
 status is then 3.
+
+A head of xsmae probe or xsmae finetune labels whole images:
+
+    xsmae predict images --gsd=0.5 --head=heads/ID --out=labels.csv
+
+It writes one row per image: id, label, probability, p_CLASS for every class and, if the
+images have labels, true_label. The file is CSV, or Parquet if its name ends so. Instead
+of a folder, --data=configs/NAME.py --data.FIELD=VALUE labels any data set. Images that
+cannot be used are left out and named.
 """
 
 from __future__ import annotations
@@ -22,14 +31,20 @@ from absl import flags
 
 from xsmae.cli.arguments import parse_flags
 from xsmae.cli.command import example, run, stoppable
+from xsmae.cli.evaluation import define_data, split_parts
+from xsmae.cli.images import open_images, say_written
 from xsmae.data.gdal import dataset_name
 from xsmae.data.raster import open_raster
 from xsmae.errors import BadImageError, UserError, printable
+from xsmae.evaluation.labels import write_labels
 from xsmae.evaluation.reading import MISSING_BANDS
 from xsmae.scenes.maps import Outputs, map_scene
+from xsmae.weights.classifier import Classifier
 from xsmae.weights.head import Head, load_head
 
 FAILED = 3
+STOPPED = "stopped; the same command resumes a map, and starts a table of labels again"
+OF_SCENES = ("probabilities", "bands", "sensor", "scale", "offset")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -41,8 +56,14 @@ def define_flags(values: flags.FlagValues) -> None:
     def number(name, text):
         flags.DEFINE_float(name, None, text, flag_values=values)
 
-    string("head", None, "The folder of a segmentation head.")
-    string("out", "maps", "The folder to write to.")
+    string("head", None, "The folder of a trained head, or of its result.")
+    string(
+        "out",
+        None,
+        "The folder of maps, by default maps; or the file of labels, by default "
+        "labels.csv.",
+    )
+    define_data(values)
     flags.DEFINE_boolean(
         "probabilities",
         False,
@@ -51,12 +72,14 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer(
         "batch_size",
-        8,
-        "How many windows the head gets at a time.",
+        None,
+        "How many windows or images the head gets at a time, by default 8 windows or "
+        "64 images.",
         flag_values=values,
         lower_bound=1,
     )
-    number("gsd", "Metres per pixel, where no CRS says it.")
+    number("gsd", "Metres per pixel of images, or of scenes where no CRS says it.")
+    string("gsd_csv", None, "Of a folder of images: a table with the columns path,gsd.")
     flags.DEFINE_list(
         "bands",
         None,
@@ -70,22 +93,77 @@ def define_flags(values: flags.FlagValues) -> None:
         "missing_bands",
         "refuse",
         MISSING_BANDS,
-        "What to do if the head reads bands that the scenes lack: fill them with "
+        "What to do if the head reads bands that the images lack: fill them with "
         "their mean, or refuse.",
         flag_values=values,
     )
 
 
 def predict(argv: list[str], should_stop: Callable[[], bool]) -> int:
-    """Map all scenes; returns the exit status."""
+    """Map all scenes, or label all images; returns the exit status."""
+    fields, rest = split_parts(argv)
     values = flags.FlagValues()
     define_flags(values)
-    scenes = parse_flags(values, argv, files=True)
-    if not scenes or not values.head:
-        missing = "--head" if scenes else "a scene"
+    given = parse_flags(values, rest, files=True)
+    of_data = values.data is not None or any(fields.values())
+    if not values.head or not (given or of_data):
+        missing = "a scene, a folder or --data" if values.head else "--head"
         raise UserError(f"{missing} is missing: {example(__doc__)}")
-    outputs = _outputs(scenes, Path(values.out))
     head = load_head(values.head)
+    if isinstance(head, Classifier):
+        return _label(head, given, values, fields, should_stop)
+    wrong = "--data" if of_data else "--gsd_csv" if values.gsd_csv else ""
+    if wrong:
+        raise UserError(
+            f"{wrong} is for heads that label whole images, but {values.head} "
+            "segments: give the paths of scenes, or a head of xsmae probe or finetune"
+        )
+    return _map_all(head, given, values, should_stop)
+
+
+def _label(
+    head: Classifier,
+    folders: list[str],
+    values: flags.FlagValues,
+    fields: dict[str, list[str]],
+    should_stop: Callable[[], bool],
+) -> int:
+    """Label the images of a folder or a data set."""
+    files = [folder for folder in folders if Path(folder).is_file()]
+    if files:
+        raise UserError(
+            f"{printable(files[0])} is a file, but {values.head} labels whole images, "
+            "expected a folder of images with --gsd=METRES, or --data=configs/NAME.py; "
+            "a map of a scene needs a head of xsmae segment"
+        )
+    for name in OF_SCENES:
+        if values[name].present:
+            raise UserError(
+                f"--{name} is for scenes, but {values.head} labels whole images: leave "
+                f"it out, or give --data.{name} with --data"
+            )
+    source, _ = open_images(folders, values, fields, doc=__doc__)
+    out = values.out or "labels.csv"
+    found = write_labels(
+        head,
+        source,
+        out,
+        missing_bands=values.missing_bands,
+        batch_size=values.batch_size or 64,
+        should_stop=should_stop,
+    )
+    say_written(found, out, shown=None)
+    return 0
+
+
+def _map_all(
+    head: Head,
+    scenes: list[str],
+    values: flags.FlagValues,
+    should_stop: Callable[[], bool],
+) -> int:
+    """Map all scenes."""
+    outputs = _outputs(scenes, Path(values.out or "maps"))
     failed = 0
     for scene, target in zip(scenes, outputs, strict=True):
         name = printable(scene)
@@ -122,7 +200,7 @@ def _map(
             raster,
             target,
             probabilities=values.probabilities,
-            batch_size=values.batch_size,
+            batch_size=values.batch_size or 8,
             missing_bands=values.missing_bands,
             say=lambda line: print(printable(f"{scene}: {line}"), flush=True),
             should_stop=should_stop,
@@ -146,7 +224,7 @@ def _outputs(scenes: list[str], folder: Path) -> list[Outputs]:
 def main(argv: list[str] | None = None) -> int:
     """Run `xsmae predict`; returns the exit status."""
     return run(
-        stoppable(predict),
+        stoppable(predict, STOPPED),
         argv,
         doc=__doc__,
         sections={"Flags": define_flags},
