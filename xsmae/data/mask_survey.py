@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from xsmae.data.mask_classes import IGNORE
-from xsmae.data.masks import MaskRecord, Segmentation
+from xsmae.data.masks import Segmentation
 from xsmae.data.overlaps import Quadrilateral, overlaps, quadrilateral_of
+from xsmae.data.reading import THREADS, Moments, mean_and_std, moments, read_ahead
 from xsmae.data.records import pixel_digest
 from xsmae.errors import UserError
-
-_ROWS = 64  # of an image that are in float64 at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,9 +20,7 @@ class MaskImage:
     """One image that was read.
 
     pixels: int64 [classes + 1], of each class, then of those that do not count. gsd:
-    (y, x). mean, square: the means of the values and of their squares, of each band,
-    in valid pixels, NaN without any; those of uint8 in 0-1. footprint: None if nobody
-    says where it is.
+    (y, x). moments: of the valid pixels. footprint: None if nobody says where it is.
     """
 
     index: int
@@ -33,14 +28,13 @@ class MaskImage:
     gsd: tuple[float, float]
     pixels: np.ndarray
     digest: bytes
-    mean: np.ndarray
-    square: np.ndarray
+    moments: Moments
     footprint: Quadrilateral | None
 
     @property
     def has_values(self) -> bool:
         """True unless no pixel is valid."""
-        return bool(np.isfinite(self.mean).all())
+        return bool(np.isfinite(self.moments.mean).all())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +55,11 @@ class MaskSurvey:
 
         Images without a valid pixel do not count; 0 and 1 if no image has one.
         """
-        counted = [image for image in self.images if image.has_values]
+        counted = [image.moments for image in self.images if image.has_values]
         if not counted:
             bands = len(self.source.bands)
             return [0.0] * bands, [1.0] * bands
-        mean = np.mean([image.mean for image in counted], axis=0)
-        square = np.mean([image.square for image in counted], axis=0)
-        return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
+        return mean_and_std(counted)
 
     def scenes(self) -> set[str]:
         """The scenes, of refused images too."""
@@ -126,7 +118,6 @@ def _read(
         except UserError as error:
             return index, str(error)
         counts = np.bincount(record.mask.ravel(), minlength=IGNORE + 1)
-        mean, square = _moments(record)
         raster = source.raster(index)
         return MaskImage(
             index,
@@ -134,31 +125,10 @@ def _read(
             record.gsd,
             np.append(counts[:classes], counts[IGNORE]),
             pixel_digest(record.image),
-            mean,
-            square,
+            moments(record.image, record.valid),
             None if raster is None else quadrilateral_of(raster, source.id(index)),
         )
 
     # Images can be large: no more are read ahead than are worked on.
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(source), threads):
-            if should_stop():
-                raise KeyboardInterrupt
-            end = min(start + threads, len(source))
-            yield from pool.map(load, range(start, end))
-
-
-def _moments(record: MaskRecord) -> np.ndarray:
-    """float64 [2, bands]: the means of the values and of their squares."""
-    unit = 255.0 if record.image.dtype == np.uint8 else 1.0
-    sums, count = np.zeros((2, record.image.shape[2])), 0
-    # A few rows at a time: in float64, a scene of 100 MB would take 800 MB.
-    for top in range(0, len(record.image), _ROWS):
-        rows = np.s_[top : top + _ROWS]
-        values = record.image[rows].astype(float) / unit
-        good = np.s_[:, :] if record.valid is None else record.valid[rows]
-        values = values[good].reshape(-1, values.shape[2])
-        sums += values.sum(axis=0), np.square(values).sum(axis=0)
-        count += len(values)
-    return sums / count if count else np.full_like(sums, np.nan)
+    everything = range(len(source))
+    return read_ahead(load, everything, ahead=THREADS, should_stop=should_stop)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xsmae.data.reading import Moments, mean_and_std, moments, read_ahead
 from xsmae.data.records import Record, Source, pixel_digest
 from xsmae.errors import BadImageError
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 CHUNK = 256  # most images to read ahead
-AT_ONCE = 2**14  # pixels
 PERCENTILES = (2, 50, 98)
 # The smallest std of a float32 band: this part of its mean, and this number.
 SMALLEST_PART, SMALLEST_STD = 1e-4, 1e-6
@@ -29,9 +27,7 @@ SMALLEST_PART, SMALLEST_STD = 1e-4, 1e-6
 class Image:
     """One image that was read.
 
-    shape: height, width. mean, square, low, high: the means of the pixels' values and
-    of their squares, the smallest and the largest value, one number per band, float64.
-    Values of uint8 are in 0-1. Pixels without a value do not count; valid: the part of
+    shape: height, width. moments: of the pixels that have a value; valid: the part of
     the pixels that does. gsd: the geometric mean of its axes. sample: float32 [pixels,
     bands], drawn with replacement.
     """
@@ -41,10 +37,7 @@ class Image:
     gsd: float
     label: int | None
     digest: bytes
-    mean: np.ndarray
-    square: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    moments: Moments
     valid: float
     sample: np.ndarray
 
@@ -63,10 +56,7 @@ class Survey:
         Training draws images, not pixels, so a large image counts as one. left_out: ids
         of images to skip, such as those of the test part.
         """
-        counted = self.counted(left_out)
-        mean = np.mean([image.mean for image in counted], axis=0)
-        square = np.mean([image.square for image in counted], axis=0)
-        return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
+        return mean_and_std([image.moments for image in self.counted(left_out)])
 
     def counted(self, left_out: set[str] = frozenset()) -> list[Image]:
         """The images that have valid pixels, without those of the ids `left_out`."""
@@ -91,9 +81,9 @@ class Survey:
         mean, std = self.statistics(left_out)
         parts = np.percentile(self.pixels(left_out), PERCENTILES, axis=0).tolist()
         columns = {
-            "min": np.min([image.low for image in counted], axis=0).tolist(),
+            "min": np.min([image.moments.low for image in counted], axis=0).tolist(),
             **{f"p{p}": part for p, part in zip(PERCENTILES, parts, strict=True)},
-            "max": np.max([image.high for image in counted], axis=0).tolist(),
+            "max": np.max([image.moments.high for image in counted], axis=0).tolist(),
             "mean": mean,
             "std": std,
             "valid": [float(np.mean([i.valid for i in counted]))] * len(mean),
@@ -187,35 +177,17 @@ def _read(
         except BadImageError as error:
             return index, str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(indices), CHUNK):
-            if should_stop():
-                raise KeyboardInterrupt
-            yield from pool.map(load, indices[start : start + CHUNK])
+    return read_ahead(load, indices, ahead=CHUNK, should_stop=should_stop)
 
 
 def _image(record: Record, index: int, each: int) -> Image:
     height, width, bands = record.image.shape
     unit = 255.0 if record.image.dtype == np.uint8 else 1.0
-    # Some rows at a time: in float64, a scene of 100 MB would take 800 MB.
-    sums, count = np.zeros((2, bands)), 0
-    low, high = np.full(bands, np.inf), np.full(bands, -np.inf)
-    rows = max(1, AT_ONCE // width)
-    for top in range(0, height, rows):
-        part = record.image[top : top + rows]
-        if record.valid is None:
-            part = part.reshape(-1, bands)
-        else:
-            part = part[record.valid[top : top + rows]]
-        if len(part):
-            values = part.astype(np.float64) / unit
-            sums += values.sum(axis=0), np.square(values).sum(axis=0)
-            count += len(part)
-            low = np.minimum(low, values.min(axis=0))
-            high = np.maximum(high, values.max(axis=0))
-    mean, square = sums / max(count, 1)
+    found = moments(record.image, record.valid)
     # Always the same pixels of an image, whatever else is read.
-    picked = np.random.default_rng(index).integers(0, count, each if count else 0)
+    picked = np.random.default_rng(index).integers(
+        0, found.count, each if found.count else 0
+    )
     flat = record.image.reshape(-1, bands)
     if record.valid is not None:
         picked = np.flatnonzero(record.valid)[picked]
@@ -227,10 +199,7 @@ def _image(record: Record, index: int, each: int) -> Image:
         else record.gsd,
         label=record.label,
         digest=pixel_digest(record.image),
-        mean=mean,
-        square=square,
-        low=low,
-        high=high,
-        valid=count / (height * width),
+        moments=found,
+        valid=found.count / (height * width),
         sample=flat[picked].astype(np.float32) / np.float32(unit),
     )
