@@ -31,6 +31,7 @@ import grain
 import jax
 import numpy as np
 import PIL
+from ml_collections import ConfigDict
 from PIL import Image, features
 from xsmae.configs import folder as folder_config
 
@@ -144,9 +145,7 @@ def measure_views(
                 "ours": functools.partial(_load, ours),
             }
             rates = _in_turns(calls, rounds, seconds)
-            ratios = [
-                b / a for a, b in zip(rates["reference"], rates["ours"], strict=True)
-            ]
+            ratios = ratios_of(rates["ours"], rates["reference"])
             size = statistics.mean(path.stat().st_size for path in paths)
             yield {
                 "case": "views",
@@ -156,10 +155,18 @@ def measure_views(
                 "view2_from": view2_from,
                 **{k: round(statistics.median(v), 1) for k, v in rates.items()},
                 "ratio": round(statistics.median(ratios), 2),
-                "ratio_quartiles": [
-                    round(q, 2) for q in statistics.quantiles(ratios, n=4)[::2]
-                ],
+                "ratio_quartiles": quartiles(ratios),
             }
+
+
+def ratios_of(ours: list[float], others: list[float]) -> list[float]:
+    """Ours / the other's, of each round."""
+    return [a / b for a, b in zip(ours, others, strict=True)]
+
+
+def quartiles(ratios: list[float]) -> list[float]:
+    """The first and the third."""
+    return [round(q, 2) for q in statistics.quantiles(ratios, n=4)[::2]]
 
 
 def _reference_of(paths: list[pathlib.Path], rng: random.Random, index: int) -> None:
@@ -177,15 +184,16 @@ def _in_turns(
     counts = {}
     for name, call in calls.items():
         call(0)
-        counts[name] = max(1, round(seconds * _rate(call, 4)))
+        counts[name] = max(1, round(seconds * rate(call, 4)))
     rates = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            rates[name].append(_rate(call, counts[name]))
+            rates[name].append(rate(call, counts[name]))
     return rates
 
 
-def _rate(call: Callable, count: int) -> float:
+def rate(call: Callable[[int], object], count: int) -> float:
+    """Calls per second of processor time; a call gets its number."""
     begin = time.process_time()
     for index in range(count):
         call(index)
@@ -196,12 +204,20 @@ def measure_training(
     root: pathlib.Path, *, quality: int, steps: int, workers: int
 ) -> dict:
     """A short run of Ti on the 256-px scenes; measures the share of waiting time."""
+    data = {"root": str(save_scenes(root, 256, quality)), "gsd": GSD}
     config = folder_config.get_config("corrected,size=tiny")
+    found = train(config, data, steps=steps, workers=workers)
+    return {"case": "training", "side": 256, "quality": quality, **found}
+
+
+def train(
+    config: ConfigDict, data: dict[str, object], *, steps: int, workers: int
+) -> dict:
+    """A short run on `data`, its fields: images per second, shares of waiting time."""
     with tempfile.TemporaryDirectory() as workdir:
         config.update_from_flattened_dict(
             {
-                "data.root": str(save_scenes(root, 256, quality)),
-                "data.gsd": GSD,
+                **{f"data.{name}": value for name, value in data.items()},
                 "batch_size": 64,
                 "num_steps": steps,
                 "optim.warmup_steps": 1,
@@ -216,9 +232,6 @@ def measure_training(
         rows = read_jsonl(pathlib.Path(workdir) / "run" / "metrics.jsonl")
     rows = [row for row in rows if row.get("images_per_second")]
     return {
-        "case": "training",
-        "side": 256,
-        "quality": quality,
         "workers": workers,
         "steps": steps,
         "images_per_second": round(
@@ -265,6 +278,15 @@ def table(cases: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def printed(cases: Iterator[dict]) -> list[dict]:
+    """The cases; prints each once it is measured."""
+    found = []
+    for case in cases:
+        found.append(case)
+        print(json.dumps(case), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", help="for the scenes; default: a temporary one")
@@ -277,12 +299,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(args.folder or temporary)
         print(json.dumps(machine()), flush=True)
-        cases = []
-        for case in measure_views(
-            root, quality=args.quality, rounds=args.rounds, seconds=args.seconds
-        ):
-            cases.append(case)
-            print(json.dumps(case), flush=True)
+        cases = printed(
+            measure_views(
+                root, quality=args.quality, rounds=args.rounds, seconds=args.seconds
+            )
+        )
         if args.train_steps:
             case = measure_training(
                 root,

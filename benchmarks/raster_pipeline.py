@@ -32,21 +32,19 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import rasterio
 from rasterio.windows import Window
 from xsmae.configs import geotiff as geotiff_config
 
-from benchmarks.input_pipeline import create_loader
-from benchmarks.input_pipeline import machine as machine_of_images
+from benchmarks import input_pipeline
+from benchmarks.input_pipeline import printed, quartiles, rate, ratios_of
 from xsmae.data.geotiff_source import GeotiffSource
 from xsmae.data.order import shuffled
 from xsmae.data.raster_kept import windows_here
 from xsmae.data.synthetic.source import Scene
-from xsmae.process.files import read_jsonl
-from xsmae.train import train_and_evaluate
 
 RENDERED, REPEATED = 2000, 5000  # pixels of the sides
 WINDOW = 256
@@ -129,15 +127,16 @@ class Calls:
         self.path, self.side = path, side
         self.source = GeotiffSource(path, **options)
         self.alone = GeotiffSource(path, **options, crops_per_read=1)
-        self.load = create_loader(self.source, "source")
+        self.load = input_pipeline.create_loader(self.source, "source")
         self.order = shuffled(self.source, seed=0, epochs=1)
         self.alone_order = shuffled(self.alone, seed=0, epochs=1)
         self.rng = np.random.default_rng(0)
         # The ways that share blocks begin at places of their own.
         self.places = dict.fromkeys(COUNTS, 0) | {"views": len(self.source) // 2}
 
-    def call(self, name: str) -> None:
-        """Read the next window of one way."""
+    def call(self, name: str, number: int = 0) -> None:
+        """Read the next window of one way; the number of the call changes nothing."""
+        del number
         place = self.places[name]
         self.places[name] = (place + 1) % len(self.source)
         if name == "views":
@@ -173,9 +172,9 @@ def measure_reading(
         calls.places |= {"ours": 0, "views": _first_of_a_group(calls)}
         for _ in range(rounds):
             for name, count in COUNTS.items():
-                rates[name].append(_rate(functools.partial(calls.call, name), count))
+                rates[name].append(rate(functools.partial(calls.call, name), count))
         ratios = {
-            name: [o / n for o, n in zip(rates["ours"], rates[name], strict=True)]
+            name: ratios_of(rates["ours"], rates[name])
             for name in ("opened", "opened_same", "alone")
         }
         yield {
@@ -185,9 +184,7 @@ def measure_reading(
             "bytes_per_number": round(path.stat().st_size / (4 * side**2), 2),
             **{k: round(statistics.median(v), 1) for k, v in rates.items()},
             **{f"ratio_{k}": round(statistics.median(v), 2) for k, v in ratios.items()},
-            "ratio_quartiles": [
-                round(q, 2) for q in statistics.quantiles(ratios["opened"], n=4)[::2]
-            ],
+            "ratio_quartiles": quartiles(ratios["opened"]),
             "load": round(os.getloadavg()[0], 1),
         }
 
@@ -198,13 +195,6 @@ def _first_of_a_group(calls: Calls) -> int:
     while groups[calls.order[place]] == groups[calls.order[place - 1]]:
         place += 1
     return place
-
-
-def _rate(call: Callable, count: int) -> float:
-    begin = time.process_time()
-    for _ in range(count):
-        call()
-    return count / (time.process_time() - begin)
 
 
 @contextlib.contextmanager
@@ -236,35 +226,14 @@ def measure_training(
 ) -> dict:
     """A short run of Ti: the share of waiting time, and the readers' peak memory."""
     config = geotiff_config.get_config("corrected,size=tiny")
-    with tempfile.TemporaryDirectory() as workdir, peaks_of_readers() as peaks:
-        config.update_from_flattened_dict(
-            {
-                "data.root": str(path),
-                "data.scale": SCALE,
-                "data.offset": OFFSET,
-                "batch_size": 64,
-                "num_steps": steps,
-                "optim.warmup_steps": 1,
-                "log_every": 5,
-                "model.dtype": "float32",
-                "input.num_workers": workers,
-                "knn.every": -1,
-                "tensorboard": False,
-            }
-        )
-        train_and_evaluate(config, pathlib.Path(workdir) / "run")
-        rows = read_jsonl(pathlib.Path(workdir) / "run" / "metrics.jsonl")
-    rows = [row for row in rows if row.get("images_per_second")]
+    data = {"root": str(path), "scale": SCALE, "offset": OFFSET}
+    with peaks_of_readers() as peaks:
+        found = input_pipeline.train(config, data, steps=steps, workers=workers)
     return {
         "case": "training",
         "layout": layout,
         "side": side,
-        "workers": workers,
-        "steps": steps,
-        "images_per_second": round(
-            statistics.median(row["images_per_second"] for row in rows), 1
-        ),
-        "waiting_for_data": [round(row["waiting_for_data"], 4) for row in rows],
+        **found,
         "reader_peak_mb": sorted(round(peak) for peak in peaks.values()),
         "load": round(os.getloadavg()[0], 1),
     }
@@ -273,7 +242,7 @@ def measure_training(
 def machine() -> dict[str, str]:
     """The date, the processor and versions."""
     gdal = {"rasterio": rasterio.__version__, "gdal": rasterio.__gdal_version__}
-    return {**machine_of_images(), **gdal}
+    return {**input_pipeline.machine(), **gdal}
 
 
 def table(cases: list[dict]) -> str:
@@ -306,10 +275,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         print(json.dumps(machine()), flush=True)
         paths = write_rasters(pathlib.Path(args.dir or temporary), args.side)
-        cases = []
-        for case in measure_reading(paths, side=args.side, rounds=args.rounds):
-            cases.append(case)
-            print(json.dumps(case), flush=True)
+        cases = printed(measure_reading(paths, side=args.side, rounds=args.rounds))
         for layout, path in paths.items() if args.train_steps else ():
             case = measure_training(
                 path,
