@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xsmae.data import gdal
-from xsmae.data.geotiff_source import units_of
 from xsmae.data.raster import Raster
-from xsmae.data.raster_gsd import ground_size
 from xsmae.data.raster_write import NODATA, Layers, write_categories, write_cog
-from xsmae.errors import BadImageError, UserError, printable
-from xsmae.evaluation.reading import Kind, Reading, read_by
+from xsmae.errors import UserError, printable
+from xsmae.evaluation.reading import Reading
 from xsmae.evaluation.segmentation.windows import Readable, segment
 from xsmae.figures.map_overlay import map_overlay
 from xsmae.figures.mask_sheet import class_colours
 from xsmae.process.lock import FolderLock
+from xsmae.scenes.inputs import facts_of, reading_of, used_bands, varying_gsd
 from xsmae.scenes.strips import Strips
 from xsmae.weights.encoder import outside_training
 from xsmae.weights.head import Head
@@ -36,7 +35,6 @@ TAG = "XSMAE_JOB"
 CERTAIN = 254  # the number of probability 1
 ROWS = 64  # that are turned into numbers at a time
 EVERY = 5.0  # seconds between progress lines
-GSD_TOLERANCE = 0.01  # windows have GSDs of their own where these differ by more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ def map_scene(
       BadImageError: a part of the raster cannot be read.
       KeyboardInterrupt: after a strip, once `should_stop()` is true.
     """
-    reading = _reading(head, raster, missing_bands)
+    reading = reading_of("the head", head.encoder.bands, raster, missing_bands)
     gsd = raster.known_gsd()
     if outside_training(head.encoder.info, min(gsd), max(gsd)):
         low, high = head.encoder.info["gsd_range"]
@@ -127,20 +125,6 @@ def map_scene(
     return True
 
 
-def _reading(head: Head, raster: Raster, missing_bands: str) -> Reading:
-    """How the head reads the raster; UserError if it cannot."""
-    bands = head.encoder.bands
-    unnamed = any(name.startswith("band_") for name in raster.bands)
-    if unnamed and missing_bands == "refuse" and None in bands.find(raster.bands):
-        raise UserError(
-            f"the head reads the bands {', '.join(bands.names)}, the scene has "
-            f"{', '.join(raster.bands)}: give the names of all its bands, in order, "
-            "with --bands"
-        )
-    kind = Kind(raster.bands, "float32", units_of(raster))
-    return read_by("the head", bands, kind, missing_bands=missing_bands)
-
-
 def _open_strips(head, raster, outputs, job, probabilities) -> Strips:
     shapes = {"classes": (1, raster.shape[1])}
     if probabilities:
@@ -161,7 +145,7 @@ def _compute(
     height, width = raster.shape
 
     def read(*window):
-        values, valid = raster.read(window, bands=_used(raster, reading))
+        values, valid = raster.read(window, bands=used_bands(raster, reading))
         return _filled(reading, raster, values, valid)
 
     def predict(images, gsd):
@@ -196,16 +180,12 @@ def _compute(
             raise KeyboardInterrupt
 
 
-def _used(raster: Raster, reading: Reading) -> list[str]:
-    return list(reading.used) or list(raster.bands)
-
-
 def _filled(
     reading: Reading, raster: Raster, values: np.ndarray, valid: np.ndarray
 ) -> Float[np.ndarray, "height width bands"]:
     """Values of the used bands as the encoder takes them; the mean where not valid."""
     whole = np.full((*valid.shape, len(raster.bands)), np.nan, np.float32)
-    places = [raster.bands.index(name) for name in _used(raster, reading)]
+    places = [raster.bands.index(name) for name in used_bands(raster, reading)]
     whole[..., places] = np.where(valid[..., None], values, np.nan)
     return reading(whole[None])[0]
 
@@ -221,7 +201,7 @@ def _numbers(strip, raster, reading) -> Iterator[dict[str, np.ndarray]]:
                 f"{strip.top + top} on: give another head"
             )
         window = (strip.top + top, 0, len(scores), width)
-        _, valid = raster.read(window, bands=_used(raster, reading))
+        _, valid = raster.read(window, bands=used_bands(raster, reading))
         classes = np.where(valid, scores.argmax(axis=-1), NODATA)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
@@ -234,42 +214,17 @@ def _numbers(strip, raster, reading) -> Iterator[dict[str, np.ndarray]]:
 
 def _gsd_at(raster: Raster) -> Callable[..., tuple[float, float]] | None:
     """The GSD of a window; None if it is the same everywhere, or only given."""
-    if raster.crs is None or raster.transform.is_identity:
+    varying = varying_gsd(raster)
+    if varying is None:
         return None
-
-    def measured(rows, columns):
-        with gdal.gdal(raster.path):
-            return ground_size(raster.transform, raster.crs, rows, columns)
-
-    height, width = raster.shape
-    rows, columns = np.meshgrid(*(np.linspace(0.5, s - 0.5, 5) for s in raster.shape))
-    try:
-        centre = measured(height / 2, width / 2)
-        ratios = measured(rows, columns) / centre
-    except BadImageError:  # a CRS that is none of Earth's
-        return None
-    same = np.allclose(ratios, 1, atol=GSD_TOLERANCE)
-    if same or not np.isfinite(ratios).all() or not (ratios > 0).all():
-        return None
-
-    def gsd_at(top, left, height, width):
-        ratio = measured(top + height / 2, left + width / 2) / centre
-        return tuple(ratio * raster.gsd)
-
-    return gsd_at
+    return lambda top, left, height, width: tuple(
+        varying(top + height / 2, left + width / 2)
+    )
 
 
 def _digest(head: Head, raster: Raster, reading: Reading) -> str:
     """16 hexadecimal digits of what a map is computed from."""
-    # Other programs add these beside a scene, which changes no value of it.
-    files = [n for n in raster.files if not n.endswith((".aux.xml", ".ovr"))]
-    path = raster.path if raster.stamp is None else None  # it may have moved
-    told = [
-        SCHEMA, head.digest, path, raster.stamp, raster.shape, raster.crs,
-        raster.transform[:6], raster.bands, raster.known_gsd(), raster.scale,
-        raster.offset, [str(x) for x in raster.nodata], reading.places,
-        [gdal.stamp_of(name) for name in files],
-    ]  # fmt: skip
+    told = [SCHEMA, head.digest, facts_of(raster), reading.places]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -329,7 +284,7 @@ def _finish(
         lambda values, valid: _filled(reading, raster, values, valid),
         strips.rows("classes")[:, 0],
         bands=head.encoder.bands,
-        used=_used(raster, reading),
+        used=used_bands(raster, reading),
         names=head.classes,
         colours=colours,
         title=outputs.name,
