@@ -178,6 +178,7 @@ def test_a_folder_and_its_config_give_the_same_rows(image_folder, tmp_path, caps
         (["FOLDER", RANDOM, "--gsd=1", "--colour=red"], "colour"),
         (["nowhere", RANDOM, "--gsd=1"], "nowhere does not exist"),
         (["FOLDER", "--encoder=nowhere", "--gsd=1"], "encoder=nowhere"),
+        (["FOLDER", RANDOM, "--gsd=1", "--stride=8"], "--stride .* as files"),
     ],
 )
 def test_what_is_refused_in_one_line(arguments, said, image_folder, tmp_path, capsys):
@@ -192,6 +193,7 @@ def test_what_is_refused_in_one_line(arguments, said, image_folder, tmp_path, ca
 def test_help_begins_with_an_example(capsys):
     assert call("--help") == 0
     printed = capsys.readouterr().out
-    assert "xsmae embed images --gsd=0.5" in printed.partition("--out=")[0]
+    assert printed.startswith("xsmae embed scenes/a.tif")
+    assert "\n    xsmae embed images --gsd=0.5" in printed
     for flag in ("--encoder", "--gsd_csv", "--size", "--pooling", "--missing_bands"):
         assert flag in printed
