@@ -98,6 +98,14 @@ def test_a_kept_classifier_gives_the_accuracy_of_its_row(measured, task):
         # The fine-tuned encoder is the one that is saved.
         same = head.encoder.digest == row.encoder["digest"]
         assert same == (task != "finetune")
+    # Heads of a frozen encoder share its file.
+    inodes = {
+        (folder / "heads" / row.identity / "head/encoder/encoder.safetensors")
+        .stat()
+        .st_ino
+        for row in kept
+    }
+    assert len(inodes) == (len(kept) if task == "finetune" else 1)
     # The folder of the row will do.
     assert xsmae.load_head(kept[0].files).digest != xsmae.load_head(row.files).digest
 

@@ -58,8 +58,12 @@ def keep_classifier(
     row: Result,
     scale: Scale,
     training: Mapping[str, Any],
+    beside: Path | None = None,
 ) -> None:
-    """Write the trained classifier of a row into the folder of the row."""
+    """Write the trained classifier of a row into the folder of the row.
+
+    beside: the folder of another row, with which it shares an equal encoder on disk.
+    """
     with writing_to(folder):
         save_classifier(
             folder / HEAD,
@@ -71,4 +75,5 @@ def keep_classifier(
             gsd_policy=row.protocol.gsd_policy,
             gsd_factor=scale.gsd_factor,
             training=training,
+            beside=beside and beside / HEAD,
         )

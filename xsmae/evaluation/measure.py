@@ -131,6 +131,7 @@ def measure(job: Measurement) -> list[Result]:
             "protocol; to measure again, remove them or give another --results"
         )
         return [known[one] for one in wanted]
+    beside = None
     rows, correct = [], {feature: [] for feature in job.features}
     for scale in job.scales:
         for outcome in job.outcomes(job, scale):
@@ -138,7 +139,8 @@ def measure(job: Measurement) -> list[Result]:
             if job.out and outcome.trained and row.identity not in known:
                 folder = job.out / row.identity
                 told = describe_training(job.encoder, job.protocol, scale, job.seed)
-                keep_classifier(folder, outcome.trained(), row, scale, told)
+                keep_classifier(folder, outcome.trained(), row, scale, told, beside)
+                beside = folder
                 row = dataclasses.replace(row, files=str(folder))
             rows.append(row)
             correct[outcome.feature].append(right)

@@ -105,8 +105,7 @@ class LogisticRegression:
         self, features: Float[np.ndarray, "n width"]
     ) -> Float[np.ndarray, "n classes"]:
         """Scores, computed by NumPy: the same on every device."""
-        scores = (features - self.mean) / self.std @ np.asarray(self.kernel)
-        return scores + np.asarray(self.bias)
+        return (features - self.mean) / self.std @ self.kernel + self.bias
 
     def predict(self, features: Float[np.ndarray, "n width"]) -> np.ndarray:
         """The class with the highest score; the lowest class wins a tie."""

@@ -131,13 +131,14 @@ def save_classifier(
     gsd_policy: str,
     gsd_factor: float,
     training: Mapping[str, Any],
+    beside: Path | None = None,
 ) -> None:
     """Write a trained classifier and its encoder.
 
     feature: what it reads of the encoder. size, scale: of its images, in pixels and in
     percent. gsd_policy, gsd_factor: what the encoder gets as GSD, see `scales.Scale`.
     training: what else a reader should know of it, such as the protocol and the
-    digests of the encoder and the data; JSON.
+    digests of the encoder and the data; JSON. beside: see `write_head`.
     """
     fields = {
         "task": TASK,
@@ -152,7 +153,7 @@ def save_classifier(
         "training": {**training, **trained.details},
     }
     encoder = Encoder(trained.encoder.network, trained.encoder.info)
-    head_files.write_head(Path(folder), encoder, trained.tensors, fields)
+    head_files.write_head(Path(folder), encoder, trained.tensors, fields, beside=beside)
 
 
 def read_classifier(folder: Path, info: Mapping[str, Any]) -> Classifier:

@@ -51,13 +51,17 @@ def write_head(
     encoder: Encoder,
     tensors: Mapping[str, np.ndarray],
     fields: Mapping[str, Any],
+    *,
+    beside: Path | None = None,
 ) -> None:
     """Write a head and the encoder that it reads.
 
-    fields: of head.json, without the schema and the digests.
+    fields: of head.json, without the schema and the digests. beside: another head. If
+    it has the same encoder, the two share its files on disk by hard links.
     """
     weights = save(dict(tensors))
-    encoder.save(folder / "encoder")
+    if beside is None or not _link_encoder(folder, encoder, beside):
+        encoder.save(folder / "encoder")
     with atomic_write(folder / "head.safetensors") as temporary:
         temporary.write_bytes(weights)
     content = {
@@ -68,6 +72,21 @@ def write_head(
     }
     # Last: until then the digests do not match, and the folder is refused.
     write_json(folder / "head.json", content)
+
+
+def _link_encoder(folder: Path, encoder: Encoder, other: Path) -> bool:
+    """Link the encoder of another head; False if it has another or cannot be linked."""
+    if read_description(other / "head.json")["encoder"] != encoder.digest:
+        return False
+    (folder / "encoder").mkdir(parents=True, exist_ok=True)
+    try:
+        for file in (other / "encoder").iterdir():
+            target = folder / "encoder" / file.name
+            target.unlink(missing_ok=True)
+            target.hardlink_to(file)
+    except OSError:  # a file system without links
+        return False
+    return True
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def fit(
     y = jnp.asarray(labels)
     classifiers = []
     for penalty in penalties:
-        kernel, bias = _minimise(x, y, num_classes, penalty, should_stop)
+        found = _minimise(x, y, num_classes, penalty, should_stop)
+        kernel, bias = map(np.asarray, found)
         classifiers.append(LogisticRegression(mean, std, kernel, bias, penalty))
     return classifiers
 
