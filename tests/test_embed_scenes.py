@@ -20,7 +20,7 @@ from xsmae.cli import embed as command
 from xsmae.cli import embed_scenes
 from xsmae.data.raster import open_raster
 from xsmae.scenes import embed, encoding, manifest, strips
-from xsmae.scenes.chips import Length, panels, plan_grid
+from xsmae.scenes.chips import Length, panel_shape, panels, plan_grid
 from xsmae.scenes.embed import Plan, encoded_rows, reader_of
 from xsmae.scenes.encoding import Groups
 from xsmae.scenes.manifest import Manifest
@@ -486,20 +486,33 @@ def test_commands_that_cannot_work_are_refused(tmp_path, encoder, scene, capsys)
         assert match in capsys.readouterr().out
 
 
-def test_panels_cover_the_grid(scene, monkeypatch):
-    monkeypatch.setattr("xsmae.scenes.chips.PANEL", CHIP * 3 * 45)
-    with open_raster(scene) as raster:
-        grid = plan_grid(
-            raster, chip_size=Length(CHIP, False), stride=Length(10, False), side=None,
-            patch_size=4, image_size=32,
-        )  # fmt: skip
-        found = list(panels(grid, 3, first_row=1))
-    rows, columns = grid.shape
-    chips = [(p.row, c) for p in found for c in range(p.first, p.stop)]
-    assert chips == [(r, c) for r in range(1, rows) for c in range(columns)]
-    assert (
-        max(p.stop - p.first for p in found) == 4
-    )  # the last ones, of 40 pixels together
+def test_panels_cover_the_grid(scene, tmp_path, monkeypatch):
+    """Rows of chips of a file in strips, squares of one in tiles."""
+    monkeypatch.setattr("xsmae.scenes.chips.PANEL", 48 * 48 * 3)
+    tiled = make_scene(tmp_path / "a.tif", tiled=True, blockxsize=16, blockysize=16)
+    for path, shape in ((scene, (1, 13)), (tiled, (4, 4))):
+        with open_raster(path) as raster:
+            grid = plan_grid(
+                raster, chip_size=Length(CHIP, False), stride=Length(10, False),
+                side=None, patch_size=4, image_size=32,
+            )  # fmt: skip
+            assert panel_shape(grid, raster, 3) == shape
+        rows, columns = grid.shape
+        for first in (0, shape[0]):
+            found = [c for p in panels(grid, shape, first) for c in p.chips]
+            expected = [(r, c) for r in range(first, rows) for c in range(columns)]
+            assert sorted(found) == expected
+
+
+def test_tiles_and_small_panels(tmp_path, encoder, scene, monkeypatch):
+    monkeypatch.setattr("xsmae.scenes.chips.PANEL", 48 * 48 * 3)
+    path = make_scene(tmp_path / "scene.tif", tiled=True, blockxsize=16, blockysize=16)
+    words = [f"--encoder={encoder}", "--chip_size=16", "--stride=10"]
+    for name, file in (("strips", scene), ("tiles", path)):
+        assert call(file, *words, f"--out={tmp_path / name}") == 0
+    rows = check_rows(tmp_path / "tiles" / "scene.parquet", path, encoder)
+    others = rows_of(tmp_path / "strips" / "scene.parquet")
+    assert [row["id"] for row in rows] == [row["id"] for row in others]
 
 
 def test_memory_does_not_grow_with_the_height(tmp_path, encoder, monkeypatch):

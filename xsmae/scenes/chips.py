@@ -8,6 +8,7 @@ scene.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -129,28 +130,45 @@ def plan_grid(
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Neighbouring chips of one row of the grid, to be read together."""
+    """Neighbouring chips, to be read together: their rows and columns in the grid."""
 
-    row: int
-    first: int
-    stop: int
+    rows: range
+    columns: range
+
+    @property
+    def chips(self) -> list[tuple[int, int]]:
+        """Row and column of each."""
+        return [(row, column) for row in self.rows for column in self.columns]
 
 
-def panels(grid: Grid, bands: int, first_row: int = 0) -> Iterator[Panel]:
-    """The chips in order, row by row."""
+def panel_shape(grid: Grid, raster: Raster, bands: int) -> tuple[int, int]:
+    """Rows and columns of the chips that are read together.
+
+    About a square of `PANEL` numbers, so that few blocks are decoded for two panels; or
+    one row of chips, where a block is as wide as the scene.
+    """
+    pixels = PANEL // bands
+    height = width = math.isqrt(pixels)
+    if raster.block_shape[1] >= raster.shape[1]:
+        height, width = grid.size[0], pixels // grid.size[0]
+    many = [
+        max((most - size) // stride + 1, 1)
+        for most, size, stride in zip(
+            (height, width), grid.size, grid.stride, strict=True
+        )
+    ]
+    return many[0], many[1]
+
+
+def panels(grid: Grid, shape: tuple[int, int], first_row: int = 0) -> Iterator[Panel]:
+    """All chips in panels of `shape`, from `first_row`, where a panel begins."""
     rows, columns = grid.shape
-    most = PANEL // (grid.size[0] * bands)  # columns of pixels
-    for row in range(first_row, rows):
-        first = 0
-        while first < columns:
-            stop = first + 1
-            while (
-                stop < columns
-                and grid.lefts[stop] + grid.size[1] - grid.lefts[first] <= most
-            ):
-                stop += 1
-            yield Panel(row, first, stop)
-            first = stop
+    for row in range(first_row, rows, shape[0]):
+        for column in range(0, columns, shape[1]):
+            yield Panel(
+                range(row, min(row + shape[0], rows)),
+                range(column, min(column + shape[1], columns)),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,21 +196,22 @@ class ChipReader:
         Pixels without a value are the mean of their band: 0 once normalised.
         """
         bands = used_bands(self.raster, self.reading)
-        grid, top = self.grid, self.grid.tops[panel.row]
-        lefts = grid.lefts[panel.first : panel.stop]
-        height, width = grid.size
+        grid, (height, width) = self.grid, self.grid.size
+        places = [(grid.tops[r], grid.lefts[c]) for r, c in panel.chips]
         if grid.resampled:
             found = [
                 self.raster.read((top, left, height, width), grid.side, bands)
-                for left in lefts
+                for top, left in places
             ]
         else:
-            across = lefts[-1] + width - lefts[0]
-            values, valid = self.raster.read(
-                (top, lefts[0], height, across), bands=bands
-            )
-            places = [slice(left - lefts[0], left - lefts[0] + width) for left in lefts]
-            found = [(values[:, place], valid[:, place]) for place in places]
+            (top, left), (bottom, right) = places[0], places[-1]
+            window = (top, left, bottom + height - top, right + width - left)
+            values, valid = self.raster.read(window, bands=bands)
+            parts = [
+                np.s_[y - top : y - top + height, x - left : x - left + width]
+                for y, x in places
+            ]
+            found = [(values[part], valid[part]) for part in parts]
         images = np.stack([self._filled(values, valid) for values, valid in found])
         return images, np.array([valid.mean() for _, valid in found], np.float32)
 

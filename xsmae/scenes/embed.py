@@ -21,7 +21,7 @@ from xsmae.errors import UserError, printable
 from xsmae.process.lock import FolderLock
 from xsmae.scenes.chip_files import enough, footer, write_chips
 from xsmae.scenes.chip_table import SceneFacts
-from xsmae.scenes.chips import ChipReader, Length, panels, plan_grid
+from xsmae.scenes.chips import ChipReader, Length, panel_shape, panels, plan_grid
 from xsmae.scenes.encoding import Groups, ahead_of
 from xsmae.scenes.inputs import facts_of, reading_of
 from xsmae.scenes.manifest import Manifest, digest_of
@@ -105,40 +105,45 @@ def encoded_rows(
     chips on their way are finished; if rows are missing, it raises KeyboardInterrupt.
     """
     rows, columns = reader.grid.shape
-    step = -(-PART // columns)
+    shape = panel_shape(reader.grid, reader.raster, len(reader.reading.bands.names))
+    step = -(-PART // (columns * shape[0])) * shape[0]
     parts: dict[int, Rows] = {}
-    names, width = len(reader.reading.bands.names), groups.width
     progress = _Progress(rows * columns, first_row * columns, say)
+
+    def rows_from(first):
+        many = min(step, rows - first)
+        zeros = np.zeros((many, columns, groups.width), np.float32)
+        return Rows(first, zeros, np.zeros((many, columns), np.float32))
 
     def chips(pool):
         last = None
-        todo = panels(reader.grid, names, first_row)
+        todo = panels(reader.grid, shape, first_row)
         for panel, (images, valid) in ahead_of(todo, reader.read, pool, READERS):
             if should_stop():
                 return
-            part = panel.row // step
+            part = panel.rows[0] // step
             if part != last:
                 if last is not None:
                     yield (last,), None, None
-                shape = min(step, rows - part * step), columns
-                zeros = np.zeros((*shape, width), np.float32)
-                parts[part] = Rows(part * step, zeros, np.zeros(shape, np.float32))
+                parts[part] = rows_from(part * step)
                 last = part
-            row, found = panel.row % step, np.arange(panel.first, panel.stop)
-            parts[part].valid[row, found] = valid
-            places = reader.grid.places(np.full(len(found), panel.row), found)
-            for column, image, gsd, good in zip(
-                found, images, reader.gsd(places), valid, strict=True
-            ):
+            row, column = np.array(panel.chips).T
+            parts[part].valid[row - part * step, column] = valid
+            gsd = reader.gsd(reader.grid.places(row, column))
+            for *found, good in zip(panel.chips, images, gsd, valid, strict=True):
                 if enough(good, min_valid):
-                    yield (part, row, int(column)), image, gsd
+                    (row, column), image, own = found
+                    yield (part, row - part * step, column), image, own
         if last is not None:
             yield (last,), None, None
 
+    next_row = first_row
     with ThreadPoolExecutor(READERS) as pool:
         for keys, vectors in groups.run(chips(pool)):
             if len(keys[0]) == 1:
-                yield parts.pop(keys[0][0])
+                found = parts.pop(keys[0][0])
+                next_row = found.first + len(found.valid)
+                yield found
                 continue
             part, row, column = keys[-1]
             if not np.isfinite(vectors).all():
@@ -150,7 +155,7 @@ def encoded_rows(
             for (part, row, column), vector in zip(keys, vectors, strict=True):
                 parts[part].vectors[row, column] = vector
             progress((part * step + row) * columns + column + 1)
-    if parts:
+    if next_row < rows:
         raise KeyboardInterrupt
 
 

@@ -104,9 +104,10 @@ class Groups:
             yield _done(waiting.popleft())
 
     def _send(self, images: Images, gsd: np.ndarray) -> jax.Array:
-        missing = (0, self.size - len(images))
-        images = np.pad(images, [missing, *[(0, 0)] * 3], "edge")
-        gsd = np.pad(gsd, [missing, (0, 0)], "edge")
+        if len(images) < self.size:
+            missing = (0, self.size - len(images))
+            images = np.pad(images, [missing, *[(0, 0)] * 3], "edge")
+            gsd = np.pad(gsd, [missing, (0, 0)], "edge")
         place = self._next % len(self.devices)
         self._next += 1
         device = self.devices[place]
