@@ -12,6 +12,7 @@ from flax import nnx
 from tests.support.devices import run_on_devices
 from tests.support.encoders import tiny_encoder
 from tests.support.segmentation import Labelled, ramp, some_scenes
+from xsmae.data.mask_classes import IGNORE
 from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe as recipes
 from xsmae.evaluation.segmentation.crops import (
@@ -19,7 +20,7 @@ from xsmae.evaluation.segmentation.crops import (
     crops_of_steps,
     largest_share,
 )
-from xsmae.evaluation.segmentation.scores import IGNORE, scores
+from xsmae.evaluation.segmentation.scores import scores
 from xsmae.evaluation.tasks import segment
 
 

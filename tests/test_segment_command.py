@@ -11,6 +11,7 @@ import xsmae
 from tests.support.encoders import make_encoder
 from tests.support.segmentation import Labelled, ramp
 from xsmae.cli import results, segment
+from xsmae.data.mask_classes import IGNORE
 from xsmae.errors import UserError
 from xsmae.evaluation.rows import read
 from xsmae.evaluation.segmentation import cache
@@ -18,7 +19,7 @@ from xsmae.evaluation.segmentation.evaluate import OTHERS
 from xsmae.evaluation.segmentation.heads import HEADS, Head, recipe_of
 from xsmae.evaluation.segmentation.kept import read_kept
 from xsmae.evaluation.segmentation.scaled import Scaled
-from xsmae.evaluation.segmentation.scores import IGNORE, bootstrap, confusion, scores
+from xsmae.evaluation.segmentation.scores import bootstrap, confusion, scores
 from xsmae.evaluation.tasks.segment import guesses
 from xsmae.weights.head import load_head
 

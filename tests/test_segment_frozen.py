@@ -7,11 +7,12 @@ from flax import nnx
 from tests.support.encoders import tiny_encoder
 from tests.support.segmentation import Labelled, ramp, some_scenes
 from xsmae.bands import Bands
+from xsmae.data.mask_classes import IGNORE
 from xsmae.errors import UserError
 from xsmae.evaluation.fitting import recipe as recipes
 from xsmae.evaluation.segmentation import dense
 from xsmae.evaluation.segmentation.cache import cached_windows
-from xsmae.evaluation.segmentation.scores import IGNORE, scores
+from xsmae.evaluation.segmentation.scores import scores
 from xsmae.evaluation.tasks.segment import confusions
 from xsmae.evaluation.tasks.segment_frozen import (
     class_histograms,
@@ -142,7 +143,9 @@ def test_heads_give_the_same_from_disk_and_memory(tmp_path):
     recipe.update(batch_size=4, num_steps=5, crop=8)
     plan = recipes.create_plan_of_steps(recipe)
     for head in (
-        lambda found: retrieval(statistics, *found, 3, seed=0, k=5, memory=700),
+        lambda found: retrieval(
+            statistics, *found, 3, seed=0, k=5, temperature=0.02, memory=700
+        ),
         lambda found: fit_linear(statistics, *found, 3, plan, recipe=recipe, seed=0),
     ):
         first, second = (head(found)(images, gsd) for found in (in_memory, on_disk))
@@ -204,22 +207,23 @@ def test_retrieval_finds_colours_in_the_tokens():
     train, test = (some_scenes(np.random.default_rng(seed)) for seed in (0, 1))
     recipe = recipes.linear_segmentation()
     recipe.update(batch_size=4, crop=8, overlap=0)
+    numbers = {"k": 5, "temperature": 0.02, "memory": 1000}
     tokens = dense.last_tokens(encoder)
     features, masks = dense.window_features(
         tokens, train, normalize=normalize, crop=8, batch_size=4
     )
-    predict = retrieval(tokens, features, masks, 3, seed=0, k=5)
+    predict = retrieval(tokens, features, masks, 3, seed=0, **numbers)
     assert miou(predict, test, normalize, recipe) > 0.8
     # One patch of one class in memory: every pixel is of that class.
     only = np.full_like(masks, IGNORE)
     only[3, :4, :4] = 2
-    predict = retrieval(tokens, features, only, 3, seed=0, k=5)
+    predict = retrieval(tokens, features, only, 3, seed=0, **numbers)
     gsd = np.ones((2, 2), np.float32)
     shares = predict(np.zeros((2, 8, 8, 3), np.float32), gsd)
     np.testing.assert_allclose(shares, np.broadcast_to([0, 0, 1.0], (2, 8, 8, 3)))
     few = [
         np.asarray(
-            retrieval(tokens, features, masks, 3, seed=seed, k=5, memory=1)(
+            retrieval(tokens, features, masks, 3, seed=seed, **numbers | {"memory": 1})(
                 np.zeros((2, 8, 8, 3), np.float32), gsd
             )
         )

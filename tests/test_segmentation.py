@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from xsmae.evaluation.segmentation.scores import (
-    IGNORE,
-    METRICS,
-    bootstrap,
-    confusion,
-    scores,
-)
+from xsmae.data.mask_classes import IGNORE
+from xsmae.evaluation.segmentation.scores import METRICS, bootstrap, confusion, scores
 from xsmae.evaluation.segmentation.windows import (
     Readable,
     segment,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xsmae.evaluation.segmentation.scores import IGNORE
+from xsmae.data.mask_classes import IGNORE
 from xsmae.evaluation.tasks.segment import cross_entropy
 from xsmae.models.upernet import ConvNorm
 from xsmae.sharding import by_batch, create_mesh, replicated

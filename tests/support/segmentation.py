@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from xsmae.evaluation.segmentation.scores import IGNORE
+from xsmae.data.mask_classes import IGNORE
 
 
 @dataclasses.dataclass

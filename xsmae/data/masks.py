@@ -30,7 +30,7 @@ from xsmae.errors import BadImageError, UserError, printable
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
-__all__ = ["IGNORE", "MaskRecord", "MaskSource", "Segmentation"]
+__all__ = ["MaskRecord", "MaskSource", "Segmentation"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from xsmae.data.mask_classes import IGNORE
 from xsmae.data.raster_resample import Resampled, weights
-from xsmae.evaluation.segmentation.scores import IGNORE
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Shaped, UInt8

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from xsmae.data.mask_classes import IGNORE
 from xsmae.errors import UserError
 from xsmae.evaluation.segmentation.crops import Labelled
-from xsmae.evaluation.segmentation.scores import IGNORE
 from xsmae.evaluation.segmentation.windows import Readable, padded, window_starts
 from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.models.taps import as_map

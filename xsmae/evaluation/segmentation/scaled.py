@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xsmae.data.mask_classes import IGNORE
 from xsmae.data.masks import Segmentation
 from xsmae.data.raster_resample import Resampled, weights
 from xsmae.evaluation.segmentation.crops import Labelled
-from xsmae.evaluation.segmentation.scores import IGNORE
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped, UInt8

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xsmae.data.mask_classes import IGNORE
 from xsmae.evaluation.intervals import LEVEL, RESAMPLES
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
-IGNORE = 255  # in masks: pixels that do not count
 METRICS = ("miou", "accuracy", "mean_accuracy", "weighted_iou")
 AT_ONCE = 100  # resamples in memory
 

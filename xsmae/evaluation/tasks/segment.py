@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from xsmae.data.mask_classes import IGNORE
 from xsmae.evaluation.fitting import optimizers
 from xsmae.evaluation.fitting.fit import Learner
 from xsmae.evaluation.fitting.recipe import Plan
@@ -20,7 +21,7 @@ from xsmae.evaluation.fitting.step import step_by
 from xsmae.evaluation.segmentation.crops import CropSampler, Labelled
 from xsmae.evaluation.segmentation.dense import normalized, normalizer
 from xsmae.evaluation.segmentation.scaled import nearest
-from xsmae.evaluation.segmentation.scores import IGNORE, confusion
+from xsmae.evaluation.segmentation.scores import confusion
 from xsmae.evaluation.segmentation.windows import Readable, segment
 from xsmae.evaluation.subjects import FrozenEncoder
 from xsmae.evaluation.tasks.finetune import copied_network

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
 
 AT_ONCE = 16  # windows that are read from disk together
-K = 30  # neighbours of a patch (Hummingbird, Balazevic et al. 2023)
-TEMPERATURE = 0.02  # of the cosine similarities
-MEMORY = 100_000  # patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +154,9 @@ def retrieval(
     num_classes: int,
     *,
     seed: int,
-    k: int = K,
-    temperature: float = TEMPERATURE,
-    memory: int = MEMORY,
+    k: int,
+    temperature: float,
+    memory: int,
 ) -> Predict:
     """Dense kNN: the k most similar training patches vote with their histograms.
 
