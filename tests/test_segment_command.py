@@ -10,6 +10,7 @@ from PIL import Image
 import xsmae
 from tests.support.encoders import make_encoder
 from tests.support.segmentation import Labelled, ramp
+from xsmae import cli
 from xsmae.cli import results, segment
 from xsmae.data.mask_classes import IGNORE
 from xsmae.errors import UserError
@@ -22,6 +23,7 @@ from xsmae.evaluation.segmentation.scaled import Scaled
 from xsmae.evaluation.segmentation.scores import bootstrap, confusion, scores
 from xsmae.evaluation.tasks.segment import guesses
 from xsmae.weights.head import load_head
+from xsmae.weights.layouts import leaves
 
 LAND = [
     "--data=synthetic_land", "--data.size=32", "--train.num_images=5",
@@ -251,6 +253,51 @@ def test_a_stopped_training_of_upernet_resumes(tmp_path, capsys):
     assert row.feature_scaling == "layer norm per block"
     assert load_head(tmp_path / "out" / row.identity / "head").crop == 16
     assert not list((tmp_path / "cache").rglob("training-*"))
+
+
+def test_the_head_of_a_fine_tuning_has_the_encoder_that_was_trained(tmp_path):
+    make_encoder(tmp_path / "encoder", depth=1)
+    command = [
+        "xsmae", "segment", f"--encoder={tmp_path / 'encoder'}", *LAND, *RECIPE,
+        *places(tmp_path), "--head=upernet", "--nofreeze", "--nocontrols",
+        "--recipe.channels=4", "--recipe.num_steps=3", "--recipe.warmup_steps=0",
+        "--recipe.learning_rate=0.01",
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    (row,) = read(tmp_path / "results.jsonl")
+    assert row.protocol.task == "segment_upernet_trained"
+    assert row.protocol.options["encoder"] == "trained"
+    before = xsmae.load_encoder(tmp_path / "encoder")
+    head = load_head(tmp_path / "out" / row.identity / "head")
+    assert head.encoder.digest != before.digest == row.encoder["digest"]
+    assert head.encoder.info["run"]["trained_with_head"] == "upernet"
+    changed = {
+        path: np.abs(new - old).max()
+        for (path, old), new in zip(
+            leaves(before.network).items(),
+            leaves(head.encoder.network).values(),
+            strict=True,
+        )
+    }
+    kernels = {path: by for path, by in changed.items() if path[-1] == "kernel"}
+    assert len(kernels) >= 5
+    assert min(kernels.values()) > 1e-3
+    # What is measured is what is saved.
+    test = xsmae.open_source("synthetic_land", num_images=3, seed=1, size=32)
+    predicted = list(
+        guesses(
+            head.predict,
+            test,
+            normalize=lambda image: image,
+            recipe={"crop": 16, "overlap": 4, "batch_size": 4},
+        )
+    )
+    found = sum(confusion(g.mask, g.predicted, 7) for g in predicted)
+    assert np.abs(found - row.confusion).sum() <= 8  # ties between two classes
+    examples = read_kept(tmp_path / "out" / row.identity).examples
+    for index, (step, shown) in examples.items():
+        whole = np.concatenate([g.predicted for g in predicted if g.image == index])
+        assert (whole[::step, ::step] == shown).mean() > 0.99
 
 
 def test_the_recipe_follows_the_head_and_the_encoder():
