@@ -41,9 +41,10 @@ from xsmae.cli.evaluation import define_data, parts_of, split_parts
 from xsmae.config import flatten, override, ranges_of
 from xsmae.data.catalogue import MASK_SOURCES, build_source
 from xsmae.data.footprints import find_footprints
-from xsmae.data.geotiff_kinds import OPTIONS, kinds_of_rasters
+from xsmae.data.geotiff_kinds import kinds_of_rasters
 from xsmae.data.geotiff_source import GeotiffSource
 from xsmae.data.pipeline import allowed_rejections
+from xsmae.data.raster_options import OPTIONS
 from xsmae.data.records import Source
 from xsmae.data.sensors import find_sensor
 from xsmae.data.survey import Survey, settings_of, survey

@@ -24,7 +24,8 @@ from xsmae.data import gdal
 from xsmae.data.geotiff_cache import IndexCache, Row, made_of, made_of_header
 from xsmae.data.geotiff_listing import Entry, list_rasters
 from xsmae.data.geotiff_scene import Scene, look, scene_of
-from xsmae.data.raster import Raster, open_raster
+from xsmae.data.raster import Raster
+from xsmae.data.raster_options import RasterOptions
 from xsmae.data.records import fingerprint
 from xsmae.errors import BadImageError, UserError
 from xsmae.process.log import LOG
@@ -59,12 +60,12 @@ class WindowIndex:
         rejected: dict[str, str],
         *,
         min_valid: float,
-        options: dict[str, Any],
+        how: RasterOptions,
         notes: Sequence[str] = (),
     ):
         self.scenes, self.rejected = tuple(scenes), dict(rejected)
         self.min_valid = min_valid
-        self._options, self._notes = dict(options), tuple(notes)
+        self._how, self._notes = how, tuple(notes)
         self._rasters: dict[int, Raster] = {}
         self.left_out = self.unreadable = 0
         cells = []
@@ -84,15 +85,10 @@ class WindowIndex:
         *,
         window: int = 512,
         min_valid: float = 0.5,
-        bands: Sequence[str] | None = None,
-        scale: float | Sequence[float] | None = None,
-        offset: float | Sequence[float] | None = None,
-        gsd: float | tuple[float, float] | None = None,
-        nodata_rule: str = "all",
-        sensor: str | None = None,
         cache: str | os.PathLike | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = LOG.info,
+        **options: Any,
     ) -> WindowIndex:
         """Look at every raster once; a build that was stopped or killed resumes.
 
@@ -101,10 +97,9 @@ class WindowIndex:
             columns path, label, gsd, bands (`geotiff_listing`).
           window: pixels, about the side of a window.
           min_valid: windows with a smaller part of valid pixels are left out.
-          bands, scale, offset, gsd, nodata_rule, sensor: as `open_raster` has them, for
-            all rasters; a table's bands and gsd count before these.
           cache: a file for what is found; None: nothing is kept.
           say: takes the lines of progress.
+          options: the fields of `RasterOptions`, for all rasters.
 
         Raises:
           UserError: bad options, no raster that can be used, a GSD that is not known.
@@ -115,16 +110,12 @@ class WindowIndex:
                 f"window={window}, min_valid={min_valid}; expected a side above 0, and "
                 "a part of 0 to 1"
             )
-        options = {
-            "bands": bands, "scale": scale, "offset": offset, "gsd": gsd,
-            "nodata_rule": nodata_rule, "sensor": sensor,
-        }  # fmt: skip
+        how = RasterOptions(**options)
         entries, notes = list_rasters(data)
-        settings = {key: _plain(value) for key, value in options.items()}
         kept = IndexCache(
-            None if cache is None else Path(cache), {**settings, "window": window}
+            None if cache is None else Path(cache), {**how.plain(), "window": window}
         )
-        rows = _rows(entries, kept, options, window, should_stop, say)
+        rows = _rows(entries, kept, how, window, should_stop, say)
         scenes = [scene_of(e, r) for e, r in rows if "rejected" not in r]
         rejected = {e.id: r["rejected"] for e, r in rows if "rejected" in r}
         if not scenes:
@@ -133,8 +124,7 @@ class WindowIndex:
                 f"none of the {len(rejected)} rasters can be used, the first {name!r}: "
                 f"{why}"
             )
-        options = {"min_valid": min_valid, "options": options, "notes": notes}
-        return cls(scenes, rejected, **options)
+        return cls(scenes, rejected, min_valid=min_valid, how=how, notes=notes)
 
     def __len__(self) -> int:
         return len(self._cells)
@@ -155,7 +145,7 @@ class WindowIndex:
         """The opened raster of a scene; raises BadImageError as `open_raster` does."""
         if scene not in self._rasters:
             entry = self.scenes[scene].entry
-            self._rasters[scene] = _open(entry, self._options)
+            self._rasters[scene] = self._how.open(entry)
         return self._rasters[scene]
 
     @property
@@ -197,7 +187,7 @@ class WindowIndex:
 def _rows(
     entries: Sequence[Entry],
     cache: IndexCache,
-    options: dict[str, Any],
+    how: RasterOptions,
     window: int,
     should_stop: Callable[[], bool],
     say: Callable[[str], None],
@@ -208,7 +198,7 @@ def _rows(
         for entry in entries:
             if should_stop():
                 raise KeyboardInterrupt
-            row, new = _row(entry, cache, options, window)
+            row, new = _row(entry, cache, how, window)
             rows.append((entry, row))
             looked_at += new
             now = time.monotonic()
@@ -224,7 +214,7 @@ def _rows(
 
 
 def _row(
-    entry: Entry, cache: IndexCache, options: dict[str, Any], window: int
+    entry: Entry, cache: IndexCache, how: RasterOptions, window: int
 ) -> tuple[Row, bool]:
     """The row of a raster, and True if it was looked at now."""
     local = gdal.is_file(entry.path)
@@ -233,7 +223,7 @@ def _row(
         if row is not None:
             return row, False
     try:
-        with _open(entry, options) as raster:
+        with how.open(entry) as raster:
             files = [f for f in raster.files if f != raster.path and gdal.is_file(f)]
             if local:
                 key = made_of(entry, tuple(files))
@@ -249,14 +239,3 @@ def _row(
             return row, True  # the network may be better the next time
     cache.put(entry, row)
     return row, True
-
-
-def _open(entry: Entry, options: dict[str, Any]) -> Raster:
-    own = {"bands": entry.bands, "gsd": entry.gsd}
-    own = {key: value for key, value in own.items() if value is not None}
-    return open_raster(entry.path, **{**options, **own})
-
-
-def _plain(value: Any) -> Any:
-    """An option as JSON has it."""
-    return list(value) if isinstance(value, (tuple, list, np.ndarray)) else value

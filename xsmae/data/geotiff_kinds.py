@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xsmae.data.geotiff_listing import Entry, list_rasters
-from xsmae.data.raster import open_raster
+from xsmae.data.raster_options import RasterOptions
 from xsmae.errors import BadImageError, UserError, printable
-
-OPTIONS = ("bands", "scale", "offset", "gsd", "nodata_rule", "sensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +34,21 @@ def kinds_of_rasters(
 ) -> list[Kind]:
     """The kinds, those that can be used first, the most frequent ones first.
 
-    options: of `open_raster`. Raises UserError if there are no rasters at all, and
-    KeyboardInterrupt once `should_stop()` is true.
+    options: the fields of `RasterOptions`. Raises UserError if there are no rasters at
+    all, and KeyboardInterrupt once `should_stop()` is true.
     """
-    groups = collections.defaultdict(list)
+    how, groups = RasterOptions(**options), collections.defaultdict(list)
     for entry in list_rasters(root)[0]:
         if should_stop():
             raise KeyboardInterrupt
-        groups[_kind(entry, options)].append(entry.id)
+        groups[_kind(entry, how)].append(entry.id)
     kinds = [Kind(*found, tuple(names)) for found, names in groups.items()]
     return sorted(kinds, key=lambda kind: (bool(kind.problem), -len(kind.names)))
 
 
-def _kind(entry: Entry, options: dict[str, Any]) -> tuple[tuple[str, ...], str]:
-    own = {"bands": entry.bands, "gsd": entry.gsd}
-    own = {key: value for key, value in own.items() if value is not None}
+def _kind(entry: Entry, how: RasterOptions) -> tuple[tuple[str, ...], str]:
     try:
-        with open_raster(entry.path, **{**options, **own}) as raster:
+        with how.open(entry) as raster:
             raster.known_gsd()
             return raster.bands, ""
     except (BadImageError, UserError) as error:
