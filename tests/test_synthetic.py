@@ -73,9 +73,9 @@ def test_any_order_cache_and_pickle_give_the_same_images():
     for i in (*range(7, -1, -1), *range(8)):
         np.testing.assert_array_equal(two[i].image, expected[i])
         np.testing.assert_array_equal(none[i].image, expected[i])
-    assert len(two._cache) == 2
+    assert len(two._rendered) == 2
     loaded = pickle.loads(pickle.dumps(plain))
-    assert not loaded._cache
+    assert not len(loaded._rendered)
     assert loaded.fingerprint == plain.fingerprint
     np.testing.assert_array_equal(loaded[5].image, expected[5])
 

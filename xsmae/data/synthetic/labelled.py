@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from xsmae.data.masks import MaskRecord
 from xsmae.data.records import BaseSource, fingerprint
 from xsmae.data.synthetic.canvas import LAND
-from xsmae.data.synthetic.source import SyntheticSource
+from xsmae.data.synthetic.source import RenderedOnce, SyntheticSource
 
 # Of each class: field, grass, tree, sand, paved, building, water.
 COLOURS = (
@@ -46,12 +44,7 @@ class LandSource(BaseSource):
             cache_mib=cache_mib * 3 / 4,
         )
         self.bands = self._images.bands
-        self._slots = int(cache_mib / 4 * 2**20) // size**2
-        self._masks: dict[int, np.ndarray] = {}
-
-    def __getstate__(self) -> dict:
-        # The receiving process renders the same masks again.
-        return {**self.__dict__, "_masks": {}}
+        self._masks = RenderedOnce(cache_mib / 4, image_bytes=self._images.size**2)
 
     @property
     def fingerprint(self) -> str:
@@ -75,17 +68,10 @@ class LandSource(BaseSource):
 
     def __getitem__(self, index: int) -> MaskRecord:
         record = self._images[index]
-        gsd, size = record.gsd, self._images.size
-        mask = self._masks.get(index)
-        if mask is None:
-            half = size * gsd / 2
-            mask = self._images.scene(index).render_land(
-                top=-half, left=-half, height=size, width=size, gsd=gsd
-            )
-            mask.setflags(write=False)
-            if len(self._masks) < self._slots:
-                self._masks[index] = mask
-        return MaskRecord(record.image, (gsd, gsd), None, record.id, mask=mask)
+        scene, window = self._images.scene(index), self._images.window(index)
+        mask = self._masks.get(index, lambda: scene.render_land(**window))
+        gsd = (record.gsd, record.gsd)
+        return MaskRecord(record.image, gsd, None, record.id, mask=mask)
 
     def __repr__(self) -> str:
         return f"LandSource of {self._images!r}"

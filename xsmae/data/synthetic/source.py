@@ -9,7 +9,8 @@ import functools
 import hashlib
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -156,6 +157,35 @@ class Scene:
         return gain * tint * ((1 - haze) * seen + haze * veil)
 
 
+class RenderedOnce:
+    """Keeps the first images that are rendered, as many as fit into `mib`.
+
+    A pickle has none of them: the receiving process renders them again.
+    """
+
+    def __init__(self, mib: float, *, image_bytes: int) -> None:
+        self._most = int(mib * 2**20) // image_bytes
+        self._images: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_images": {}}
+
+    def get(self, index: int, render: Callable[[], np.ndarray]) -> np.ndarray:
+        """The image at `index`, which is read-only."""
+        image = self._images.get(index)
+        if image is None:
+            # No lock is needed: every thread stores the same image. A race can cost a
+            # second rendering or a slot, but never gives a wrong image.
+            image = render()
+            image.setflags(write=False)
+            if len(self._images) < self._most:
+                self._images[index] = image
+        return image
+
+
 def _checked_window(
     height: int, width: int, gsd: float | tuple[float, float]
 ) -> tuple[float, float]:
@@ -221,7 +251,7 @@ class SyntheticSource(BaseSource):
         self.cache_mib = float(cache_mib)
         self.class_names = CLASS_NAMES
         self.labels = self._labels()
-        self._start_cache()
+        self._rendered = RenderedOnce(self.cache_mib, image_bytes=3 * self.size**2)
 
     def _labels(self) -> np.ndarray:
         """int64 labels; each run of len(CLASS_NAMES) images has every class once."""
@@ -229,19 +259,6 @@ class SyntheticSource(BaseSource):
         runs = np.arange(-(-self.num_images // classes))[:, None]
         rank = hashed(np.arange(classes), runs, self.seed)
         return np.argsort(rank, axis=1, kind="stable").ravel()[: self.num_images]
-
-    def _start_cache(self) -> None:
-        image_bytes = 3 * self.size**2
-        self._cache_slots = int(self.cache_mib * 2**20) // image_bytes
-        self._cache: dict[int, np.ndarray] = {}
-
-    def __getstate__(self) -> dict:
-        # The receiving process renders the same images again.
-        return {k: v for k, v in self.__dict__.items() if k != "_cache"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._start_cache()
 
     def __repr__(self) -> str:
         return (
@@ -273,23 +290,18 @@ class SyntheticSource(BaseSource):
         # Rounded, so that the result does not depend on the platform's pow().
         return float(f"{self.gsd * self.gsd_spread ** rng.uniform(-1, 1):.5g}")
 
+    def window(self, index: int) -> dict[str, Any]:
+        """The arguments of `Scene.render` for one image."""
+        gsd = self.image_gsd(index)
+        half, size = self.size * gsd / 2, self.size
+        return {"top": -half, "left": -half, "height": size, "width": size, "gsd": gsd}
+
     def __getitem__(self, index: int) -> Record:
         index = self._checked(index)
-        gsd = self.image_gsd(index)
-        image = self._cache.get(index)
-        if image is None:
-            half = self.size * gsd / 2
-            image = self.scene(index).render(
-                top=-half, left=-half, height=self.size, width=self.size, gsd=gsd
-            )
-            # No lock is needed: every thread stores the same image. A race can cost a
-            # second rendering or a slot, but never gives a wrong image.
-            image.setflags(write=False)
-            if len(self._cache) < self._cache_slots:
-                self._cache[index] = image
-        return Record(
-            image=image, gsd=gsd, label=int(self.labels[index]), id=self.id(index)
-        )
+        window = self.window(index)
+        image = self._rendered.get(index, lambda: self.scene(index).render(**window))
+        label = int(self.labels[index])
+        return Record(image=image, gsd=window["gsd"], label=label, id=self.id(index))
 
     def _checked(self, index: int) -> int:
         index = operator.index(index)
