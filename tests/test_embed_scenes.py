@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+import xsmae
 from tests.support.devices import run_on_devices
 from tests.support.encoders import make_encoder
 from tests.support.rasters import REASON, land, north_up, write
@@ -19,6 +20,7 @@ from xsmae import cli
 from xsmae.cli import embed as command
 from xsmae.cli import embed_scenes
 from xsmae.data.raster import open_raster
+from xsmae.errors import UserError
 from xsmae.scenes import embed, encoding, manifest, strips
 from xsmae.scenes.chips import Length, panel_shape, panels, plan_grid
 from xsmae.scenes.embed import Plan, encoded_rows, reader_of
@@ -43,6 +45,7 @@ def make_scene(path, height=HEIGHT, width=WIDTH, **options):
     rng = np.random.default_rng(height)
     data = rng.integers(1, 256, (3, height, width)).astype(np.uint8)
     data[:, :40, :25] = 0
+    path.parent.mkdir(exist_ok=True)
     return write(path, data, **{"photometric": "rgb", "nodata": 0, **options})
 
 
@@ -115,7 +118,8 @@ def test_each_vector_is_that_of_its_window(tmp_path, encoder, scene, capsys):
     entry = json.loads((out / "manifest.json").read_text())
     assert entry["wanted"] == ["scene"]
     assert entry["scenes"]["scene"]["rows"] == len(rows)
-    assert {p.name for p in out.iterdir()} == {"scene.parquet", "manifest.json"}
+    names = {"scene.parquet", "scene.json", "manifest.json"}
+    assert {p.name for p in out.iterdir()} == names
     before = contents(out)
     assert call(*words, "--chip_size=16") == 0
     assert "were there" in capsys.readouterr().out
@@ -149,6 +153,32 @@ def test_overlap_pooling_metres_and_size(tmp_path, encoder, scene):
     words = ["--chip_size=20", "--size=8"]
     assert call(*shared, f"--out={out}", *words) == 0
     check_rows(out / "scene.parquet", scene, encoder, size=8, pooling="cls")
+
+
+def test_the_item(tmp_path, encoder):
+    place = {"crs": "EPSG:4326", "transform": north_up(179.5, -16, 0.01)}
+    path = make_scene(tmp_path / "in" / "far.tif", 64, 96, **place)
+    out = tmp_path / "out"
+    words = [path, f"--encoder={encoder}", f"--out={out}", "--chip_size=16"]
+    assert call(*words, "--datetime=2020-02-03T04:05:06Z") == 0
+    item = json.loads((out / "far.json").read_text())
+    assert (item["type"], item["stac_version"], item["id"]) == (
+        "Feature",
+        "1.1.0",
+        "far",
+    )
+    assert item["geometry"]["type"] == "MultiPolygon"
+    assert item["bbox"] == pytest.approx([179.5, -16.64, -179.54, -16])
+    told = item["properties"]
+    assert told["datetime"] == "2020-02-03T04:05:06Z"
+    assert (told["emb:type"], told["emb:dimensions"]) == ("chip", 16)
+    assert (told["proj:code"], told["proj:shape"]) == ("EPSG:4326", [64, 96])
+    links = {link["rel"]: out / link["href"] for link in item["links"]}
+    assert links["emb:source-data"].samefile(path)
+    assert links["emb:model"].samefile(encoder)
+    asset = item["assets"]["embeddings"]
+    assert (out / asset["href"]).is_file()
+    assert asset["type"] == "application/vnd.apache.parquet"
 
 
 def test_each_window_gets_its_own_gsd(tmp_path, encoder):
@@ -247,7 +277,34 @@ def test_batches_and_devices_change_no_byte(tmp_path, encoder, scene):
         run_on_devices("tests.support.embed_on_devices", devices, *words)
         found[devices, batch] = contents(folder)
     assert all(other == found[1, 1] for other in found.values())
-    assert len(found[1, 1]) == 2
+    assert len(found[1, 1]) == 3
+
+
+def test_from_python(tmp_path, encoder, scene):
+    words = [scene, f"--encoder={encoder}", "--chip_size=16", "--stride=160m"]
+    assert call(*words, f"--out={tmp_path / 'out'}") == 0
+    found = xsmae.embed(encoder, scene, chip_size=16, stride="160m")
+    assert found.vectors.shape == (6, 5, 16)
+    rows = rows_of(tmp_path / "out" / "scene.parquet")
+    kept = np.isfinite(found.vectors).all(axis=-1)
+    assert kept.sum() == len(rows)
+    for row in rows:
+        place = (
+            np.searchsorted(found.tops, row["row"]),
+            np.searchsorted(found.lefts, row["col"]),
+        )
+        np.testing.assert_array_equal(found.vectors[place], row["embedding"])
+        assert found.valid[place] == row["valid_fraction"]
+        assert tuple(found.gsd[place]) == (row["gsd_y"], row["gsd_x"])
+    with open_raster(scene) as raster:
+        again = xsmae.embed(load_encoder(encoder), raster, chip_size=16)
+        np.testing.assert_array_equal(again.vectors, found.vectors)
+        assert again.transform.c + again.transform.a * again.lefts[1] == 500_160
+        assert again.transform.f + again.transform.e * again.tops[2] == 4_999_680
+        with pytest.raises(UserError, match="sensor"):
+            xsmae.embed(encoder, raster, sensor="naip")
+    with pytest.raises(UserError, match="chip_size=-3"):
+        xsmae.embed(encoder, scene, chip_size=-3)
 
 
 class Killed(BaseException):

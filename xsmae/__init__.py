@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xsmae.evaluation.evaluate import Subject, evaluate
     from xsmae.evaluation.parts import Data
     from xsmae.evaluation.rows import Result, read_results
+    from xsmae.scenes.api import embed
     from xsmae.scenes.mapped import map_scene
     from xsmae.weights.encoder import Encoder, load_encoder
     from xsmae.weights.export import export
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Encoder",
+    "embed",
     "evaluate",
     "export",
     "import_weights",
@@ -55,6 +57,7 @@ __all__ = [
 # Name -> the module that defines it.
 _HOMES = {
     "Encoder": "xsmae.weights.encoder",
+    "embed": "xsmae.scenes.api",
     "evaluate": "xsmae.evaluation.evaluate",
     "export": "xsmae.weights.export",
     "import_weights": "xsmae.weights.importing",

@@ -154,6 +154,7 @@ def _plan(values: flags.FlagValues) -> Plan:
         dtype=values.dtype,
         time=None if values.datetime is None else parse_time(values.datetime),
         missing_bands=values.missing_bands,
+        encoder=values.encoder,
     )
 
 

@@ -38,7 +38,7 @@ class Length:
 
     @classmethod
     def parse(cls, text: str, flag: str) -> Length:
-        """224 (pixels) or 500m; UserError for other texts."""
+        """224 (pixels) or 500m; UserError, which names the flag, for other texts."""
         found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)m", text.strip())
         if found is None or not float(found[1] or found[2]):
             raise UserError(

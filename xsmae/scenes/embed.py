@@ -18,6 +18,7 @@ import numpy as np
 
 from xsmae.data.raster import Raster
 from xsmae.errors import UserError, printable
+from xsmae.process.files import write_json
 from xsmae.process.lock import FolderLock
 from xsmae.scenes.chip_files import enough, footer, write_chips
 from xsmae.scenes.chip_table import SceneFacts
@@ -25,6 +26,7 @@ from xsmae.scenes.chips import ChipReader, Length, panel_shape, panels, plan_gri
 from xsmae.scenes.encoding import Groups, ahead_of
 from xsmae.scenes.inputs import facts_of, reading_of
 from xsmae.scenes.manifest import Manifest, digest_of
+from xsmae.scenes.stac import item
 from xsmae.scenes.strips import Strips
 from xsmae.weights.encoder import Encoder, outside_training
 
@@ -44,7 +46,8 @@ class Plan:
     chip_size, stride, side: see `plan_grid`; chip_size None: the encoder's image size.
     pooling: `cls` or `mean`, None: the encoder's own. min_valid: the part of a chip's
     pixels that must have a value. dtype: of the stored vectors. time: of the image,
-    None if unknown. missing_bands: one of `MISSING_BANDS`.
+    None if unknown. missing_bands: one of `MISSING_BANDS`. encoder: its folder, for
+    links.
     """
 
     chip_size: Length | None = None
@@ -55,6 +58,7 @@ class Plan:
     dtype: str = "float32"
     time: datetime.datetime | None = None
     missing_bands: str = "refuse"
+    encoder: str = ""
 
     def of(self, encoder: Encoder) -> Plan:
         """The plan with the encoder's own size and pooling where it says none."""
@@ -191,11 +195,12 @@ def embed_scene(
     say: Callable[[str], None] = lambda line: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Write the table of a scene beside `manifest`; False if it was there already.
+    """Write the table of a scene and its item; False if they were there already.
 
     A scene that was not finished is resumed, and ends with the same bytes. Memory does
-    not grow with the scene. groups: of the plan's pooling. name: of its file. source:
-    as the user calls it. plan: from `Plan.of`.
+    not grow with the scene. groups: of the plan's pooling. manifest: lists the files,
+    which are written beside it. name: of the files. source: as the user calls it. plan:
+    from `Plan.of`.
 
     Raises:
       UserError: the encoder cannot read the raster, no chip has enough pixels, a file
@@ -235,29 +240,33 @@ def embed_scene(
                 strips.add({n: _bytes(getattr(rows, n)) for n in strips.shapes})
                 strips.commit(rows.first + len(rows.valid))
             made = unfinished / target.name
+            facts = SceneFacts(name, source, plan.time, raster.crs, reader.grid.size)
+            emb = footer(
+                encoder,
+                reader,
+                pooling=plan.pooling,
+                dtype=plan.dtype,
+                min_valid=plan.min_valid,
+                job=job,
+            )
             count = write_chips(
                 made,
                 strips,
                 reader,
-                SceneFacts(name, source, plan.time, raster.crs, reader.grid.size),
+                facts,
                 dtype=plan.dtype,
                 min_valid=plan.min_valid,
-                emb=footer(
-                    encoder,
-                    reader,
-                    pooling=plan.pooling,
-                    dtype=plan.dtype,
-                    min_valid=plan.min_valid,
-                    job=job,
-                ),
+                emb=emb,
                 say=say,
             )
             made.replace(target)
+            listed = folder / f"{name}.json"
+            write_json(listed, item(raster, facts, emb, target, encoder=plan.encoder))
             entry = {
                 "job": job,
                 "source": source,
                 "rows": count,
-                "files": {target.name: digest_of(target)},
+                "files": {file.name: digest_of(file) for file in (target, listed)},
             }
             manifest.add(name, entry)
             shutil.rmtree(unfinished)
