@@ -134,7 +134,8 @@ def create_work(name: str, encoder: FrozenEncoder, recipe: Mapping[str, Any]) ->
         return _upernet(encoder, recipe, (images, gsd, masks), frozen=HEADS[name][1])
     dense = last_tokens(encoder)
     tokens = functools.partial(dense.func.lower, *dense.args, images, gsd)
-    _, rows, columns, width = jax.eval_shape(dense, images, gsd).shape
+    rows, columns = encoder.network.grid(crop, crop)
+    width = encoder.network.embed_dim
     count = CACHED * batch
     if name == "knn":
         count = -(-recipe["memory"] // (rows * columns))
