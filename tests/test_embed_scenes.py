@@ -439,6 +439,7 @@ def test_a_bad_scene_is_named_and_the_others_are_embedded(
         assert str(path) in line
         assert word in line
     assert said[-1] == "5 of 6 scenes failed"
+    assert not list(out.glob(".*"))
     listed = json.loads((out / "manifest.json").read_text())
     assert listed["failed"].keys() == {path.stem for path in wrong}
     assert listed["scenes"].keys() == {"scene"}

@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xsmae.data.raster import Raster
-from xsmae.errors import UserError, printable
-from xsmae.process.files import write_json
-from xsmae.process.lock import FolderLock
+from xsmae.errors import UserError
 from xsmae.scenes.chip_files import enough, footer, write_chips
 from xsmae.scenes.chip_table import SceneFacts
 from xsmae.scenes.chips import ChipReader, Length, panel_shape, panels, plan_grid
 from xsmae.scenes.encoding import Groups, ahead_of
+from xsmae.scenes.finish import Made, finish
 from xsmae.scenes.inputs import facts_of, reading_of
-from xsmae.scenes.manifest import Manifest, digest_of
+from xsmae.scenes.manifest import Manifest
 from xsmae.scenes.stac import item
 from xsmae.scenes.strips import Strips
 from xsmae.weights.encoder import Encoder, outside_training
@@ -209,73 +207,65 @@ def embed_scene(
       KeyboardInterrupt: once `should_stop()` is true.
     """
     reader = reader_of(encoder, raster, plan)
-    gsd = reader.gsd(reader.grid.places(*np.indices((1, 1)).reshape(2, -1)))[0]
+    warn_outside(encoder, reader, say)
+    job = job_of("chip", encoder, reader, plan, source)
+
+    def make(folder: Path) -> Made:
+        strips = _strips(folder, job, reader, groups)
+        if strips.next_row:
+            rows = reader.grid.shape[0]
+            say(f"resumes at row {strips.next_row} of {rows} rows of chips")
+        for rows in encoded_rows(
+            reader,
+            groups,
+            min_valid=plan.min_valid,
+            first_row=strips.next_row,
+            say=say,
+            should_stop=should_stop,
+        ):
+            strips.add({n: as_bytes(getattr(rows, n)) for n in strips.shapes})
+            strips.commit(rows.first + len(rows.valid))
+        facts = SceneFacts(name, source, plan.time, raster.crs, reader.grid.size)
+        emb = footer(
+            encoder,
+            reader,
+            pooling=plan.pooling,
+            dtype=plan.dtype,
+            min_valid=plan.min_valid,
+            job=job,
+        )
+        made = folder / f"{name}.parquet"
+        count = write_chips(
+            made,
+            strips,
+            reader,
+            facts,
+            dtype=plan.dtype,
+            min_valid=plan.min_valid,
+            emb=emb,
+            say=say,
+        )
+        return Made(
+            made,
+            count,
+            lambda target: item(raster, facts, emb, target, encoder=plan.encoder),
+        )
+
+    target = manifest.path.parent / f"{name}.parquet"
+    return finish(manifest, target, job, source, make)
+
+
+def warn_outside(
+    encoder: Encoder, reader: ChipReader, say: Callable[[str], None]
+) -> None:
+    """Say it if the GSD of the first chip is outside the range of training."""
+    gsd = reader.gsd(reader.grid.places(np.array([0]), np.array([0])))[0]
     if outside_training(encoder.info, gsd.min(), gsd.max()):
         low, high = encoder.info["gsd_range"]
         say(
             f"the encoder was pretrained at {low:g} to {high:g} m per pixel, the chips "
             f"have {gsd[0]:g} x {gsd[1]:g} m: the vectors may be poor"
         )
-    folder = manifest.path.parent
-    job = _digest(encoder, reader, plan, source)
-    target = folder / f"{name}.parquet"
-    if manifest.has(name, job):
-        return False
-    _check_target(target, name, job, manifest)
-    unfinished = folder / f".{name}.unfinished"
-    try:
-        with FolderLock(unfinished):
-            strips = _strips(unfinished, job, reader, groups)
-            if strips.next_row:
-                rows = reader.grid.shape[0]
-                say(f"resumes at row {strips.next_row} of {rows} rows of chips")
-            for rows in encoded_rows(
-                reader,
-                groups,
-                min_valid=plan.min_valid,
-                first_row=strips.next_row,
-                say=say,
-                should_stop=should_stop,
-            ):
-                strips.add({n: _bytes(getattr(rows, n)) for n in strips.shapes})
-                strips.commit(rows.first + len(rows.valid))
-            made = unfinished / target.name
-            facts = SceneFacts(name, source, plan.time, raster.crs, reader.grid.size)
-            emb = footer(
-                encoder,
-                reader,
-                pooling=plan.pooling,
-                dtype=plan.dtype,
-                min_valid=plan.min_valid,
-                job=job,
-            )
-            count = write_chips(
-                made,
-                strips,
-                reader,
-                facts,
-                dtype=plan.dtype,
-                min_valid=plan.min_valid,
-                emb=emb,
-                say=say,
-            )
-            made.replace(target)
-            listed = folder / f"{name}.json"
-            write_json(listed, item(raster, facts, emb, target, encoder=plan.encoder))
-            entry = {
-                "job": job,
-                "source": source,
-                "rows": count,
-                "files": {file.name: digest_of(file) for file in (target, listed)},
-            }
-            manifest.add(name, entry)
-            shutil.rmtree(unfinished)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {printable(str(folder))}: {error.strerror or error}; the "
-            "same command resumes"
-        ) from None
-    return True
 
 
 def _strips(folder: Path, job: str, reader: ChipReader, groups: Groups) -> Strips:
@@ -285,34 +275,19 @@ def _strips(folder: Path, job: str, reader: ChipReader, groups: Groups) -> Strip
     return Strips(folder, f"{job} in groups of {groups.size}", shapes)
 
 
-def _bytes(numbers: Float[np.ndarray, "rows columns *width"]) -> np.ndarray:
+def as_bytes(numbers: Float[np.ndarray, "rows columns *width"]) -> np.ndarray:
+    """float32 as the bytes that `Strips` keeps."""
     return numbers.reshape(*numbers.shape[:2], -1).view(np.uint8)
 
 
-def _digest(encoder: Encoder, reader: ChipReader, plan: Plan, source: str) -> str:
-    """16 hexadecimal digits of what a table is computed from."""
+def job_of(
+    unit: str, encoder: Encoder, reader: ChipReader, plan: Plan, source: str
+) -> str:
+    """16 hexadecimal digits of what the vectors of a scene are computed from."""
     grid, time = reader.grid, plan.time and plan.time.isoformat()
     told = [
-        SCHEMA, encoder.digest, facts_of(reader.raster), reader.reading.places,
+        SCHEMA, unit, encoder.digest, facts_of(reader.raster), reader.reading.places,
         grid.size, grid.stride, grid.side, plan.pooling, plan.min_valid, plan.dtype,
         time, source,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-def _check_target(target: Path, name: str, job: str, manifest: Manifest) -> None:
-    """Raise UserError if the file of something else would be replaced."""
-    from pyarrow import ArrowException, parquet
-
-    if not target.exists() or manifest.scenes.get(name, {}).get("job") == job:
-        return
-    try:
-        told = json.loads(parquet.read_metadata(target).metadata[b"emb"])
-        found = told["job"]
-    except (OSError, ValueError, KeyError, TypeError, ArrowException):
-        found = None
-    if found != job:
-        raise UserError(
-            f"{printable(str(target))} is there, of another encoder, scene or options: "
-            "give another --out, or remove it"
-        )

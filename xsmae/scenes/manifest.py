@@ -104,10 +104,13 @@ class Manifest:
         self.failed[name] = reason
         self.write()
 
-    def has(self, name: str, job: str) -> bool:
-        """True if the scene's files are there, undamaged, and of this job."""
+    def has(self, name: str, job: str, file: str) -> bool:
+        """True if the scene's files are there, undamaged, and of this job.
+
+        file: one of them.
+        """
         entry = self.scenes.get(name)
-        if entry is None or entry["job"] != job:
+        if entry is None or entry["job"] != job or file not in entry["files"]:
             return False
         folder = self.path.parent
         return all(
