@@ -55,6 +55,16 @@ SETTINGS = {
         "SIDE": 128,
         "MORE": {k: v for k, v in SMALL.items() if k != "data.size"},
     },
+    "segmentation": {
+        "TRAIN_IMAGES": 5,
+        "TEST_IMAGES": 3,
+        "SIZE": 64,
+        "CROP": 32,
+        "HEAD_STEPS": 20,
+        "SIDE": 96,
+        "STEPS": 20,
+        "MORE": {**SMALL, "data.num_images": 40},
+    },
 }
 DRAWING = {
     "quickstart": {"crops", "gsd", "losses", "reconstructions", "pca"},
@@ -62,11 +72,13 @@ DRAWING = {
     "geotiff": {
         "look", "sheet", "histograms", "map", "losses", "reconstructions", "embed",
     },
+    "segmentation": {"look", "predictions", "map"},
 }  # fmt: skip
 WORKDIRS = {
     "quickstart": "quickstart",
     "linear_probe": "linear_probe/short_encoder",
     "geotiff": "geotiff",
+    "segmentation": "segmentation/short_encoder",
 }
 KEPT = {path.stem: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
 each = pytest.mark.parametrize("name", sorted(KEPT))
@@ -111,7 +123,7 @@ def jupyter(tmp_path_factory):
 
 @each
 def test_it_runs(name, jupyter, tmp_path):
-    if name == "geotiff":
+    if name in ("geotiff", "segmentation"):
         pytest.importorskip("rasterio", reason=REASON)
     notebook = copy.deepcopy(KEPT[name])
     set_parameters(notebook, SETTINGS[name])
@@ -128,6 +140,12 @@ def test_it_runs(name, jupyter, tmp_path):
         found = re.findall(r"(\d+\.\d) % of the same scene", printed(notebook))
         assert len(found) == 3
         assert all(0 < float(share) <= 100 for share in found)
+    if name == "segmentation":
+        # The rows of the encoder and its controls, and a map without a gap.
+        text = printed(notebook)
+        kinds = re.findall(r"^(\w+) +mIoU (\d+\.\d) \[", text, re.MULTILINE)
+        assert [kind for kind, _ in kinds] == ["encoder", "random", "statistics"]
+        assert "scene_classes.tif: (96, 96) pixels in EPSG:32633" in text
     if name == "linear_probe":
         said = re.search(r"(\d+) of (\d+) test images are wrong", printed(notebook))
         assert 0 < int(said[1]) <= int(said[2]) == 20

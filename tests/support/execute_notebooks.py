@@ -17,10 +17,9 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-# In reading order: the second notebook uses the encoder of the first.
-NOTEBOOKS = [
-    FOLDER / f"{name}.ipynb" for name in ("quickstart", "linear_probe", "geotiff")
-]
+# In reading order: two notebooks use the encoder of the first.
+NAMES = ("quickstart", "linear_probe", "geotiff", "segmentation")
+NOTEBOOKS = [FOLDER / f"{name}.ipynb" for name in NAMES]
 KERNEL = "this-interpreter"
 
 
