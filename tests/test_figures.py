@@ -9,6 +9,7 @@ from PIL import Image
 
 from xsmae.bands import Bands
 from xsmae.figures import training as figures
+from xsmae.figures.style import end_of
 from xsmae.methods import Pictures
 from xsmae.run.pictures import GSD_SAMPLES, GsdHistogram
 
@@ -166,6 +167,32 @@ def test_loss_curves_show_accuracy_in_percent(tmp_path, drawn_lines):
     labelled = {label: values for values, label in drawn_lines}
     # In order of step, not of rows.
     np.testing.assert_allclose(labelled["encoder, patch mean: 65.0%"], [70, 65])
+
+
+def test_accuracies_have_intervals_if_the_number_of_images_is_known(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "vlines",
+        lambda self, *args, **_: drawn.append(np.array(args)),
+    )
+    rows = [{"step": 5, **KNN}, {"step": 10, **KNN, "knn/accuracy_mean": 0.7001}]
+    figures.loss_curves(tmp_path / "losses.png", rows)
+    assert drawn == []
+    figures.loss_curves(tmp_path / "losses.png", rows, knn_images=100)
+    steps, low, high = drawn[0]
+    assert steps.tolist() == [5, 10]
+    assert 58 < low[0] < 64
+    assert 76 < high[0] < 82
+    # 70.01 % is no number of 100 images: some could not be read.
+    assert np.isnan([low[1], high[1]]).all()
+
+
+def test_a_long_name_keeps_its_end():
+    assert end_of("a" * 20, 20) == "a" * 20
+    assert end_of("b" * 20 + "/tile_7.png", 14) == ".../tile_7.png"
 
 
 def test_equal_accuracies_are_both_seen(tmp_path):

@@ -114,7 +114,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> int:
             RecordGsdRange(run),
             encoder,  # before the last kNN, which takes long and may be stopped
             Knn(run, *monitors),
-            Reconstructions(run),
+            Reconstructions(run, monitors[0]),
             GsdHistogram(run),
             encoder,  # again, with the results of the kNN
             Profile(run),  # last, so that it starts after the other hooks of a step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,20 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 RESAMPLES = 2000
+
+
+def accuracy_interval(
+    accuracy: float, images: int, *, seed: int
+) -> tuple[float, float] | None:
+    """The `bootstrap_interval` of an accuracy on so many images.
+
+    None if no number of right ones gives it: some images were not used.
+    """
+    right = round(accuracy * images)
+    if not math.isclose(accuracy * images, right, abs_tol=1e-6):
+        return None
+    scores = np.repeat([1.0, 0.0], [right, images - right])
+    return bootstrap_interval(scores, seed=seed)
 
 
 def bootstrap_interval(

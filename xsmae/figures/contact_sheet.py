@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from xsmae.bands import TRUE_COLOUR, Bands
 from xsmae.data.records import Record
 from xsmae.figures.style import (
+    end_of,
     geometric_mean,
     in_colour,
     number,
@@ -46,7 +47,7 @@ def contact_sheet(
         height, width = record.image.shape[:2]
         name = "" if record.label is None else f"{class_names[record.label]}\n"
         text = f"{width} × {height} px, {number(geometric_mean((y, x)))} m/px"
-        ax.set_title(f"{name}{record.id[-34:]}\n{text}", fontsize=8)
+        ax.set_title(f"{name}{end_of(record.id, 34)}\n{text}", fontsize=8)
     for ax in np.ravel(axes)[len(records) :]:
         ax.set_axis_off()
     if bands.dtype != "uint8":

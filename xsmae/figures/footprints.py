@@ -20,6 +20,7 @@ from xsmae.figures.style import (
     LEGEND,
     NEUTRAL,
     VIEW_COLOURS,
+    end_of,
     metres,
     round_length,
     save,
@@ -72,7 +73,7 @@ def footprints_map(
     for i, place in enumerate(inner):
         small = fig.add_subplot(grid[1 + i // 3, i % 3])
         _draw(small, place, wide=False)
-        what = place[0].name[-30:] if len(place) == 1 else f"{len(place)} rasters"
+        what = end_of(place[0].name, 30) if len(place) == 1 else f"{len(place)} rasters"
         small.set_title(f"{'ABCDEF'[i]}: {what}", fontsize=9)
     used = {kind for footprint in footprints for _, kind in footprint.windows}
     handles = [

@@ -19,6 +19,7 @@ from xsmae.data.masks import MaskRecord, Segmentation
 from xsmae.data.square import filled
 from xsmae.figures.style import (
     LEGEND,
+    end_of,
     geometric_mean,
     in_colour,
     number,
@@ -68,7 +69,7 @@ def mask_sheet(
         record = source[index]
         height, width = record.mask.shape
         text = f"{width} × {height} px, {number(geometric_mean(record.gsd))} m/px"
-        left.set_title(f"{record.id[-34:]}\n{text}", fontsize=8)
+        left.set_title(f"{end_of(record.id, 34)}\n{text}", fontsize=8)
         labelled = (record.mask != IGNORE).mean()
         right.set_title(f"{labelled:.0%} labelled", fontsize=8)
         small = _small(record)

@@ -70,6 +70,11 @@ def per_axis(gsd: Gsd) -> tuple[float, float]:
     return gsd if isinstance(gsd, tuple) else (gsd, gsd)
 
 
+def end_of(name: str, longest: int) -> str:
+    """The end of a name, where names of images differ; cut names start with `...`."""
+    return name if len(name) <= longest else f"...{name[3 - longest :]}"
+
+
 def title_with_gsd(
     ax: Axes, name: str, gsd: Sequence[float], shape: Sequence[int]
 ) -> None:

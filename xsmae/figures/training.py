@@ -17,11 +17,13 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from xsmae.bands import Bands
+from xsmae.evaluation.intervals import LEVEL, accuracy_interval
 from xsmae.figures.style import (
     ALARM,
     LEGEND,
     NEUTRAL,
     VIEW_COLOURS,
+    end_of,
     geometric_mean,
     label_axes,
     number,
@@ -114,7 +116,7 @@ def crops(
         source_ax = axes[row, 0]
         show(source_ax, image)
         source_gsd = per_axis(source_gsd)
-        title_with_gsd(source_ax, title[-40:], source_gsd, image.shape)
+        title_with_gsd(source_ax, end_of(title, 40), source_gsd, image.shape)
         scale_bar(source_ax, image.shape[1], source_gsd[1])
         for view, ax in enumerate(axes[row, 1:]):
             _draw_box(source_ax, boxes[row, view], VIEW_COLOURS[view])
@@ -135,12 +137,18 @@ def crops(
     save(fig, path)
 
 
-def loss_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
+def loss_curves(
+    path: str | os.PathLike,
+    rows: Sequence[Mapping[str, object]],
+    *,
+    knn_images: int | None = None,
+) -> None:
     """Plot the total loss, each loss term, the learning rate and the kNN accuracy.
 
-    rows: from `metrics.jsonl`. A value that is null, NaN or infinite is a gap in the
-    curve and a mark at the bottom of the panel. `loss/<term>_view<n>` is drawn in the
-    panel of its term.
+    knn_images: how many images each accuracy is of; None: no intervals. rows: from
+    `metrics.jsonl`. A value that is null, NaN or infinite is a gap in the curve and a
+    mark at the bottom of the panel. `loss/<term>_view<n>` is drawn in the panel of its
+    term.
     """
     names = {name for row in rows for name in row}
     terms = sorted(n for n in names if n.startswith("loss/") and "_view" not in n)
@@ -153,7 +161,7 @@ def loss_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -
         _curves(fig.add_subplot(losses[index]), rows, name, names)
     if any(name.startswith("knn/") for name in names):
         knn, below = below.subgridspec(1, 2, width_ratios=(3, 1))
-        _knn(fig.add_subplot(knn), rows)
+        _knn(fig.add_subplot(knn), rows, knn_images)
     ax = fig.add_subplot(below)
     ax.plot(*_series(rows, "learning_rate"), ".-", color=NEUTRAL, markersize=3)
     ax.ticklabel_format(axis="y", scilimits=(-2, 3))
@@ -263,8 +271,11 @@ def _curves(ax: Axes, rows: Sequence[Mapping], name: str, names: set[str]) -> No
     label_axes(ax, title, f"step{smoothing}", LOSS_UNITS.get(name, "loss"))
 
 
-def _knn(ax: Axes, rows: Sequence[Mapping]) -> None:
-    """Plot the encoder's accuracy; horizontal lines are the controls."""
+def _knn(ax: Axes, rows: Sequence[Mapping], images: int | None) -> None:
+    """Plot the encoder's accuracy; horizontal lines are the controls.
+
+    images: how many each accuracy is of; None: no intervals.
+    """
     mean, token = VIEW_COLOURS[:2]
     # The second of each pair is thinner, so that equal curves are both visible.
     for name, label, colour, style, width in (
@@ -280,7 +291,19 @@ def _knn(ax: Axes, rows: Sequence[Mapping]) -> None:
         line = {"color": colour, "lw": width, "label": f"{label}: {values[-1]:.1%}"}
         if name.startswith("accuracy"):
             ax.plot(steps, 100 * values, style, markersize=2.5 + width, **line)
+            if images:
+                ends = [_interval(value, images) for value in values]
+                bars = {"color": colour, "lw": width, "alpha": 0.35}
+                ax.vlines(steps, *100 * np.transpose(ends), **bars)
         else:
             ax.axhline(100 * values[-1], ls=style, **line)
-    label_axes(ax, "kNN accuracy (legend: the latest)", "step", "accuracy (%)")
+    bars = f"; bars: {100 * LEVEL:g} % intervals" if images else ""
+    title = f"kNN accuracy (legend: the latest{bars})"
+    label_axes(ax, title, "step", "accuracy (%)")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), **LEGEND)
+
+
+def _interval(accuracy: float, images: int) -> tuple[float, float]:
+    """NaN where it is unknown."""
+    known = np.isfinite(accuracy) and accuracy_interval(accuracy, images, seed=0)
+    return known or (math.nan, math.nan)

@@ -16,7 +16,7 @@ from xsmae.data.masks import MaskRecord, Segmentation
 from xsmae.evaluation.segmentation.kept import Kept, read_kept
 from xsmae.evaluation.segmentation.parts import MaskParts
 from xsmae.figures.mask_sheet import class_colours
-from xsmae.figures.style import LEGEND, in_colour, save, scale_bar, show
+from xsmae.figures.style import LEGEND, end_of, in_colour, save, scale_bar, show
 
 PICTURE = "examples.png"
 
@@ -49,7 +49,7 @@ def triplets(
         scale_bar(line[0], mask.shape[1], record.gsd[1] * step)
         show(line[1], colours[np.where(ignored, len(names), mask)])
         show(line[2], colours[np.where(ignored, len(names), predicted)])
-        line[0].set_title(record.id[-34:], fontsize=8)
+        line[0].set_title(end_of(record.id, 34), fontsize=8)
         line[1].set_title("mask", fontsize=8)
         line[2].set_title(f"predicted, {_right(mask, predicted)} right", fontsize=8)
     fig.suptitle(title, fontsize=10)

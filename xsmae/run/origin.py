@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
-
 from xsmae.config import flatten
-from xsmae.evaluation.intervals import LEVEL, bootstrap_interval
+from xsmae.evaluation.intervals import LEVEL, accuracy_interval
 from xsmae.evaluation.parts import name_of
 from xsmae.evaluation.tasks.knn import KnnMonitor
 from xsmae.process.files import read_jsonl
@@ -91,8 +88,4 @@ def _knn(
 
 def _with_interval(value: float, tested: int, run: Run) -> list[float]:
     """[accuracy, low, high], or [accuracy] if some test images could not be used."""
-    right = round(value * tested)
-    if not math.isclose(value * tested, right, abs_tol=1e-6):
-        return [value]  # the number of images is unknown
-    scores = np.repeat([1.0, 0.0], [right, tested - right])
-    return [value, *bootstrap_interval(scores, seed=run.config.seed)]
+    return [value, *(accuracy_interval(value, tested, seed=run.config.seed) or ())]

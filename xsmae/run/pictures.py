@@ -11,6 +11,7 @@ import numpy as np
 
 from xsmae.bands import Bands
 from xsmae.errors import BadImageError
+from xsmae.evaluation.tasks.knn import KnnMonitor
 from xsmae.figures import training as figures
 from xsmae.figures.style import in_colour
 from xsmae.process.files import read_jsonl
@@ -56,7 +57,14 @@ class Crops(Hook):
 
 
 class Reconstructions(Hook):
-    """Draws the loss curves, and reconstructions of the run's first samples."""
+    """Draws the loss curves, and reconstructions of the run's first samples.
+
+    monitor: of the kNN accuracies during the run, for their intervals.
+    """
+
+    def __init__(self, run: Run, monitor: KnnMonitor | None):
+        super().__init__(run)
+        self._tested = None if monitor is None else len(monitor.test_indices)
 
     def due(self, step: int) -> bool:
         every = self.run.config.figures.every
@@ -75,7 +83,7 @@ class Reconstructions(Hook):
         # All processes must predict together, even if one cannot read an image.
         pictures = jax.device_get(run.trainer.predict(state, batch))
         rows = read_jsonl(run.workdir / "metrics.jsonl")
-        figures.loss_curves(folder / "losses.png", rows)
+        figures.loss_curves(folder / "losses.png", rows, knn_images=self._tested)
         if unreadable:
             raise BadImageError(
                 f"{unreadable} of {len(batch['image'])} images can no longer be read"
