@@ -248,6 +248,8 @@ def test_a_trained_classifier(world, exported):
     (row,) = rows_of(exported, *world, **options)
     assert (row.protocol.task, row.feature) == ("linear_probe_published", "cls")
     assert row.encoder["name"] == exported.parent.name
+    seen = xsmae.load_encoder(exported).info["gsd_range"]
+    assert row.encoder["gsd_range"] == seen
     assert row.protocol.options["epochs"] == 1.0
 
 

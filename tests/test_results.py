@@ -7,10 +7,12 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from tests.support.rows import PROTOCOL, some_row
 from xsmae.cli import results
+from xsmae.evaluation.cells import cell
 from xsmae.evaluation.rows import append
 from xsmae.evaluation.tables import (
     create_tables,
@@ -351,6 +353,40 @@ def test_equal_curves_are_all_seen(tmp_path, features):
     strip = strip[:, : int((b - a) * 0.4)]
     for colour in pictures.COLOURS[:3]:
         assert near(strip, colour).sum() > 60, colour
+
+
+def test_intervals_do_not_hide_each_other(tmp_path, monkeypatch):
+    drawn, errorbar = [], Axes.errorbar
+
+    def record(self, x, *args, **options):
+        drawn.append(x)
+        return errorbar(self, x, *args, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", record)
+    rows = [
+        row for d in "123456" for row in rows_of(encoder_at(f"run {d}", d), ["cls"])
+    ]
+    (table,) = create_tables(rows)
+    assert pictures.accuracy_by_scale(tmp_path / "scales.png", table)
+    places = np.array(drawn)
+    assert (places[1:] / places[:-1] > 1.02).all()
+    # At each scale they are nearer to it than to the next.
+    assert np.abs(np.log2(places / (50, 100))).max() < 0.25
+
+
+def test_scales_outside_of_the_training_are_marked():
+    known = {**encoder_at("run 1", "1"), "gsd_range": [12.0, 30.0]}
+    rows = rows_of(known, ["cls"]) + rows_of(encoder_at("run 2", "2"), ["cls"])
+    (table,) = create_tables(rows)
+    line, other = table.lines
+    # 20 m at 50 %, 10 m at 100 %, both in the average.
+    marks = [cell(line.cells[column]).endswith("]*") for column in table.columns]
+    assert marks == [False, True, True]
+    assert not any("*" in cell(row) for row in other.cells.values())
+    (said,) = (text for text in statements(table) if text.startswith("*"))
+    assert "12 to 30 m" in said
+    assert line.name in said
+    assert said in terminal_table(rows)
 
 
 def near(picture, colour):

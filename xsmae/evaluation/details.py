@@ -22,7 +22,8 @@ def percent(value: float, low: float, high: float) -> str:
     return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _named(lines: Iterable[Line]) -> list[tuple[str, Result]]:
+def named(lines: Iterable[Line]) -> list[tuple[str, Result]]:
+    """Each row with the name of its line."""
     return [(line.name, row) for line in lines for row in line.cells.values()]
 
 
@@ -32,7 +33,7 @@ def details(lines: Iterable[Line]) -> tuple[list[str], list[list[str]]]:
     Rows with a single metric have no line. `-`: a class without a true or a
     predicted pixel.
     """
-    found = [(name, row) for name, row in _named(lines) if row.metrics]
+    found = [(name, row) for name, row in named(lines) if row.metrics]
     if not found:
         return [], []
     first = found[0][1]
@@ -58,7 +59,7 @@ def without_truth(lines: Iterable[Line]) -> list[str]:
     Their IoU is 0, in the mean of that row alone.
     """
     found = []
-    for name, row in _named(lines):
+    for name, row in named(lines):
         true = np.sum(row.confusion, axis=1) if row.metrics else []
         absent = [
             one

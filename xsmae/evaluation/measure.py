@@ -313,6 +313,7 @@ def describe_subject(job: Measurement) -> dict[str, Any]:
         "normalization": encoder.normalization,
         "architecture": info.get("architecture"),
         "pooling": info.get("pooling"),
+        **({"gsd_range": info["gsd_range"]} if "gsd_range" in info else {}),
         **bands,
     }
 

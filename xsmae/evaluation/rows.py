@@ -55,18 +55,18 @@ class Protocol:
 class Result:
     """One line of `results.jsonl`.
 
-    encoder: name, kind, digest, origin, normalization, architecture, pooling. feature:
-    which of its features. feature_scaling: how the feature was scaled. scale: percent
-    of the base size, or `average` (over `scales`). size: pixels, a list for the
-    average. gsd_told: the median metres per pixel that the encoder got, None if it
-    reads no GSD. value, low, high: the metric in 0-1 and its interval. class_names: in
-    label order. per_class: class -> metric, for classes with test images. confusion:
-    counts [true class][predicted class], None for the average. num_train, num_test:
-    images used. unusable: images left out, per part. leaks: test images with the same
-    pixels as a training image. seconds, images_per_second: of the extraction, None if
-    the features were cached. run: versions, devices, time. metrics: other metrics ->
-    value, low, high. files: the folder of what is kept beside the row, such as the
-    trained head.
+    encoder: name, kind, digest, origin, normalization, architecture, pooling, and the
+    gsd_range of training if it is known. feature: which of its features.
+    feature_scaling: how the feature was scaled. scale: percent of the base size, or
+    `average` (over `scales`). size: pixels, a list for the average. gsd_told: the
+    median metres per pixel that the encoder got, None if it reads no GSD. value, low,
+    high: the metric in 0-1 and its interval. class_names: in label order. per_class:
+    class -> metric, for classes with test images. confusion: counts [true
+    class][predicted class], None for the average. num_train, num_test: images used.
+    unusable: images left out, per part. leaks: test images with the same pixels as a
+    training image. seconds, images_per_second: of the extraction, None if the features
+    were cached. run: versions, devices, time. metrics: other metrics -> value, low,
+    high. files: the folder of what is kept beside the row, such as the trained head.
     """
 
     protocol: Protocol

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from xsmae.evaluation.details import details, percent, without_truth
+from xsmae.evaluation.cells import cell, explain_marks
+from xsmae.evaluation.details import details, without_truth
 from xsmae.evaluation.naming import bands_of, data_names, encoder_names, headings
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
 
@@ -107,11 +108,6 @@ def heading(column: tuple, table: Table) -> str:
 def keeps_size(protocol: Protocol) -> bool:
     """True if 100 % is the images' own size, as in segmentation."""
     return not protocol.base_size
-
-
-def cell(row: Result | None) -> str:
-    """The value in percent and its interval: `80.6 [79.5, 81.6]`."""
-    return "-" if row is None else percent(row.value, row.low, row.high)
 
 
 def rival(line: Line, table: Table) -> tuple[tuple, Line] | None:
@@ -250,6 +246,7 @@ def statements(table: Table) -> list[str]:
         + ", ".join(f"{k}={v}" for k, v in protocol.options.items()),
         *_compared(table),
         *without_truth(table.lines),
+        *explain_marks(table.lines),
     ]
     leaked = max(row.leaks["pixel_identical_test_images"] for row in rows)
     if leaked:
@@ -328,7 +325,8 @@ def terminal_table(results: Sequence[Result]) -> str:
             others = zip(row[2:], widths[2:], strict=True)
             lines.append("  ".join([*first, *(text.rjust(w) for text, w in others)]))
         shown = _values(table.protocol).removeprefix(", ")
-        lines += ["", *[shown] * bool(shown), *rivals(table), *_warnings(table)]
+        lines += ["", *[shown] * bool(shown), *rivals(table)]
+        lines += [*explain_marks(table.lines), *_warnings(table)]
     return "\n".join(["", *lines])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import textwrap
 from collections.abc import Sequence
@@ -50,9 +51,7 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
             for ln in table.lines
             if feature is None or ln.feature in (feature, ln.kind)
         ]
-        for index, line in enumerate(lines):
-            # Shift the lines a little, so that intervals do not hide each other.
-            shift = 1.012 ** (index - (len(lines) - 1) / 2)
+        for line, shift in zip(lines, _shifts(len(lines), percents), strict=True):
             _line(ax, line, shift, label=line.name, **styles[line.name])
         _axis(ax, percents, table)
         if feature is not None:
@@ -72,6 +71,17 @@ def accuracy_by_scale(path: str | os.PathLike, table: Table) -> bool:
     )  # fmt: skip
     save(fig, path)
     return True
+
+
+def _shifts(lines: int, percents: list[float]) -> np.ndarray:
+    """A factor for the scales of each line, so that intervals do not hide each other.
+
+    A line's bars are one cap apart from the next line's, unless all of them would fill
+    more than a third of the way to the next scale.
+    """
+    gap = min(b / a for a, b in itertools.pairwise(percents))
+    step = min(1.03, gap ** (1 / (3 * max(lines - 1, 1))))
+    return step ** (np.arange(lines) - (lines - 1) / 2)
 
 
 def _styles(table: Table) -> dict[str, dict]:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save
 
 from xsmae.bands import Bands
 from xsmae.config import DTYPES
+from xsmae.data.gsd import outside_training
 from xsmae.errors import OutsideTrainingWarning, UserError
 from xsmae.models.pooling import POOLINGS, pool
 from xsmae.models.vit import Encoder as Network
@@ -49,9 +50,6 @@ NOT_IN_DIGEST = (
 )  # fmt: skip
 # The meaning of an encoder.json without these fields: with or without, one digest.
 IMPLIED = {"dtype": "uint8"}
-# Every crop is a little finer than its whole image, so whole training images must not
-# count as outside.
-GSD_MARGIN = 1.1
 
 
 class Encoder:
@@ -250,14 +248,6 @@ class Encoder:
                 OutsideTrainingWarning,
                 stacklevel=4,
             )
-
-
-def outside_training(info: Mapping[str, Any], smallest: float, largest: float) -> bool:
-    """True if GSDs are outside the range of training; False if that is unknown."""
-    if "gsd_range" not in info:
-        return False
-    low, high = info["gsd_range"]
-    return smallest < low / GSD_MARGIN or largest > high * GSD_MARGIN
 
 
 def load_encoder(
