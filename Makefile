@@ -42,9 +42,9 @@ test: lint
 	$(BIN)/python -m pytest -n logical --dist worksteal --durations=10 \
 		--cov=xsmae --cov-report=term --cov-fail-under=90
 
-# The tests that depend most on the versions of jax and flax.
+# The tests that depend most on the versions of jax and flax, compiled as for users.
 test-core: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n logical --dist worksteal \
+	XLA_FLAGS= $(BIN)/python -m pytest -n logical --dist worksteal \
 		tests/test_models.py tests/test_methods.py \
 		tests/test_parity.py tests/test_losses.py tests/test_attention.py \
 		tests/test_train_state.py tests/test_views.py tests/test_pipeline.py \
@@ -59,7 +59,7 @@ test-faults: $(VENV)/installed-test
 
 # Compare our networks and exports with Hugging Face transformers and timm, on PyTorch.
 test-peers: $(PEERS)/installed
-	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest --durations=5 tests/peers
+	XLA_FLAGS= HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest --durations=5 tests/peers
 
 # The site, offline; a warning is an error.
 docs: $(VENV)/installed-docs

@@ -45,13 +45,14 @@ def on_all_cores():
 
 def start(workdir, devices, *arguments, log, run=RUN):
     """Starts a process of the run, on all cores: processes wait for each other."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={devices}"
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "xsmae.main", *run, *arguments,
              f"--workdir={workdir}"],
             cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
             stdout=file,
             stderr=file,
             preexec_fn=on_all_cores,

@@ -115,9 +115,6 @@ def jupyter(tmp_path_factory):
         ):  # fmt: skip
             patch.setenv(name, "")
         install_kernel(tmp_path_factory.mktemp("jupyter"))
-        # Both train the same network: it is compiled once.
-        cache = tmp_path_factory.mktemp("compiled")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
         yield
 
 

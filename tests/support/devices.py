@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import FAST
+
 # Use all cores again, even if the test worker is pinned to one. Devices wait for each
 # other in loops, and eight of them on one core take minutes.
 CODE = """
@@ -26,10 +28,8 @@ def run_on_devices(module, devices, *arguments):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            # LLVM's optimisation takes half of the compile time, and sharding is
-            # decided before it.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0",
+            # Sharding is decided before what these flags change.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}",
         },
         cwd=Path(__file__).parents[2],
         capture_output=True,
