@@ -1,6 +1,5 @@
 """Embeddings of scenes: the vectors, the files, kills, shards, and what is refused."""
 
-import functools
 import json
 import os
 import signal
@@ -16,7 +15,15 @@ import xsmae
 from tests.support.devices import run_on_devices
 from tests.support.encoders import make_encoder
 from tests.support.rasters import REASON, land, north_up, write
-from xsmae import cli
+from tests.support.scenes import (
+    CHIP,
+    Killed,
+    call,
+    contents,
+    loaded,
+    make_scene,
+    run_killed,
+)
 from xsmae.cli import embed as command
 from xsmae.cli import embed_scenes
 from xsmae.data.raster import open_raster
@@ -31,22 +38,11 @@ from xsmae.weights.encoder import load_encoder
 
 rasterio = pytest.importorskip("rasterio", reason=REASON)
 
-CHIP = 16
-HEIGHT, WIDTH = 90, 70  # rows of 5 chips, the last of each moved back
-
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     return make_encoder(folder, depth=1, position="gsd", reference_gsd=10.0)
-
-
-def make_scene(path, height=HEIGHT, width=WIDTH, **options):
-    rng = np.random.default_rng(height)
-    data = rng.integers(1, 256, (3, height, width)).astype(np.uint8)
-    data[:, :40, :25] = 0
-    path.parent.mkdir(exist_ok=True)
-    return write(path, data, **{"photometric": "rgb", "nodata": 0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +54,6 @@ def scene(tmp_path_factory):
 def small_parts(monkeypatch):
     monkeypatch.setattr(embed, "PART", 9)  # of two rows of chips
     monkeypatch.setattr(embed_scenes, "load_encoder", loaded)
-
-
-@functools.cache
-def loaded(folder, **options):
-    return load_encoder(folder, **options)
-
-
-def call(*words):
-    return cli.main(["xsmae", "embed", *map(str, words)])
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def rows_of(path):
@@ -305,30 +288,6 @@ def test_from_python(tmp_path, encoder, scene):
             xsmae.embed(encoder, raster, sensor="naip")
     with pytest.raises(UserError, match="chip_size=-3"):
         xsmae.embed(encoder, scene, chip_size=-3)
-
-
-class Killed(BaseException):
-    pass
-
-
-def run_killed(monkeypatch, encoder, scene, out, place, number):
-    """Calls the command; raises in the `number`th call of a function, before it."""
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == number:
-            raise Killed
-        return function(*args, **kwargs)
-
-    home, attribute = place
-    function = getattr(home, attribute)
-    with monkeypatch.context() as patch:
-        patch.setattr(home, attribute, counted)
-        assert (
-            call(scene, f"--encoder={encoder}", f"--out={out}", "--chip_size=16") == 0
-        )
-    return len(calls)
 
 
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(

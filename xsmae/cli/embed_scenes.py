@@ -21,9 +21,12 @@ from xsmae.scenes.embed import Plan, embed_scene
 from xsmae.scenes.encoding import Groups
 from xsmae.scenes.inputs import parse_time, time_of
 from xsmae.scenes.manifest import NAME, Manifest, Shard, merge
+from xsmae.scenes.tokens import embed_tokens
 from xsmae.weights.encoder import Encoder, load_encoder
 
 FAILED = 3
+# What a vector is of -> the format of the files, and their suffix.
+UNITS = {"chip": ("parquet", ".parquet"), "token": ("cog", ".tif")}
 OUT = "embeddings"
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -37,6 +40,20 @@ def define_flags(values: flags.FlagValues) -> None:
     def number(name, default, text, **bounds):
         flags.DEFINE_float(name, default, text, flag_values=values, **bounds)
 
+    flags.DEFINE_enum(
+        "unit",
+        "chip",
+        list(UNITS),
+        "chip: a vector for each chip; token: for each patch, as a grid.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "format",
+        None,
+        [name for name, _ in UNITS.values()],
+        "parquet: a table of chips; cog: a GeoTIFF of tokens. Default: that of --unit.",
+        flag_values=values,
+    )
     string(
         "chip_size",
         None,
@@ -102,7 +119,9 @@ def embed_scenes(
         _written(manifest)
         todo = list(zip(names, scenes, strict=True))
         todo = todo if shard is None else todo[shard.index :: shard.count]
-        groups = Groups(encoder, pooling=plan.pooling, batch_size=values.batch_size)
+        chips = values.unit == "chip"
+        pooling = plan.pooling if chips else None
+        groups = Groups(encoder, pooling=pooling, batch_size=values.batch_size)
         failed = 0
         for name, scene in todo:
             if should_stop():
@@ -120,8 +139,8 @@ def embed_scenes(
                 print(f"failed: {printable(scene)}: {reason}", flush=True)
                 continue
             rows = manifest.scenes[name]["rows"]
-            said = f"{rows} chips" + ("" if new else ", which were there")
-            file = folder / f"{name}.parquet"
+            said = f"{rows} {values.unit}s" + ("" if new else ", which were there")
+            file = folder / f"{name}{UNITS[values.unit][1]}"
             print(printable(f"{scene}: {file}: {said}"), flush=True)
         shutil.rmtree(lock)
     if failed:
@@ -140,6 +159,20 @@ def _merge(folder: Path, scenes: list[str], values: flags.FlagValues) -> int:
 
 
 def _plan(values: flags.FlagValues) -> Plan:
+    expected, _ = UNITS[values.unit]
+    if values.format not in (None, expected):
+        raise UserError(
+            f"--format={values.format} with --unit={values.unit}, expected "
+            f"--format={expected}"
+        )
+    if values.unit == "token":
+        for name in ("size", "pooling"):
+            if values[name].value is not None:
+                raise UserError(f"--{name} is for --unit=chip: leave it out")
+        if values.dtype == "float16":
+            raise UserError(
+                "--dtype=float16, which GeoTIFFs lack: expected float32 or int8"
+            )
     lengths = {
         name: Length.parse(values[name].value, f"--{name}")
         for name in ("chip_size", "stride")
@@ -174,7 +207,8 @@ def _embed(encoder, groups, scene, name, manifest, plan, values, should_stop) ->
     with open_raster(scene, **options, sensor=values.sensor) as raster:
         for note in raster.notes():
             say(note)
-        return embed_scene(
+        write = embed_scene if values.unit == "chip" else embed_tokens
+        return write(
             encoder,
             groups,
             raster,

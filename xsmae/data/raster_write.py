@@ -16,7 +16,8 @@ from xsmae.data.raster import Raster
 from xsmae.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from jaxtyping import UInt8
+    import affine
+    from jaxtyping import Shaped
 
 SIDE = 512  # pixels, of the blocks
 NODATA = 255
@@ -24,19 +25,24 @@ NODATA = 255
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """8-bit bands of the size of a raster, to be written.
+    """Bands to be written, by default 8-bit ones of the size of a raster.
 
     rows: [height, bands, width], in memory or mapped from a file. names: of the bands.
     resampling: of overviews. colours: of the numbers of the only band, or (). tags:
-    text for the file's metadata. scale: value = number * scale.
+    text for the file's metadata. scale: value = number * scale, of all bands or of
+    each. nodata: of pixels without a value. transform: None: that of the raster. side:
+    pixels of a block.
     """
 
-    rows: UInt8[np.ndarray, "height bands width"]
+    rows: Shaped[np.ndarray, "height bands width"]
     names: Sequence[str]
     resampling: str
     colours: Sequence[tuple[int, int, int]] = ()
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    scale: float = 1.0
+    scale: float | Sequence[float] = 1.0
+    nodata: float = NODATA
+    transform: affine.Affine | None = None
+    side: int = SIDE
 
 
 def write_cog(path: Path, layers: Layers, *, like: Raster, scratch: Path) -> None:
@@ -49,25 +55,29 @@ def write_cog(path: Path, layers: Layers, *, like: Raster, scratch: Path) -> Non
     with gdal.borrowed(Name(like.path, None, like.stamp)) as dataset:
         points, crs_of_points = dataset.gcps
         place = {"crs": dataset.crs, "transform": dataset.transform}
-        if points and dataset.crs is None:
+        if layers.transform is not None:
+            place["transform"] = layers.transform
+        elif points and dataset.crs is None:
             place = {"crs": crs_of_points, "gcps": points}
+    side, dtype = layers.side, layers.rows.dtype
     profile = {
-        "driver": "GTiff", "dtype": "uint8", "count": count, "height": height,
-        "width": width, "nodata": NODATA, "tiled": True, "blockxsize": SIDE,
-        "blockysize": SIDE, "BIGTIFF": "IF_SAFER", "interleave": "band", **place,
+        "driver": "GTiff", "dtype": dtype, "count": count, "height": height,
+        "width": width, "nodata": layers.nodata, "tiled": True, "blockxsize": side,
+        "blockysize": side, "BIGTIFF": "IF_SAFER", "interleave": "band", **place,
     }  # fmt: skip
     _write_plain(scratch, layers, profile)
     with gdal.writing(path) as rasterio:
         from rasterio import shutil
 
-        options = {"COMPRESS": "DEFLATE", "BLOCKSIZE": SIDE, "BIGTIFF": "IF_SAFER"}
+        options = {"COMPRESS": "DEFLATE", "BLOCKSIZE": side, "BIGTIFF": "IF_SAFER"}
         shutil.copy(
             scratch, path, driver="COG", OVERVIEW_RESAMPLING=layers.resampling,
             **options,
         )  # fmt: skip
         with rasterio.open(path) as written:
-            for window, rows in _pieces(layers.rows):
-                if not np.array_equal(written.read(window=window), rows):
+            for window, rows in _pieces(layers):
+                found = written.read(window=window)
+                if not np.array_equal(found, rows, equal_nan=dtype.kind == "f"):
                     raise UserError(
                         f"{printable(str(path))} was not written as it should be: is "
                         "the disk full or damaged?"
@@ -76,12 +86,13 @@ def write_cog(path: Path, layers: Layers, *, like: Raster, scratch: Path) -> Non
 
 def _write_plain(path: Path, layers: Layers, profile: dict[str, Any]) -> None:
     with gdal.writing(path) as rasterio, rasterio.open(path, "w", **profile) as target:
-        for window, rows in _pieces(layers.rows):
+        for window, rows in _pieces(layers):
             target.write(rows, window=window)
         target.descriptions = tuple(layers.names)
         target.update_tags(**layers.tags)
-        if layers.scale != 1:
-            target.scales = (layers.scale,) * target.count
+        scales = np.broadcast_to(layers.scale, target.count)
+        if (scales != 1).any():
+            target.scales = tuple(map(float, scales))
         if layers.colours:
             table = {i: (*map(int, c), 255) for i, c in enumerate(layers.colours)}
             target.write_colormap(1, {**table, NODATA: (0, 0, 0, 0)})
@@ -99,10 +110,10 @@ def write_categories(path: Path, names: Sequence[str]) -> None:
     )
 
 
-def _pieces(rows: np.ndarray) -> Iterator[tuple[tuple, np.ndarray]]:
+def _pieces(layers: Layers) -> Iterator[tuple[tuple, np.ndarray]]:
     """Windows of whole rows of blocks, and their numbers [bands, rows, width]."""
-    height, _, width = rows.shape
-    for top in range(0, height, SIDE):
-        stop = min(top + SIDE, height)
-        part = np.ascontiguousarray(rows[top:stop].transpose(1, 0, 2))
+    height, _, width = layers.rows.shape
+    for top in range(0, height, layers.side):
+        stop = min(top + layers.side, height)
+        part = np.ascontiguousarray(layers.rows[top:stop].transpose(1, 0, 2))
         yield ((top, stop), (0, width)), part

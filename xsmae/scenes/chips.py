@@ -128,6 +128,35 @@ def plan_grid(
     return Grid(size, step, sides, tops, lefts)
 
 
+def plan_tokens(
+    raster: Raster, *, chip_size: Length, stride: Length | None, patch_size: int
+) -> Grid:
+    """The windows whose patches cover a scene; UserError if they do not fit.
+
+    They begin at multiples of the patch. The last of each row and column may leave the
+    scene by less than a patch.
+    """
+    raster.known_gsd()
+    size, step = int(chip_size.value), int((stride or chip_size).value)
+    for flag, value, length in (
+        ("--chip_size", size, chip_size), ("--stride", step, stride),
+    ):  # fmt: skip
+        if length is not None and (length.metres or value % patch_size):
+            raise UserError(
+                f"{flag}={length.value:g}{'m' * length.metres}, expected pixels, a "
+                f"multiple of the patch size {patch_size}, for --unit=token"
+            )
+    height, width = raster.shape
+    if step > size or size > min(height, width):
+        raise UserError(
+            f"{height} x {width} pixels, --chip_size={size} and --stride={step}: "
+            "expected a chip that fits in the scene, and a stride that fits in a chip"
+        )
+    whole = [-(-axis // patch_size) * patch_size for axis in raster.shape]
+    tops, lefts = (tuple(window_starts(axis, size, step)) for axis in whole)
+    return Grid((size, size), (step, step), (size, size), tops, lefts)
+
+
 @dataclasses.dataclass(frozen=True)
 class Panel:
     """Neighbouring chips, to be read together: their rows and columns in the grid."""
@@ -195,6 +224,22 @@ class ChipReader:
 
         Pixels without a value are the mean of their band: 0 once normalised.
         """
+        images, valid = self._read(panel)
+        return images, valid.mean(axis=(1, 2), dtype=np.float32)
+
+    def read_patches(
+        self, panel: Panel, patch: int
+    ) -> tuple[
+        Float[np.ndarray, "n height width bands"], Float[np.ndarray, "n down across"]
+    ]:
+        """Chips as `read` gives them, and the valid part of each of their patches."""
+        images, valid = self._read(panel)
+        count, height, width = valid.shape
+        valid = valid.reshape(count, height // patch, patch, width // patch, patch)
+        return images, valid.mean(axis=(2, 4), dtype=np.float32)
+
+    def _read(self, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+        """Chips, and which of their pixels are valid."""
         bands = used_bands(self.raster, self.reading)
         grid, (height, width) = self.grid, self.grid.size
         places = [(grid.tops[r], grid.lefts[c]) for r, c in panel.chips]
@@ -213,7 +258,7 @@ class ChipReader:
             ]
             found = [(values[part], valid[part]) for part in parts]
         images = np.stack([self._filled(values, valid) for values, valid in found])
-        return images, np.array([valid.mean() for _, valid in found], np.float32)
+        return images, np.stack([valid for _, valid in found])
 
     def _filled(self, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
         reading = self.reading

@@ -110,7 +110,7 @@ def encoded_rows(
     shape = panel_shape(reader.grid, reader.raster, len(reader.reading.bands.names))
     step = -(-PART // (columns * shape[0])) * shape[0]
     parts: dict[int, Rows] = {}
-    progress = _Progress(rows * columns, first_row * columns, say)
+    progress = Progress(rows * columns, first_row * columns, say)
 
     def rows_from(first):
         many = min(step, rows - first)
@@ -161,7 +161,7 @@ def encoded_rows(
         raise KeyboardInterrupt
 
 
-class _Progress:
+class Progress:
     """Says every few seconds how many chips are done, and the time left."""
 
     def __init__(self, total: int, start: int, say: Callable[[str], None]):
