@@ -245,13 +245,13 @@ def test_a_recipe_is_what_differs(task):
 
 def test_a_trained_classifier(world, exported):
     described = exported / "encoder.json"
-    info = {**json.loads(described.read_text()), "gsd_range": [0.5, 2.0]}
+    info = {**json.loads(described.read_text()), "gsd_range": [0.1, 10.0]}
     described.write_text(json.dumps(info))
     options = {"task": "linear_probe_published", "recipe": RECIPE, "controls": False}
     (row,) = rows_of(exported, *world, **options)
     assert (row.protocol.task, row.feature) == ("linear_probe_published", "cls")
     assert row.encoder["name"] == exported.parent.name
-    assert row.encoder["gsd_range"] == [0.5, 2.0]
+    assert row.encoder["gsd_range"] == [0.1, 10.0]
     assert row.protocol.options["epochs"] == 1.0
 
 
