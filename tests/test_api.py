@@ -21,9 +21,9 @@ from xsmae.process.signals import StopRequest
 from xsmae.weights.encoder import Encoder
 
 NAMES = {
-    "Encoder", "embed", "evaluate", "export", "import_weights", "load_config",
-    "load_encoder", "load_head", "map_scene", "open_raster", "open_source",
-    "pretrain", "read_results", "segment",
+    "embed", "Encoder", "evaluate", "export", "import_weights", "load_config",
+    "load_encoder", "load_head", "map_scene", "open_raster", "open_source", "pretrain",
+    "read_results", "search", "segment",
 }  # fmt: skip
 
 

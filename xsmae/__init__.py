@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xsmae.evaluation.rows import Result, read_results
     from xsmae.scenes.api import embed
     from xsmae.scenes.mapped import map_scene
+    from xsmae.scenes.search import search
     from xsmae.weights.encoder import Encoder, load_encoder
     from xsmae.weights.export import export
     from xsmae.weights.head import load_head
@@ -51,6 +52,7 @@ __all__ = [
     "open_source",
     "pretrain",
     "read_results",
+    "search",
     "segment",
 ]
 
@@ -68,6 +70,7 @@ _HOMES = {
     "open_raster": "xsmae.data.raster",
     "open_source": "xsmae.data.catalogue",
     "read_results": "xsmae.evaluation.rows",
+    "search": "xsmae.scenes.search",
 }
 
 
