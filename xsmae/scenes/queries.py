@@ -187,7 +187,7 @@ def _of_image(
         reading = reading_of("the encoder", encoder.bands, raster, missing)
         grid = _middle(stored, raster)
         reader = ChipReader.of(raster, reading, grid)
-        pixels, valid = reader.read(Panel(0, 0, 1))
+        pixels, valid = reader.read(Panel(range(1), range(1)))
         if not valid[0]:
             raise UserError(
                 f"{printable(raster.path)} has no pixel with a value in its middle: "
