@@ -61,9 +61,9 @@ def test_masking_keeps_the_smallest_noise(patches, ratio, seed):
 
 
 def test_masks_of_rows_and_views_differ():
-    output = build()(some_views(8), some_noise(8))
-    masks = np.asarray(output.mask).reshape(16, -1)
-    assert len({tuple(mask) for mask in masks}) > 12
+    output = build()(some_views(), some_noise())
+    masks = np.asarray(output.mask).reshape(6, -1)
+    assert len({tuple(mask) for mask in masks}) == 6
     assert (masks.sum(axis=1) == 12).all()
 
 
