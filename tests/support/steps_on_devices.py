@@ -110,7 +110,8 @@ def main():
             "kernel": kernel.addressable_shards[0].data.shape,
             "losses": losses,
             "norms": norms,
-            "exchanged": exchanged(trainer, config),
+            # Only a divided state is looked at: this traces the step again.
+            "exchanged": exchanged(trainer, config) if fsdp > 1 else None,
             "features": np.asarray(encoded["mean"])[:, :4].tolist(),
         }
     print(json.dumps(found))
