@@ -2,10 +2,11 @@
 
 Cuts scenes of any size into chips and writes SCENE.parquet into the folder --out, with
 one row per chip: its embedding, its footprint and where it is in the scene. The files
-are GeoParquet, which DuckDB, GeoPandas and QGIS read. manifest.json lists them with
-their digests. A command that was stopped or killed resumes: give it again. A scene that
-cannot be embedded is named with its reason, and the next one follows; the exit status
-is then 3.
+are GeoParquet, which DuckDB, GeoPandas and QGIS read.
+
+manifest.json lists the files with their digests. A command that was stopped or killed
+resumes: give it again. A scene that cannot be embedded is named with its reason, and
+the next one follows; the exit status is then 3.
 
     xsmae embed images --gsd=0.5 --encoder=runs/quickstart --out=features.parquet
 

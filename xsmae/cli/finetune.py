@@ -2,8 +2,9 @@
 
 Measures an encoder by training all of it with a classifier, by MAE's recipe, which
 --recipe.FIELD=VALUE changes. The control is the same architecture, trained the same way
-from random weights. The trained encoder and its head are kept: xsmae predict labels
-images with them.
+from random weights.
+
+The trained encoder and its head are kept: xsmae predict labels images with them.
 """
 
 from __future__ import annotations

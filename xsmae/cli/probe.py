@@ -3,8 +3,9 @@
 Measures a frozen encoder by a linear classifier: --protocol=sweep fits logistic
 regressions to features; --protocol=published trains batch norm and a linear layer on
 random crops, as in the papers. Image statistics, a thumbnail and the same architecture
-with random weights are measured alongside, as controls. The trained head of each result
-is kept: xsmae predict labels images with it.
+with random weights are measured alongside, as controls.
+
+The trained head of each result is kept: xsmae predict labels images with it.
 """
 
 from __future__ import annotations
