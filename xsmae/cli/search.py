@@ -1,8 +1,8 @@
 """xsmae search --embeddings=embeddings --point=-99.16,47.02 --out=found
 
-Finds the chips of xsmae embed SCENES whose embeddings are most like a query, exactly,
-by cosine similarity. A query is a chip (--id), the chip at a place (--point), or an
-image (--image, with the encoder of the embeddings). Each may be given several times:
+Finds the chips of xsmae embed SCENES whose embeddings are most like a query, by cosine
+similarity. A query is a chip (--id), the chip at a place (--point), or an image
+(--image, with the encoder of the embeddings). Each may be given several times:
 
     q = mean(queries) - 0.5 mean(--not)
 
@@ -27,7 +27,7 @@ from xsmae.cli.arguments import joined, parse_flags
 from xsmae.cli.command import example, run
 from xsmae.errors import UserError
 from xsmae.scenes.hits import as_text
-from xsmae.scenes.search import K, search
+from xsmae.scenes.search import INDEXES, K, search
 
 OUT = "found"
 POINT = re.compile(r"\s*[-+\d.eE]+\s*,\s*[-+\d.eE]+\s*")
@@ -74,6 +74,14 @@ def define_flags(values: flags.FlagValues) -> None:
         "Chips that are queries are no hits.",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "index",
+        "exact",
+        INDEXES,
+        "usearch (extra search): an approximate index for tens of millions of chips, "
+        "kept beside the tables; its measured recall is printed.",
+        flag_values=values,
+    )
     string("out", OUT, "The folder to write to.")
     number("gsd", None, "Metres per pixel of images, where no CRS says it.")
     flags.DEFINE_list(
@@ -110,6 +118,7 @@ def find(argv: list[str]) -> int:
         k=values.k,
         min_distance_m=values.min_distance_m,
         exclude_query=values.exclude_query,
+        index=values.index,
         out=values.out,
         say=written.append,
         **{name: values[name].value for name in options},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xsmae.errors import UserError
+from xsmae.scenes.approximate import Index, open_index
 from xsmae.scenes.exact import nearest
 from xsmae.scenes.hits import Hit, as_hit, read_chips
 from xsmae.scenes.places import Box, Places, far_from
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 K = 12
 MOST = 1000  # hits
+INDEXES = ("exact", "usearch")
+LIMIT = 10_000  # candidates of an index
 MORE, SPARE = 4, 64  # candidates for each hit, and more, where near ones are left out
 
 
@@ -85,14 +88,52 @@ def best_rows(
             break
         # All others are worse than these: the next ones are found among chips that
         # are far enough from the hits.
+        centres = _places(stored, rows).centres()
         taken = wanted.taken
-        centres = Places.of(stored.rows(rows, ["bbox", "geometry"])).centres()
         for row, score, centre in zip(rows, scores, centres, strict=True):
             if len(found) < k and far_from(centre[None], taken, apart)[0]:
                 found.append((int(row), float(score)))
                 taken = np.vstack([taken, centre])
         wanted = dataclasses.replace(wanted, taken=taken)
     return found
+
+
+def best_of_index(
+    stored: Stored,
+    index: Index,
+    query: Float[np.ndarray, " width"],
+    k: int,
+    *,
+    box: Box | None,
+    apart: float,
+    without: Sequence[int],
+) -> list[tuple[int, float]] | None:
+    """As `best_rows`, from an index; None if too few of `LIMIT` candidates are hits."""
+    wanted = Wanted(box, 0.0, tuple(without), np.zeros((0, 2)))
+    many = k + len(wanted.without) if box is None and not apart else MORE * k + SPARE
+    while True:
+        many = min(many, stored.count)
+        scores, rows = index.nearest(query, many)
+        places = _places(stored, rows)
+        kept = ~np.isin(rows, wanted.without)
+        if box is not None:
+            kept &= places.in_box(box)
+        found: list[tuple[int, float]] = []
+        taken, centres = np.zeros((0, 2)), places.centres()
+        for i in np.flatnonzero(kept):
+            centre = centres[i : i + 1]
+            if len(found) < k and (not apart or far_from(centre, taken, apart)[0]):
+                found.append((int(rows[i]), float(scores[i])))
+                taken = np.vstack([taken, centre])
+        if len(found) == k or many == stored.count:
+            return found
+        if many >= LIMIT:
+            return None
+        many *= 4
+
+
+def _places(stored: Stored, rows: Sequence[int]) -> Places:
+    return Places.of(stored.rows(rows, ["bbox", "geometry"]))
 
 
 def search(
@@ -105,6 +146,7 @@ def search(
     bbox: Sequence[float] | None = None,
     min_distance_m: float = 0.0,
     exclude_query: bool = False,
+    index: str = "exact",
     bands: Sequence[str] | None = None,
     scale: float | None = None,
     offset: float | None = None,
@@ -118,9 +160,9 @@ def search(
         hits = xsmae.search("embeddings", (-98.1, 47.0), k=20, out="found")
         print(hits[0].id, hits[0].score, hits[0].centre)
 
-    The search is exact, and its memory that of a part of the tables. A chip that is
-    the query finds itself first. Several queries are averaged: q = mean(wanted) - 0.5
-    mean(unlike), of vectors of unit length (Rocchio).
+    The search is exact by default, and its memory that of a part of the tables. A chip
+    that is the query finds itself first. Several queries are averaged: q = mean(wanted)
+    - 0.5 mean(unlike), of vectors of unit length (Rocchio).
 
     Args:
       embeddings: the folder that `xsmae embed SCENES` wrote.
@@ -134,10 +176,12 @@ def search(
       min_distance_m: metres between the centres of hits; of two near ones, the better
         one is a hit.
       exclude_query: chips that are queries are no hits.
+      index: `exact`, or `usearch` (extra `search`) for tens of millions of chips:
+        builds an index beside the tables, or reads it, and says its measured recall.
       bands, scale, offset, gsd, sensor: of images, as in `open_raster`.
       out: the folder for hits.csv, hits.geojson, contact_sheet.png and map.html; None
         writes nothing.
-      say: called with a line for each written file.
+      say: called with a line for each written file, and for the index.
 
     Raises:
       UserError: a query is not found, the tables are of another encoder or of several,
@@ -149,6 +193,8 @@ def search(
         "bands": bands, "scale": scale, "offset": offset, "gsd": gsd, "sensor": sensor,
     }  # fmt: skip
     _check(queries, others, k, min_distance_m, encoder, options)
+    if index not in INDEXES:
+        raise UserError(f"index={index!r}, expected one of {', '.join(INDEXES)}")
     stored = Stored.open(embeddings)
     box = None if bbox is None else Box.of(bbox)
     if encoder is not None:
@@ -163,14 +209,19 @@ def search(
             "exclude_query leaves out chips that are queries, but all queries are "
             "images: leave it out"
         )
-    rows = best_rows(
-        stored,
-        combine(wanted, unwanted),
-        k,
-        box=box,
-        apart=min_distance_m,
-        without=own if exclude_query else (),
-    )
+    vector = combine(wanted, unwanted)
+    limits = {
+        "box": box, "apart": min_distance_m, "without": own if exclude_query else (),
+    }  # fmt: skip
+    rows = None
+    if index == "usearch":
+        graph = open_index(stored, say)
+        say(f"usearch: finds {graph.recall:.1%} of the 10 nearest of a chip")
+        rows = best_of_index(stored, graph, vector, k, **limits)
+        if rows is None:
+            say(f"too few of the {LIMIT} nearest chips are hits: searches exactly")
+    if rows is None:
+        rows = best_rows(stored, vector, k, **limits)
     chips = read_chips(stored, [row for row, _ in rows])
     hits = [
         as_hit(chip, rank, score)
