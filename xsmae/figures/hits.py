@@ -43,7 +43,7 @@ def hit_sheet(path: str | os.PathLike, tiles: Sequence[Tile], title: str) -> Non
     tiles = tiles[:MOST]
     columns = min(COLUMNS, max(len(tiles), 2))
     rows = max(math.ceil(len(tiles) / columns), 1)
-    fig = Figure(figsize=(2.5 * columns, 3.2 * rows), layout="constrained")
+    fig = Figure(figsize=(2.5 * columns, 3.4 * rows + 0.4), layout="constrained")
     axes = np.ravel(fig.subplots(rows, columns, squeeze=False))
     for ax, tile in zip(axes, tiles, strict=False):
         _draw(ax, tile)
