@@ -165,8 +165,8 @@ def segment(
       out: the folder that gets a folder for each row, named in `row.files`: confusion
         matrices, a picture of examples and, for the encoder itself, the trained head.
         None keeps none of them.
-      gsd, results, cache, seed, name, data_name, missing_bands, config, progress,
-        should_stop: as in `evaluate`.
+      gsd, results, cache, seed, name: as in `evaluate`.
+      data_name, missing_bands, config, progress, should_stop: as in `evaluate`.
 
     Raises:
       UserError: arguments that do not fit, in one line, before anything is trained.
