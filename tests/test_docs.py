@@ -175,6 +175,12 @@ def test_lengths():
     assert len(TEXTS["CONTRIBUTING.md"].splitlines()) <= 60
 
 
+def test_no_page_has_the_name_of_one_that_sphinx_writes():
+    """Sphinx would overwrite it without a warning."""
+    written = {"search", "genindex", "py-modindex", "modindex"}
+    assert not written & {page.stem for page in (ROOT / "docs").glob("*.md")}
+
+
 def test_snippets_use_the_public_names():
     found = set()
     for page, text in TEXTS.items():
