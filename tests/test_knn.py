@@ -277,7 +277,9 @@ def test_k_and_data_are_other_protocols(tmp_path, data):
     ],
 )
 def test_what_is_refused_in_one_line(tmp_path, data, capsys, arguments, said):
-    assert call(tmp_path, SMALL, *data, *arguments) == 2
+    given = any(argument.startswith("--encoder=") for argument in arguments)
+    encoder = () if given else (SMALL,)
+    assert call(tmp_path, *encoder, *data, *arguments) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert error.startswith("xsmae: ")
@@ -336,6 +338,8 @@ def test_without_data_or_encoder(tmp_path, data, capsys):
     assert "--encoder and --data are missing: xsmae knn" in capsys.readouterr().err
     assert call(tmp_path, SMALL, *data, "--data=folder") == 2
     assert "--data is given 2 times" in capsys.readouterr().err
+    assert call(tmp_path, SMALL, *data, "--encoder=random:tiny") == 2
+    assert "--encoder is given 2 times" in capsys.readouterr().err
     assert call(tmp_path, SMALL, "--data=configs/nothing.py") == 2
     assert "--data=configs/nothing.py: there is no config" in capsys.readouterr().err
 

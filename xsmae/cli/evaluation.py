@@ -160,10 +160,10 @@ def parts_of(
         raise UserError(
             f"{' and '.join(missing)} {verb} missing: {command.example(doc)}"
         )
-    if values["data"].present > 1:
-        raise UserError(
-            f"--data is given {values['data'].present} times, expected once"
-        )
+    for name in needed:
+        times = values[name].present
+        if times > 1:
+            raise UserError(f"--{name} is given {times} times, expected once")
     config = read_config(values.data, f"--data={values.data}").unlock()
     for part in ("data", *PARTS):
         # `data` comes first, because the parts start from its fields.
