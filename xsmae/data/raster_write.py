@@ -30,8 +30,8 @@ class Layers:
     rows: [height, bands, width], in memory or mapped from a file. names: of the bands.
     resampling: of overviews. colours: of the numbers of the only band, or (). tags:
     text for the file's metadata. scale: value = number * scale, of all bands or of
-    each. nodata: of pixels without a value. transform: None: that of the raster. side:
-    pixels of a block.
+    each. nodata: of pixels without a value. transform: None: that of the raster. crs:
+    as text, where there is no raster. side: pixels of a block.
     """
 
     rows: Shaped[np.ndarray, "height bands width"]
@@ -42,23 +42,20 @@ class Layers:
     scale: float | Sequence[float] = 1.0
     nodata: float = NODATA
     transform: affine.Affine | None = None
+    crs: str | None = None
     side: int = SIDE
 
 
-def write_cog(path: Path, layers: Layers, *, like: Raster, scratch: Path) -> None:
+def write_cog(
+    path: Path, layers: Layers, *, like: Raster | None = None, scratch: Path
+) -> None:
     """Write `layers` with the CRS and transform of `like`, and read them back.
 
-    scratch: a file that is written before, not compressed. Raises UserError if one
-    cannot be written.
+    like: None: the layers have a CRS and a transform of their own. scratch: a file that
+    is written before, not compressed. Raises UserError if one cannot be written.
     """
     height, count, width = layers.rows.shape
-    with gdal.borrowed(Name(like.path, None, like.stamp)) as dataset:
-        points, crs_of_points = dataset.gcps
-        place = {"crs": dataset.crs, "transform": dataset.transform}
-        if layers.transform is not None:
-            place["transform"] = layers.transform
-        elif points and dataset.crs is None:
-            place = {"crs": crs_of_points, "gcps": points}
+    place = _place(layers, like)
     side, dtype = layers.side, layers.rows.dtype
     profile = {
         "driver": "GTiff", "dtype": dtype, "count": count, "height": height,
@@ -82,6 +79,28 @@ def write_cog(path: Path, layers: Layers, *, like: Raster, scratch: Path) -> Non
                         f"{printable(str(path))} was not written as it should be: is "
                         "the disk full or damaged?"
                     )
+
+
+def _place(layers: Layers, like: Raster | None) -> dict[str, Any]:
+    if like is None:
+        return {"crs": layers.crs, "transform": layers.transform}
+    with gdal.borrowed(Name(like.path, None, like.stamp)) as dataset:
+        points, crs_of_points = dataset.gcps
+        place = {"crs": dataset.crs, "transform": dataset.transform}
+        if layers.transform is not None:
+            place["transform"] = layers.transform
+        elif points and dataset.crs is None:
+            place = {"crs": crs_of_points, "gcps": points}
+    return place
+
+
+def read_tags(path: Path) -> dict[str, str]:
+    """The text in the metadata of a raster that may be replaced soon."""
+    name = str(path.absolute())
+    with gdal.borrowed(Name(name)) as dataset:
+        found = dataset.tags()
+    gdal.close(name)
+    return found
 
 
 def _write_plain(path: Path, layers: Layers, profile: dict[str, Any]) -> None:

@@ -13,9 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xsmae.data import gdal
 from xsmae.data.raster import Raster
-from xsmae.data.raster_write import NODATA, Layers, write_categories, write_cog
+from xsmae.data.raster_write import (
+    NODATA,
+    Layers,
+    read_tags,
+    write_categories,
+    write_cog,
+)
 from xsmae.errors import UserError, printable
 from xsmae.evaluation.reading import Reading
 from xsmae.evaluation.segmentation.windows import Readable, segment
@@ -232,10 +237,7 @@ def _is_finished(outputs: Outputs, job: str, probabilities: bool) -> bool:
     """True if all files are there; UserError if they are those of another job."""
     if not outputs.classes.exists():
         return False
-    with gdal.borrowed(gdal.Name(str(outputs.classes.absolute()))) as dataset:
-        found = dataset.tags().get(TAG)
-    gdal.close(str(outputs.classes.absolute()))
-    if found != job:
+    if read_tags(outputs.classes).get(TAG) != job:
         raise UserError(
             f"{printable(str(outputs.classes))} is the map of another head or scene: "
             "give another --out, or remove it"

@@ -54,14 +54,14 @@ class Stored:
     starts: tuple[int, ...]
 
     @classmethod
-    def open(cls, folder: str | Path) -> Stored:
-        """The tables of a folder.
+    def open(cls, folder: str | Path, paths: Sequence[Path] | None = None) -> Stored:
+        """The tables of a folder: all of them, or some `paths`.
 
         Raises UserError if there are none, if a file is no table of embeddings, or if
         the vectors of two tables cannot be compared.
         """
         folder = Path(folder)
-        paths = tuple(sorted(folder.glob("[!.]*.parquet")))
+        paths = tuple(sorted(folder.glob("[!.]*.parquet")) if paths is None else paths)
         if not paths:
             why = "has no table" if folder.is_dir() else "is no folder"
             raise UserError(
@@ -71,7 +71,7 @@ class Stored:
         found = [_read_footer(path) for path in paths]
         embs, counts = zip(*found, strict=True)
         for path, emb in zip(paths, embs, strict=True):
-            _check_same(paths[0], embs[0], path, emb)
+            check_same(paths[0], embs[0], path, emb)
         starts = (0, *itertools.accumulate(counts))
         return cls(folder, paths, embs, starts)
 
@@ -269,7 +269,7 @@ def _read_footer(path: Path) -> tuple[dict[str, Any], int]:
     return emb, count
 
 
-def _check_same(first: Path, one: dict, path: Path, other: dict) -> None:
+def check_same(first: Path, one: dict, path: Path, other: dict) -> None:
     """Raise UserError if the vectors of two tables cannot be compared."""
     for what, get in (
         ("the encoder", lambda e: e["model"]["digest"]),

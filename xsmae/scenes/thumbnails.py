@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +47,38 @@ def read_pictures(chips: Sequence[Chip]) -> list[Picture]:
     return found
 
 
+def read_scene(source: str, shape: tuple[int, int], side: int) -> Picture:
+    """The picture of a whole scene, with at most `side` pixels along an axis.
+
+    shape: the height and width that the scene should have.
+    """
+    try:
+        with _opened(source) as (raster, bytes_):
+            if raster.shape != tuple(shape):
+                rows, columns = raster.shape
+                return Picture(
+                    None, f"it has {rows} x {columns} pixels: it is another one now"
+                )
+            shrink = min(side / max(shape), 1)
+            size = tuple(max(round(x * shrink), 1) for x in shape)
+            window = (0, 0, *shape)
+            part = raster.read(window, None if shrink == 1 else size, _shown(raster))
+            return _picture(part, (0.0, 1.0) if bytes_ else _limits([part]))
+    except (UserError, BadImageError) as error:
+        return Picture(None, _reason(error, source))
+
+
 def _of_scene(source: str, chips: Sequence[Chip]) -> list[Picture]:
+    try:
+        with _opened(source) as (raster, bytes_):
+            return _read(raster, chips, stretched=not bytes_)
+    except (UserError, BadImageError) as error:
+        return [Picture(None, _reason(error, source))] * len(chips)
+
+
+@contextlib.contextmanager
+def _opened(source: str) -> Iterator[tuple[Raster, bool]]:
+    """A scene whose values are only shown, and if they are 8-bit."""
     try:
         with open_raster(source) as raster:
             bytes_ = raster.dtype == "uint8"
@@ -54,11 +86,8 @@ def _of_scene(source: str, chips: Sequence[Chip]) -> list[Picture]:
         options = {} if bytes_ else {"scale": 1.0, "offset": 0.0}
     except (UserError, BadImageError):
         bytes_, options = False, {"scale": 1.0, "offset": 0.0}
-    try:
-        with open_raster(source, **options) as raster:
-            return _read(raster, chips, stretched=not bytes_)
-    except (UserError, BadImageError) as error:
-        return [Picture(None, _reason(error, source))] * len(chips)
+    with open_raster(source, **options) as raster:
+        yield raster, bytes_
 
 
 def _read(raster: Raster, chips: Sequence[Chip], *, stretched: bool) -> list[Picture]:
