@@ -22,8 +22,8 @@ from xsmae.weights.encoder import Encoder
 
 NAMES = {
     "embed", "Encoder", "evaluate", "export", "import_weights", "load_config",
-    "load_encoder", "load_head", "map_scene", "open_raster", "open_source", "pretrain",
-    "read_results", "search", "segment",
+    "load_encoder", "load_head", "map_embeddings", "map_scene", "open_raster",
+    "open_source", "pretrain", "read_results", "search", "segment",
 }  # fmt: skip
 
 

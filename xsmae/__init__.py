@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from xsmae.evaluation.parts import Data
     from xsmae.evaluation.rows import Result, read_results
     from xsmae.scenes.api import embed
+    from xsmae.scenes.embedding_maps import map_embeddings
     from xsmae.scenes.mapped import map_scene
     from xsmae.scenes.search import search
     from xsmae.weights.encoder import Encoder, load_encoder
@@ -47,6 +48,7 @@ __all__ = [
     "load_config",
     "load_encoder",
     "load_head",
+    "map_embeddings",
     "map_scene",
     "open_raster",
     "open_source",
@@ -66,6 +68,7 @@ _HOMES = {
     "load_config": "xsmae.config",
     "load_encoder": "xsmae.weights.encoder",
     "load_head": "xsmae.weights.head",
+    "map_embeddings": "xsmae.scenes.embedding_maps",
     "map_scene": "xsmae.scenes.mapped",
     "open_raster": "xsmae.data.raster",
     "open_source": "xsmae.data.catalogue",

@@ -18,6 +18,7 @@ COMMANDS = {
     "segment": ("segment", "measure an encoder by segmenting images with masks"),
     "embed": ("embed", "write the features of a folder of images to a Parquet table"),
     "search": ("search", "find the chips of embedded scenes that are alike"),
+    "map": ("map", "draw the embeddings of scenes as maps"),
     "predict": ("predict", "map scenes or label images with a trained head"),
     "results": ("results", "make tables and figures of results"),
     "check-data": ("check_data", "check a data set before training on it"),
