@@ -30,10 +30,11 @@ from xsmae.data.raster import open_raster
 from xsmae.errors import UserError
 from xsmae.scenes import embed, encoding, manifest, strips
 from xsmae.scenes.chips import Length, panel_shape, panels, plan_grid
-from xsmae.scenes.embed import Plan, encoded_rows, reader_of
+from xsmae.scenes.embed import Chips, Plan
 from xsmae.scenes.encoding import Groups
 from xsmae.scenes.manifest import Manifest
 from xsmae.scenes.quantize import quantize, recall
+from xsmae.scenes.rows import encoded
 from xsmae.weights.encoder import load_encoder
 
 rasterio = pytest.importorskip("rasterio", reason=REASON)
@@ -516,8 +517,9 @@ def test_panels_cover_the_grid(scene, tmp_path, monkeypatch):
             assert panel_shape(grid, raster, 3) == shape
         rows, columns = grid.shape
         for first in (0, shape[0]):
-            found = [c for p in panels(grid, shape, first) for c in p.chips]
-            expected = [(r, c) for r in range(first, rows) for c in range(columns)]
+            todo = range(first, rows)
+            found = [c for p in panels(grid, shape, todo) for c in p.chips]
+            expected = [(r, c) for r in todo for c in range(columns)]
             assert sorted(found) == expected
 
 
@@ -543,8 +545,8 @@ def test_memory_does_not_grow_with_the_height(tmp_path, encoder, monkeypatch):
         path = make_scene(tmp_path / f"{height}_{len(peaks)}.tif", height, 256)
         with open_raster(path) as raster:
             tracemalloc.start()
-            reader = reader_of(encoder, raster, plan)
-            for _ in encoded_rows(reader, groups, min_valid=0.5):
+            layout = Chips.of(encoder, raster, plan)
+            for _ in encoded(layout, groups, rows=range(layout.reader.grid.shape[0])):
                 pass
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()

@@ -17,16 +17,17 @@ from xsmae.errors import BadImageError, UserError, printable
 from xsmae.process.lock import FolderLock
 from xsmae.scenes.chip_table import DTYPES
 from xsmae.scenes.chips import Length
-from xsmae.scenes.embed import Plan, embed_scene
+from xsmae.scenes.embed import Chips, Plan, embed_scene
 from xsmae.scenes.encoding import Groups
 from xsmae.scenes.inputs import parse_time, time_of
 from xsmae.scenes.manifest import NAME, Manifest, Shard, merge
-from xsmae.scenes.tokens import embed_tokens
+from xsmae.scenes.rows import Here
+from xsmae.scenes.tokens import Patches
 from xsmae.weights.encoder import Encoder, load_encoder
 
 FAILED = 3
-# What a vector is of -> the format of the files, and their suffix.
-UNITS = {"chip": ("parquet", ".parquet"), "token": ("cog", ".tif")}
+# What a vector is of -> the format of the files, and what they hold.
+UNITS = {"chip": ("parquet", Chips), "token": ("cog", Patches)}
 OUT = "embeddings"
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -122,13 +123,14 @@ def embed_scenes(
         chips = values.unit == "chip"
         pooling = plan.pooling if chips else None
         groups = Groups(encoder, pooling=pooling, batch_size=values.batch_size)
+        compute = Here(groups)
         failed = 0
         for name, scene in todo:
             if should_stop():
                 raise KeyboardInterrupt
             try:
                 new = _embed(
-                    encoder, groups, scene, name, manifest, plan, values, should_stop
+                    encoder, compute, scene, name, manifest, plan, values, should_stop
                 )
             except (UserError, BadImageError) as error:
                 failed += 1
@@ -140,7 +142,7 @@ def embed_scenes(
                 continue
             rows = manifest.scenes[name]["rows"]
             said = f"{rows} {values.unit}s" + ("" if new else ", which were there")
-            file = folder / f"{name}{UNITS[values.unit][1]}"
+            file = folder / f"{name}{UNITS[values.unit][1].suffix}"
             print(printable(f"{scene}: {file}: {said}"), flush=True)
         shutil.rmtree(lock)
     if failed:
@@ -198,7 +200,7 @@ def _encoder(values: flags.FlagValues) -> Encoder:
     return load_encoder(values.encoder, dtype=precision, attention="auto")
 
 
-def _embed(encoder, groups, scene, name, manifest, plan, values, should_stop) -> bool:
+def _embed(encoder, compute, scene, name, manifest, plan, values, should_stop) -> bool:
     options = {n: values[n].value for n in ("bands", "scale", "offset", "gsd")}
 
     def say(line):
@@ -207,10 +209,10 @@ def _embed(encoder, groups, scene, name, manifest, plan, values, should_stop) ->
     with open_raster(scene, **options, sensor=values.sensor) as raster:
         for note in raster.notes():
             say(note)
-        write = embed_scene if values.unit == "chip" else embed_tokens
-        return write(
+        return embed_scene(
+            UNITS[values.unit][1].of,
             encoder,
-            groups,
+            compute,
             raster,
             manifest,
             name=name,

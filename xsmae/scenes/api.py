@@ -13,8 +13,9 @@ from xsmae.data.raster import Raster, open_raster
 from xsmae.errors import UserError
 from xsmae.scenes.chip_files import enough
 from xsmae.scenes.chips import Length
-from xsmae.scenes.embed import Plan, encoded_rows, reader_of
+from xsmae.scenes.embed import Chips, Plan
 from xsmae.scenes.encoding import Groups
+from xsmae.scenes.rows import encoded
 from xsmae.weights.encoder import Encoder, load_encoder
 
 if TYPE_CHECKING:
@@ -122,9 +123,10 @@ def embed(
 def _embed(
     encoder: Encoder, raster: Raster, plan: Plan, batch_size: int
 ) -> SceneEmbeddings:
-    reader = reader_of(encoder, raster, plan)
+    layout = Chips.of(encoder, raster, plan)
+    reader = layout.reader
     groups = Groups(encoder, pooling=plan.pooling, batch_size=batch_size)
-    found = list(encoded_rows(reader, groups, min_valid=plan.min_valid))
+    found = list(encoded(layout, groups, rows=range(reader.grid.shape[0])))
     vectors = np.concatenate([rows.vectors for rows in found])
     valid = np.concatenate([rows.valid for rows in found])
     vectors[~enough(valid, plan.min_valid)] = np.nan

@@ -189,13 +189,13 @@ def panel_shape(grid: Grid, raster: Raster, bands: int) -> tuple[int, int]:
     return many[0], many[1]
 
 
-def panels(grid: Grid, shape: tuple[int, int], first_row: int = 0) -> Iterator[Panel]:
-    """All chips in panels of `shape`, from `first_row`, where a panel begins."""
-    rows, columns = grid.shape
-    for row in range(first_row, rows, shape[0]):
+def panels(grid: Grid, shape: tuple[int, int], rows: range) -> Iterator[Panel]:
+    """The chips of some rows in panels of `shape`; a panel begins at the first row."""
+    columns = grid.shape[1]
+    for row in range(rows.start, rows.stop, shape[0]):
         for column in range(0, columns, shape[1]):
             yield Panel(
-                range(row, min(row + shape[0], rows)),
+                range(row, min(row + shape[0], rows.stop)),
                 range(column, min(column + shape[1], columns)),
             )
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -21,13 +19,11 @@ from xsmae.data.raster_write import SIDE, Layers, write_cog
 from xsmae.errors import UserError
 from xsmae.scenes.chip_files import enough, footer
 from xsmae.scenes.chip_table import SceneFacts
-from xsmae.scenes.chips import ChipReader, panel_shape, panels, plan_tokens
-from xsmae.scenes.embed import READERS, Plan, Progress, job_of, warn_outside
-from xsmae.scenes.encoding import Groups, ahead_of
-from xsmae.scenes.finish import EMB, Made, finish
+from xsmae.scenes.chips import ChipReader, Panel, panel_shape, plan_tokens
+from xsmae.scenes.embed import Plan, Scene
+from xsmae.scenes.finish import EMB, Made
 from xsmae.scenes.inputs import reading_of
-from xsmae.scenes.manifest import Manifest
-from xsmae.scenes.stac import item
+from xsmae.scenes.rows import Rows
 from xsmae.scenes.strips import Strips
 from xsmae.weights.encoder import Encoder
 
@@ -35,28 +31,10 @@ if TYPE_CHECKING:
     import affine
     from jaxtyping import Float
 
+    from xsmae.scenes.rows import Stored
+
 BLOCK = 64 * 2**20  # bytes of a block of all bands, at most where 128 pixels allow it
 NODATA = -128  # of int8; float32 has NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenRows:
-    """Finished rows of patches: the first of them, and vectors, NaN without a value."""
-
-    first: int
-    vectors: Float[np.ndarray, "rows columns width"]
-
-
-def token_reader(encoder: Encoder, raster: Raster, plan: Plan) -> ChipReader:
-    """The windows of a scene as the encoder reads them; UserError if it cannot."""
-    reading = reading_of("the encoder", encoder.bands, raster, plan.missing_bands)
-    grid = plan_tokens(
-        raster,
-        chip_size=plan.chip_size,
-        stride=plan.stride,
-        patch_size=encoder.info["architecture"]["patch_size"],
-    )
-    return ChipReader.of(raster, reading, grid)
 
 
 def owned(starts: tuple[int, ...], size: int, patch: int) -> list[int]:
@@ -68,162 +46,109 @@ def owned(starts: tuple[int, ...], size: int, patch: int) -> list[int]:
     return [0, *middles, (starts[-1] + size) // patch]
 
 
-def token_rows(
-    reader: ChipReader,
-    groups: Groups,
-    *,
-    patch: int,
-    min_valid: float,
-    first_row: int = 0,
-    say: Callable[[str], None] = lambda line: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[TokenRows]:
-    """The vectors of all patches, a row of windows at a time, from row `first_row`.
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Vectors of patches: a `Layout` whose stored rows are rows of patches.
 
-    groups: without pooling. Raises KeyboardInterrupt once `should_stop()` is true.
+    down, across: see `owned`. A row of windows is finished on its own.
     """
-    grid = reader.grid
-    down, across = (owned(x, grid.size[0], patch) for x in (grid.tops, grid.lefts))
-    rows, columns = grid.shape
-    _, wide = panel_shape(grid, reader.raster, len(reader.reading.bands.names))
-    found: dict[int, TokenRows] = {}
-    valid: dict[tuple[int, int], np.ndarray] = {}
-    progress = Progress(rows * columns, first_row * columns, say)
 
-    def chips(pool):
-        last = None
-        todo = panels(grid, (1, wide), first_row)
+    unit: ClassVar = "token"
+    suffix: ClassVar = ".tif"
+    rows_are: ClassVar = "rows of patches"
+    step: ClassVar = 1
 
-        def read(panel):
-            return reader.read_patches(panel, patch)
+    reader: ChipReader
+    width: int
+    min_valid: float
+    patch: int
+    down: list[int]
+    across: list[int]
 
-        for panel, (images, parts) in ahead_of(todo, read, pool, READERS):
-            if should_stop():
-                return
-            row = panel.rows[0]
-            if row != last:
-                if last is not None:
-                    yield (last,), None, None
-                shape = down[row + 1] - down[row], across[-1], groups.width
-                nothing = np.full(shape, np.nan, np.float32)
-                found[row], last = TokenRows(down[row], nothing), row
-            places = np.array(panel.chips)
-            gsd = reader.gsd(grid.places(*places.T))
-            for key, image, own, part in zip(
-                panel.chips, images, gsd, parts, strict=True
-            ):
-                if enough(part, min_valid).any():
-                    valid[key] = part
-                    yield key, image, own
-        if last is not None:
-            yield (last,), None, None
-
-    next_row = first_row
-    with ThreadPoolExecutor(READERS) as pool:
-        for keys, vectors in groups.run(chips(pool)):
-            if len(keys[0]) == 1:
-                next_row = keys[0][0] + 1
-                yield found.pop(keys[0][0])
-                continue
-            if not np.isfinite(vectors).all():
-                raise UserError(
-                    "the encoder gives vectors that are not finite in the rows from "
-                    f"{grid.tops[keys[0][0]]} on: give another encoder"
-                )
-            for (row, column), tokens in zip(keys, vectors, strict=True):
-                part = valid.pop((row, column))
-                tokens = tokens.reshape(*part.shape, -1)
-                tokens = np.where(enough(part, min_valid)[..., None], tokens, np.nan)
-                top, left = grid.tops[row] // patch, grid.lefts[column] // patch
-                y = slice(down[row] - top, down[row + 1] - top)
-                x = slice(across[column] - left, across[column + 1] - left)
-                place = slice(across[column], across[column + 1])
-                found[row].vectors[:, place] = tokens[y, x]
-            progress(keys[-1][0] * columns + keys[-1][1] + 1)
-    if next_row < rows:
-        raise KeyboardInterrupt
-
-
-def embed_tokens(
-    encoder: Encoder,
-    groups: Groups,
-    raster: Raster,
-    manifest: Manifest,
-    *,
-    name: str,
-    source: str,
-    plan: Plan,
-    say: Callable[[str], None] = lambda line: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Write the patches of a scene as a GeoTIFF and its item, like `embed_scene`."""
-    reader = token_reader(encoder, raster, plan)
-    warn_outside(encoder, reader, say)
-    job = job_of("token", encoder, reader, plan, source)
-    patch = encoder.info["architecture"]["patch_size"]
-    down, across = (
-        owned(x, reader.grid.size[0], patch)
-        for x in (reader.grid.tops, reader.grid.lefts)
-    )
-
-    def make(folder: Path) -> Made:
-        shapes = {"vectors": (groups.width, 4 * across[-1])}
-        strips = Strips(folder, f"{job} in groups of {groups.size}", shapes)
-        if strips.next_row:
-            say(f"resumes at row {strips.next_row} of {down[-1]} rows of patches")
-        for rows in token_rows(
-            reader,
-            groups,
-            patch=patch,
-            min_valid=plan.min_valid,
-            first_row=down.index(strips.next_row),
-            say=say,
-            should_stop=should_stop,
-        ):
-            bands = np.ascontiguousarray(rows.vectors.transpose(0, 2, 1))
-            strips.add({"vectors": bands.view(np.uint8)})
-            strips.commit(rows.first + len(bands))
-        emb = _footer(encoder, reader, plan, job, patch)
-        made, count = _write(folder, name, strips, raster, plan, emb, patch)
-        size = (patch, patch)
-        facts = SceneFacts(name, source, plan.time, raster.crs, size)
-        return Made(
-            made,
-            count,
-            lambda target: item(raster, facts, emb, target, encoder=plan.encoder),
+    @classmethod
+    def of(cls, encoder: Encoder, raster: Raster, plan: Plan) -> Patches:
+        """The patches of a scene; UserError if the encoder cannot read it."""
+        reading = reading_of("the encoder", encoder.bands, raster, plan.missing_bands)
+        shape = encoder.info["architecture"]
+        patch, width = shape["patch_size"], shape["embed_dim"]
+        grid = plan_tokens(
+            raster, chip_size=plan.chip_size, stride=plan.stride, patch_size=patch
         )
+        down, across = (owned(x, grid.size[0], patch) for x in (grid.tops, grid.lefts))
+        reader = ChipReader.of(raster, reading, grid)
+        return cls(reader, width, plan.min_valid, patch, down, across)
 
-    target = manifest.path.parent / f"{name}.tif"
-    return finish(manifest, target, job, source, make)
+    @property
+    def panel(self) -> tuple[int, int]:
+        reader = self.reader
+        bands = len(reader.reading.bands.names)
+        return 1, panel_shape(reader.grid, reader.raster, bands)[1]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"vectors": (self.width, 4 * self.across[-1])}
+
+    def read(self, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+        return self.reader.read_patches(panel, self.patch)
+
+    def kept(self, valid: Float[np.ndarray, "down across"]) -> bool:
+        return bool(enough(valid, self.min_valid).any())
+
+    def empty(self, rows: range) -> Rows:
+        high = self.down[rows.stop] - self.down[rows.start]
+        shape = high, self.across[-1], self.width
+        return Rows(rows, np.full(shape, np.nan, np.float32), None)
+
+    def put(self, rows: Rows, place: tuple[int, int], valid, vector) -> None:
+        if vector is None:
+            return
+        row, column = place
+        vector = vector.reshape(*valid.shape, -1)
+        vector = np.where(enough(valid, self.min_valid)[..., None], vector, np.nan)
+        grid, down, across = self.reader.grid, self.down, self.across
+        top, left = grid.tops[row] // self.patch, grid.lefts[column] // self.patch
+        y = slice(down[row] - top, down[row + 1] - top)
+        x = slice(across[column] - left, across[column + 1] - left)
+        rows.vectors[:, across[column] : across[column + 1]] = vector[y, x]
+
+    def stored(self, rows: Rows) -> Stored:
+        bands = np.ascontiguousarray(rows.vectors.transpose(0, 2, 1))
+        return {"vectors": bands.view(np.uint8)}
+
+    def stored_row(self, row: int) -> int:
+        return self.down[row]
+
+    def write(self, folder: Path, strips: Strips, scene: Scene) -> Made:
+        """The GeoTIFF, in the folder."""
+        emb = _footer(self, scene)
+        made, count = _write(folder, strips, scene, emb, self.patch)
+        crs, size = scene.raster.crs, (self.patch, self.patch)
+        facts = SceneFacts(scene.name, scene.source, scene.plan.time, crs, size)
+        return scene.made(made, count, facts, emb)
 
 
-def _footer(encoder, reader, plan, job, patch) -> dict[str, Any]:
+def _footer(patches: Patches, scene: Scene) -> dict[str, Any]:
     emb = footer(
-        encoder,
-        reader,
+        scene.encoder,
+        patches.reader,
         pooling="none",
-        dtype=plan.dtype,
-        min_valid=plan.min_valid,
-        job=job,
+        dtype=scene.plan.dtype,
+        min_valid=patches.min_valid,
+        job=scene.job,
     )
     emb["emb:type"] = "pixel"
     emb["emb:chip_layout"]["last_chip"] = "ends with the last patch of the scene"
-    emb["emb:runtime_parameters"]["patch_size"] = patch
-    if plan.dtype == "int8":
+    emb["emb:runtime_parameters"]["patch_size"] = patches.patch
+    if scene.plan.dtype == "int8":
         emb["emb:quantization"]["scale_column"] = "the scale of each band of the file"
     return emb
 
 
 def _write(
-    folder: Path,
-    name: str,
-    strips: Strips,
-    raster: Raster,
-    plan: Plan,
-    emb: dict[str, Any],
-    patch: int,
+    folder: Path, strips: Strips, scene: Scene, emb: dict[str, Any], patch: int
 ) -> tuple[Path, int]:
     """The GeoTIFF in the folder, and how many patches have a vector."""
+    raster, plan = scene.raster, scene.plan
     vectors = strips.rows("vectors").view(np.float32)
     bands = vectors.shape[1]
     count = sum(int(np.isfinite(row[0]).sum()) for row in vectors)
@@ -248,7 +173,7 @@ def _write(
         transform=_enlarged(raster.transform, patch),
         side=side,
     )
-    made = folder / f"{name}.tif"
+    made = folder / f"{scene.name}.tif"
     write_cog(made, layers, like=raster, scratch=folder / "scratch.tif")
     return made, count
 
