@@ -205,14 +205,62 @@ def test_bands_are_found_by_name_and_units_are_checked(tmp_path, encoder, capsys
 
 def test_the_time_of_a_file(tmp_path, encoder):
     path = make_scene(tmp_path / "timed.tif", 60, 40)
-    with rasterio.open(path, "r+") as raster:
-        raster.update_tags(TIFFTAG_DATETIME="2019:09:04 10:20:30")
     out = tmp_path / "out"
     words = [path, f"--encoder={encoder}", "--chip_size=16"]
     assert call(*words, f"--out={out}") == 0
     assert (
         str(rows_of(out / "timed.parquet")[0]["datetime"])[:19] == "2019-09-04 10:20:30"
     )
+    item = json.loads((out / "timed.json").read_text())
+    assert item["properties"]["datetime"] == "2019-09-04T10:20:30Z"
+
+
+def test_an_interval_is_in_the_item(tmp_path, encoder, capsys):
+    path = make_scene(tmp_path / "summer.tif", 60, 40)
+    words = [path, f"--encoder={encoder}", f"--out={tmp_path}/out", "--chip_size=16"]
+    assert call(*words, "--datetime=2020-06-01T02:00+02:00/2020-08-31") == 0
+    item = json.loads((tmp_path / "out" / "summer.json").read_text())
+    told = item["properties"]
+    assert told["datetime"] is None
+    assert told["start_datetime"] == "2020-06-01T00:00:00Z"
+    assert told["end_datetime"] == "2020-08-31T23:59:59Z"
+    for row in rows_of(tmp_path / "out" / "summer.parquet"):
+        assert row["datetime"].isoformat() == "2020-06-01T00:00:00+00:00"
+    # Another end is another job; the same interval in other words is not.
+    capsys.readouterr()
+    same = "--datetime=2020-06-01/2020-08-31T23:59:59Z"
+    assert call(*words, same) == 0
+    assert "were there" in capsys.readouterr().out
+    assert call(*words, "--datetime=2020-06-01/2020-09-30") == 3
+
+
+@pytest.mark.parametrize(("unit", "suffix"), [("chip", "parquet"), ("token", "tif")])
+def test_without_a_time_there_is_no_item(tmp_path, encoder, capsys, unit, suffix):
+    timed = make_scene(tmp_path / "timed.tif", 60, 40)
+    never = make_scene(tmp_path / "never.tif", 60, 40, tags={})
+    shared = [timed, never, f"--encoder={encoder}", "--chip_size=16", f"--unit={unit}"]
+    out = tmp_path / "out"
+    assert call(*shared, f"--out={out}") == 0
+    said = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in said if "STAC" in line)
+    assert line.startswith(f"{never}: ")
+    assert "--datetime" in line
+    expected = contents(out)
+    assert expected.keys() == {
+        f"timed.{suffix}", "timed.json", f"never.{suffix}", "manifest.json",
+    }  # fmt: skip
+    listed = json.loads(expected["manifest.json"])["scenes"]
+    assert listed["never"]["files"].keys() == {f"never.{suffix}"}
+    assert listed["timed"]["files"].keys() == {f"timed.{suffix}", "timed.json"}
+    assert call(*shared, f"--out={out}") == 0
+    assert capsys.readouterr().out.count("were there") == 2
+    (out / "manifest.json").unlink()
+    assert call(*shared, f"--out={out}") == 0
+    assert contents(out) == expected
+    for i in range(2):
+        assert call(*shared, f"--out={tmp_path}/parts", f"--shard={i}/2") == 0
+    assert call("--merge", f"--out={tmp_path}/parts") == 0
+    assert contents(tmp_path / "parts") == expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -483,6 +531,11 @@ def test_commands_that_cannot_work_are_refused(tmp_path, encoder, scene, capsys)
         (["--stride=10km"], "stride"),
         (["--shard=4/4"], "shard"),
         (["--datetime=yesterday"], "datetime"),
+        (["--datetime=2020-08-31/"], "2020-06-01/2020-08-31"),
+        (["--datetime=../2020-08-31"], "2020-06-01/2020-08-31"),
+        (["--datetime=2020-01-01/2020-02-01/2020-03-01"], "2020-06-01/2020-08-31"),
+        (["--datetime=2020-08-31/2020-06-01"], "START/END"),
+        (["--datetime=0001-01-01T00:00+10:00"], "datetime"),
         (["--batch_size=0"], "batch_size"),
         (["--min_valid=2"], "min_valid"),
         (["--dtype=float64"], "dtype"),

@@ -31,7 +31,8 @@ def write(path: Path, data: np.ndarray, **options) -> Path:
     """A GeoTIFF of [bands, height, width], by default of 10 m in UTM zone 33.
 
     descriptions, mask [height, width], scales, offsets, colours: as rasterio sets them.
-    internal: the mask's place. overviews: factors. Other options are the driver's.
+    internal: the mask's place. overviews: factors. tags: of the file. Other options are
+    the driver's.
     """
     import rasterio
     from rasterio.enums import Resampling
@@ -43,6 +44,7 @@ def write(path: Path, data: np.ndarray, **options) -> Path:
         if key in options
     }
     colours, mask = options.pop("colours", None), options.pop("mask", None)
+    tags = options.pop("tags", {})
     internal, factors = options.pop("internal", True), options.pop("overviews", ())
     profile = {
         "driver": "GTiff",
@@ -60,6 +62,7 @@ def write(path: Path, data: np.ndarray, **options) -> Path:
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
         with rasterio.open(path, "w", **profile) as raster:
             raster.write(data)
+            raster.update_tags(**tags)
             for key, value in later.items():
                 setattr(raster, key, value)
             if colours is not None:

@@ -11,7 +11,9 @@ from xsmae import cli
 from xsmae.weights.encoder import load_encoder
 
 CHIP = 16
+TIMED = {"TIFFTAG_DATETIME": "2019:09:04 10:20:30"}
 HEIGHT, WIDTH = 90, 70  # rows of 5 chips, the last of each moved back
+PROFILE = {"photometric": "rgb", "nodata": 0, "tags": TIMED}
 
 
 def make_scene(path, height=HEIGHT, width=WIDTH, **options):
@@ -19,7 +21,7 @@ def make_scene(path, height=HEIGHT, width=WIDTH, **options):
     data = rng.integers(1, 256, (3, height, width)).astype(np.uint8)
     data[:, :40, :25] = 0
     path.parent.mkdir(exist_ok=True)
-    return write(path, data, **{"photometric": "rgb", "nodata": 0, **options})
+    return write(path, data, **{**PROFILE, **options})
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from xsmae.scenes.chip_table import DTYPES
 from xsmae.scenes.chips import Length
 from xsmae.scenes.embed import Chips, Plan, embed_scene
 from xsmae.scenes.encoding import Groups
-from xsmae.scenes.inputs import parse_time, time_of
+from xsmae.scenes.inputs import parse_times, time_of
 from xsmae.scenes.manifest import NAME, Manifest, Shard, merge
 from xsmae.scenes.rows import Here
 from xsmae.scenes.tokens import Patches
@@ -76,7 +76,10 @@ def define_flags(values: flags.FlagValues) -> None:
         "dtype", "float32", DTYPES, "Of the stored vectors.", flag_values=values
     )
     string(
-        "datetime", None, "When the scenes were taken, if their files do not say it."
+        "datetime",
+        None,
+        "When the scenes were taken, if their files do not say it: a time such as "
+        "2020-08-31, or an interval, START/END.",
     )
     flags.DEFINE_enum(
         "precision",
@@ -180,6 +183,9 @@ def _plan(values: flags.FlagValues) -> Plan:
         for name in ("chip_size", "stride")
         if values[name].value is not None
     }
+    time, end = (
+        (None, None) if values.datetime is None else parse_times(values.datetime)
+    )
     return Plan(
         chip_size=lengths.get("chip_size"),
         stride=lengths.get("stride"),
@@ -187,7 +193,8 @@ def _plan(values: flags.FlagValues) -> Plan:
         pooling=values.pooling,
         min_valid=values.min_valid,
         dtype=values.dtype,
-        time=None if values.datetime is None else parse_time(values.datetime),
+        time=time,
+        end=end,
         missing_bands=values.missing_bands,
         encoder=values.encoder,
     )

@@ -48,7 +48,8 @@ class SceneFacts:
     """What all chips of a scene share.
 
     name: the beginning of their ids. source: the path or URL that was read. time: of
-    the image, None if unknown. size: height and width of a chip in pixels.
+    the image, None if unknown. size: height and width of a chip in pixels. end: of an
+    interval that begins at `time`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class SceneFacts:
     time: datetime.datetime | None
     crs: str | None
     size: tuple[int, int]
+    end: datetime.datetime | None = None
 
 
 def rows_per_group(width: int, dtype: str) -> int:

@@ -38,8 +38,8 @@ class Plan:
     chip_size, stride, side: see `plan_grid`; chip_size None: the encoder's image size.
     pooling: `cls` or `mean`, None: the encoder's own. min_valid: the part of a chip's
     pixels that must have a value. dtype: of the stored vectors. time: of the image,
-    None if unknown. missing_bands: one of `MISSING_BANDS`. encoder: its folder, for
-    links.
+    None if unknown; end: of an interval that begins at `time`. missing_bands: one of
+    `MISSING_BANDS`. encoder: its folder, for links.
     """
 
     chip_size: Length | None = None
@@ -49,6 +49,7 @@ class Plan:
     min_valid: float = 0.5
     dtype: str = "float32"
     time: datetime.datetime | None = None
+    end: datetime.datetime | None = None
     missing_bands: str = "refuse"
     encoder: str = ""
 
@@ -124,13 +125,7 @@ class Chips:
 
     def write(self, folder: Path, strips: Strips, scene: Scene) -> Made:
         """The table, in the folder."""
-        facts = SceneFacts(
-            scene.name,
-            scene.source,
-            scene.plan.time,
-            self.reader.raster.crs,
-            self.reader.grid.size,
-        )
+        facts = scene.facts(self.reader.grid.size)
         emb = footer(
             scene.encoder,
             self.reader,
@@ -171,6 +166,11 @@ class Scene:
     source: str
     job: str
     say: Callable[[str], None]
+
+    def facts(self, size: tuple[int, int]) -> SceneFacts:
+        """What its chips share, `size` (height, width) pixels each."""
+        plan, crs = self.plan, self.raster.crs
+        return SceneFacts(self.name, self.source, plan.time, crs, size, plan.end)
 
     def made(
         self, path: Path, rows: int, facts: SceneFacts, emb: dict[str, Any]
@@ -213,6 +213,7 @@ def embed_scene(
     """
     layout = layout_of(encoder, raster, plan)
     warn_outside(encoder, layout.reader, say)
+    warn_timeless(plan, say)
     job = job_of(layout, encoder, plan, source)
 
     def make(folder: Path) -> Made:
@@ -253,13 +254,22 @@ def warn_outside(
         )
 
 
+def warn_timeless(plan: Plan, say: Callable[[str], None]) -> None:
+    """Say it if the scene gets no STAC item."""
+    if plan.time is None:
+        say(
+            "no STAC item, because no time is known: give --datetime=2020-08-31 or an "
+            "interval, START/END"
+        )
+
+
 def job_of(layout: Any, encoder: Encoder, plan: Plan, source: str) -> str:
     """16 hexadecimal digits of what the vectors of a scene are computed from."""
-    reader, time = layout.reader, plan.time and plan.time.isoformat()
-    grid = reader.grid
+    reader, grid = layout.reader, layout.reader.grid
+    times = [t.isoformat() for t in (plan.time, plan.end) if t is not None]
     told = [
         SCHEMA, layout.unit, encoder.digest, facts_of(reader.raster),
         reader.reading.places, grid.size, grid.stride, grid.side, plan.pooling,
-        plan.min_valid, plan.dtype, time, source,
+        plan.min_valid, plan.dtype, "/".join(times) or None, source,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

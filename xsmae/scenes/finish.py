@@ -18,11 +18,14 @@ EMB = "emb"  # the key of the footer of a table, and the tag of a GeoTIFF
 
 
 class Made(NamedTuple):
-    """A finished file in the folder of the scene, what it holds, and its item."""
+    """A finished file in the folder of the scene, what it holds, and its item.
+
+    item(path of the file in its place): the STAC item, None if the scene has none.
+    """
 
     path: Path
     rows: int
-    item: Callable[[Path], dict[str, Any]]
+    item: Callable[[Path], dict[str, Any] | None]
 
 
 def finish(
@@ -52,13 +55,16 @@ def finish(
                 shutil.rmtree(unfinished)  # the same command would end in the same way
                 raise
             made.path.replace(target)
-            listed = folder / f"{name}.json"
-            write_json(listed, made.item(target))
+            files = [target]
+            item = made.item(target)
+            if item is not None:
+                files.append(folder / f"{name}.json")
+                write_json(files[-1], item)
             entry = {
                 "job": job,
                 "source": source,
                 "rows": made.rows,
-                "files": {file.name: digest_of(file) for file in (target, listed)},
+                "files": {file.name: digest_of(file) for file in files},
             }
             manifest.add(name, entry)
             shutil.rmtree(unfinished)

@@ -84,18 +84,44 @@ def facts_of(raster: Raster) -> list[Any]:
     ]  # fmt: skip
 
 
-def parse_time(text: str) -> datetime.datetime:
-    """A time of ISO 8601, in UTC unless it says another zone; UserError."""
+def parse_times(text: str) -> tuple[datetime.datetime, datetime.datetime | None]:
+    """A time, or the start and end of an interval, START/END; UserError.
+
+    Of ISO 8601, in UTC unless it says another zone. A day as END includes that day.
+    """
+    start, *rest = text.split("/")
     try:
-        found = datetime.datetime.fromisoformat(text)
-    except ValueError:
+        times = _time(start), *(_time(end, ends=True) for end in rest)
+    except (ValueError, OverflowError):
+        times = ()
+    if len(times) not in (1, 2):
         raise UserError(
             f"--datetime={text}, expected a time such as 2020-08-31 or "
-            "2020-08-31T10:56:21Z"
-        ) from None
+            "2020-08-31T10:56:21Z, or an interval such as 2020-06-01/2020-08-31"
+        )
+    if len(times) == 1:
+        return times[0], None
+    if times[1] < times[0]:
+        raise UserError(f"--datetime={text} ends before it starts: expected START/END")
+    return times
+
+
+def _time(text: str, *, ends: bool = False) -> datetime.datetime:
+    """In UTC; `ends`: of a day, its last second."""
+    found = datetime.datetime.fromisoformat(text)
+    if ends and _is_day(text):
+        found += datetime.timedelta(days=1, seconds=-1)
     if found.tzinfo is None:
         return found.replace(tzinfo=datetime.UTC)
     return found.astimezone(datetime.UTC)
+
+
+def _is_day(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def time_of(raster: Raster) -> datetime.datetime | None:

@@ -30,11 +30,13 @@ def item(
     asset: Path,
     *,
     encoder: str,
-) -> dict[str, Any]:
-    """The item that is written beside `asset`.
+) -> dict[str, Any] | None:
+    """The item that is written beside `asset`; None without a time, which STAC needs.
 
     emb: the footer of the asset. encoder: its folder; "" if it is not known.
     """
+    if facts.time is None:
+        return None
     whole = outlines(raster, np.array([(0, 0, *raster.shape)]))[0]
     gsd = raster.known_gsd()
     links = [{"rel": "emb:source-data", "href": _href(facts.source, asset.parent)}]
@@ -43,9 +45,6 @@ def item(
         links.append(
             {"rel": "emb:model", "href": href, "title": emb["model"]["digest"]}
         )
-    time = None
-    if facts.time is not None:
-        time = facts.time.isoformat().replace("+00:00", "Z")
     found = {
         "type": "Feature",
         "stac_version": VERSION,
@@ -53,7 +52,7 @@ def item(
         "id": facts.name,
         "geometry": None if whole is None else whole.geojson(),
         "properties": {
-            "datetime": time,
+            **_times(facts),
             "gsd": round(sum(gsd) / 2, 6),
             "proj:code": raster.crs if (raster.crs or "").startswith("EPSG:") else None,
             "proj:shape": list(raster.shape),
@@ -73,6 +72,16 @@ def item(
     if whole is not None:
         found["bbox"] = list(box_of([whole]))
     return found
+
+
+def _times(facts: SceneFacts) -> dict[str, str | None]:
+    """`datetime`, or null and the start and end of an interval."""
+    start, end = (
+        t and t.isoformat().replace("+00:00", "Z") for t in (facts.time, facts.end)
+    )
+    if end is None:
+        return {"datetime": start}
+    return {"datetime": None, "start_datetime": start, "end_datetime": end}
 
 
 def _href(name: str, folder: Path) -> str:

@@ -18,7 +18,6 @@ from xsmae.data.raster import Raster
 from xsmae.data.raster_write import SIDE, Layers, write_cog
 from xsmae.errors import UserError
 from xsmae.scenes.chip_files import enough, footer
-from xsmae.scenes.chip_table import SceneFacts
 from xsmae.scenes.chips import ChipReader, Panel, panel_shape, plan_tokens
 from xsmae.scenes.embed import Plan, Scene
 from xsmae.scenes.finish import EMB, Made
@@ -122,8 +121,7 @@ class Patches:
         """The GeoTIFF, in the folder."""
         emb = _footer(self, scene)
         made, count = _write(folder, strips, scene, emb, self.patch)
-        crs, size = scene.raster.crs, (self.patch, self.patch)
-        facts = SceneFacts(scene.name, scene.source, scene.plan.time, crs, size)
+        facts = scene.facts((self.patch, self.patch))
         return scene.made(made, count, facts, emb)
 
 
