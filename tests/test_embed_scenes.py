@@ -339,6 +339,57 @@ def test_from_python(tmp_path, encoder, scene):
         xsmae.embed(encoder, scene, chip_size=-3)
 
 
+def test_as_xarray(tmp_path, encoder, scene):
+    xarray = pytest.importorskip("xarray")
+    found = xsmae.embed(encoder, scene, chip_size=16)
+    array = found.to_xarray()
+    assert isinstance(array, xarray.DataArray)
+    assert dict(array.sizes) == {"row": 6, "col": 5, "feature": 16}
+    np.testing.assert_array_equal(array.values, found.vectors)
+    left_out = array.isnull().all("feature")
+    np.testing.assert_array_equal(left_out, found.valid < 0.5)
+    assert 0 < int(left_out.sum()) < 30
+    assert array.row.values.tolist() == [0, 16, 32, 48, 64, 74]
+    assert array.col.values.tolist() == [0, 16, 32, 48, 54]
+    np.testing.assert_array_equal(array.valid_fraction, found.valid)
+    # Pixels have 10 m; the last chip of each axis is moved back.
+    assert array.x.dims == ("col",)
+    assert array.x.values.tolist() == [500_000 + 10 * (c + 8) for c in array.col.values]
+    assert array.y.dims == ("row",)
+    assert array.y.values.tolist() == [5e6 - 10 * (r + 8) for r in array.row.values]
+    assert array.attrs == {
+        "crs": "EPSG:32633",
+        "transform": (10, 0, 500_000, 0, -10, 5_000_000),
+        "chip_size": (16, 16),
+    }
+    near = array.swap_dims(row="y", col="x").sel(
+        x=500_200, y=4_999_000, method="nearest"
+    )
+    np.testing.assert_array_equal(near, found.vectors[5, 1])
+
+
+def test_as_xarray_where_the_grid_is_rotated_or_has_no_crs(tmp_path, encoder):
+    pytest.importorskip("xarray")
+    turned = (8.0, 3.0, 500_000.0, 3.0, -8.0, 5_000_000.0)
+    path = make_scene(tmp_path / "turned.tif", 48, 32, transform=turned)
+    array = xsmae.embed(encoder, path, chip_size=16).to_xarray()
+    assert array.x.dims == array.y.dims == ("row", "col")
+    assert float(array.x[2, 1]) == 8 * 24 + 3 * 40 + 500_000
+    assert float(array.y[2, 1]) == 3 * 24 - 8 * 40 + 5_000_000
+    path = make_scene(tmp_path / "nowhere.tif", 48, 32, crs=None)
+    array = xsmae.embed(encoder, path, chip_size=16, gsd=10.0).to_xarray()
+    assert {"x", "y"}.isdisjoint(array.coords)
+    assert "crs" not in array.attrs
+
+
+def test_without_xarray_the_message_says_how_to_install_it(encoder, scene, monkeypatch):
+    found = xsmae.embed(encoder, scene, chip_size=16)
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(UserError, match="pip install xarray") as raised:
+        found.to_xarray()
+    assert "\n" not in str(raised.value)
+
+
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     tmp_path, encoder, scene, monkeypatch
 ):

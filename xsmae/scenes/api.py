@@ -48,12 +48,17 @@ class SceneEmbeddings:
         """The vectors with the dimensions row, col and feature; needs xarray.
 
         The coordinates row and col are `tops` and `lefts`, and valid_fraction is
-        `valid`. The attributes are crs, transform (six numbers) and chip_size.
+        `valid`. With a CRS, x and y are the centres of the chips in its units: along
+        col and row, or of each chip where the grid is rotated. The attributes are
+        transform (six numbers), chip_size, and crs if it is known.
         """
         try:
             import xarray
         except ImportError:
             raise UserError("to_xarray() needs xarray: pip install xarray") from None
+        attrs = {"transform": tuple(self.transform[:6]), "chip_size": self.size}
+        if self.crs is not None:
+            attrs["crs"] = self.crs
         return xarray.DataArray(
             self.vectors,
             dims=("row", "col", "feature"),
@@ -61,14 +66,24 @@ class SceneEmbeddings:
                 "row": self.tops,
                 "col": self.lefts,
                 "valid_fraction": (("row", "col"), self.valid),
+                **self._centres(),
             },
-            attrs={
-                "crs": self.crs,
-                "transform": tuple(self.transform[:6]),
-                "chip_size": self.size,
-            },
+            attrs=attrs,
             name="embedding",
         )
+
+    def _centres(self) -> dict[str, tuple[Any, np.ndarray]]:
+        """x and y in the CRS with their dimensions; nothing without a CRS."""
+        if self.crs is None:
+            return {}
+        a, b, c, d, e, f = self.transform[:6]
+        down = self.tops + self.size[0] / 2
+        across = self.lefts + self.size[1] / 2
+        if b == d == 0:
+            return {"x": ("col", a * across + c), "y": ("row", e * down + f)}
+        down, across = np.meshgrid(down, across, indexing="ij")
+        x, y = a * across + b * down + c, d * across + e * down + f
+        return {"x": (("row", "col"), x), "y": (("row", "col"), y)}
 
 
 def embed(
