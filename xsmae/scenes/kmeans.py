@@ -12,8 +12,9 @@ from xsmae.scenes.sample import SEED
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-STARTS = 8  # of which the best one counts
+STARTS = 4  # of which the best one counts
 ROUNDS = 100  # at most
+GAIN = 1e-4  # of the squared distances; a round that gains less is the last
 BLOCK = 2**16  # vectors that are compared with all centres at a time
 SAME = 1e-9  # squared distance of vectors that do not differ
 
@@ -41,15 +42,12 @@ def nearest_centres(
 
 
 def _nearest(vectors, centres) -> tuple[np.ndarray, np.ndarray]:
-    """The class of each vector, and the squared distance to its centre."""
-    squares = (centres**2).sum(axis=1)
+    """The class of each vector; the squared distance to its centre less its square."""
+    squares, twice = (centres**2).sum(axis=1), 2 * centres.T
     parts = []
     for start in range(0, max(len(vectors), 1), BLOCK):
-        some = vectors[start : start + BLOCK]
-        away = squares - 2 * some @ centres.T
-        best = away.argmin(axis=1)
-        own = np.take_along_axis(away, best[:, None], axis=1)[:, 0]
-        parts.append((best, np.maximum(own + (some**2).sum(axis=1), 0)))
+        away = squares - vectors[start : start + BLOCK] @ twice
+        parts.append((away.argmin(axis=1), away.min(axis=1)))
     classes, away = zip(*parts, strict=True)
     return np.concatenate(classes), np.concatenate(away)
 
@@ -75,18 +73,21 @@ def _start(vectors, count, random) -> np.ndarray:
 
 def _fit(vectors, centres) -> tuple[np.ndarray, float]:
     """Centres after Lloyd's rounds, and the sum of squared distances to them."""
-    before = None
+    squares = (vectors**2).sum(axis=1)
+    before = np.inf
     for _ in range(ROUNDS):
         classes, away = _nearest(vectors, centres)
-        if before is not None and (classes == before).all():
-            break
-        before = classes
+        away = np.maximum(away + squares, 0)
+        total = float(away.sum(dtype=np.float64))
         own = classes[:, None] == np.arange(len(centres))
         sizes = own.sum(axis=0)
+        if sizes.all() and before - total <= GAIN * total:
+            break
+        before = total
         sums = own.T.astype(np.float32) @ vectors
         centres = sums / np.maximum(sizes, 1)[:, None].astype(np.float32)
         # A class that lost all its vectors begins again at the farthest one.
         for i in np.flatnonzero(sizes == 0):
             centres[i] = vectors[away.argmax()]
             away[away.argmax()] = 0
-    return centres, float(away.sum(dtype=np.float64))
+    return centres, total
