@@ -92,7 +92,7 @@ def draw_difference(
     masked = np.ma.masked_invalid(values)
     more = "max" if values[known].max() > end else "neither"
     name = "difference: 1 - cosine of the vectors"
-    style = {"cmap": "magma", "vmin": 0.0, "vmax": end}
+    style = {"cmap": "viridis", "vmin": 0.0, "vmax": end}
     _draw(path, view, name, masked, known, [], style=style, extend=more)
 
 
@@ -106,7 +106,7 @@ def _draw(path, view, name, image, known, entries, **bar) -> None:
     panels = len(view.images) + 1
     tall = min(max(PANEL * shape, 1), TALLEST)
     wide = max(PANEL * panels, 1.4 * PANEL)
-    size = (wide, tall + 1.2 + 0.25 * legend_rows + (0.5 if bar else 0))
+    size = (wide, tall + 1.2 + 0.25 * legend_rows + (1.2 if bar else 0))
     fig = Figure(figsize=size, layout="constrained")
     axes = fig.subplots(1, panels, squeeze=False)[0]
     for ax, (text, picture) in zip(axes, view.images, strict=False):

@@ -247,6 +247,6 @@ def _compared(match: Match, scratch: Path, should_stop) -> Drawn:
         nodata=np.nan,
         facts={"mean": mean, "cells": cells, "share": cells / own},
         draw=lambda path, view: draw_difference(path, view, values),
-        title=f"{_title(first)}, and {_title(second)}: mean difference {mean:.3f} in "
+        title=f"{_title(first)} and {_title(second)}: mean difference {mean:.3f} in "
         f"{cells} cells",
     )
