@@ -11,11 +11,13 @@ process for each reading: one that is idle, or one that is opened then.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xsmae.errors import BadImageError, UserError, printable
@@ -33,8 +35,13 @@ _LOCAL = {
     "GDAL_NUM_THREADS": 1,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,
 }
+_REMOTE_PREFIXES = (
+    "/vsicurl", "/vsis3", "/vsigs", "/vsiaz", "/vsiadls", "/vsioss", "/vsiswift",
+    "/vsiwebhdfs",
+)  # fmt: skip
 # No listing of the folder, hence neither .msk nor .ovr beside a remote raster; and no
-# waiting without end.
+# waiting without end. What GDAL has read is forgotten with the dataset: it may be the
+# first half of an answer that was cut.
 _REMOTE = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "VSI_CACHE": True,
@@ -44,12 +51,12 @@ _REMOTE = {
     "GDAL_HTTP_CONNECTTIMEOUT": 10,
     "GDAL_HTTP_LOW_SPEED_TIME": 30,
     "GDAL_HTTP_LOW_SPEED_LIMIT": 1,
+    "CPL_VSIL_CURL_NON_CACHED": ":".join(f"{name}/" for name in _REMOTE_PREFIXES),
 }
+# Seconds before a remote read is tried again. GDAL itself asks again after an answer
+# such as 503, but not after one that was cut.
+WAITS = (1.0, 4.0)
 _TIFFS = (".tif", ".tiff")
-_REMOTE_PREFIXES = (
-    "/vsicurl", "/vsis3", "/vsigs", "/vsiaz", "/vsiadls", "/vsioss", "/vsiswift",
-    "/vsiwebhdfs",
-)  # fmt: skip
 
 _SUBDATASET = re.compile("[A-Z][A-Z0-9_]+:")  # such as NETCDF:file.nc:variable
 
@@ -241,6 +248,25 @@ def borrowed(name: Name) -> Iterator[rasterio.DatasetReader]:
             dataset.close()
             raise
         _idle_here().give(name, dataset)
+
+
+def retried(read: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a raster that is tried again where the network fails it."""
+
+    @functools.wraps(read)
+    def tried(raster, *args, **options):
+        for wait in WAITS if is_remote(raster.path) else ():
+            try:
+                return read(raster, *args, **options)
+            except BadImageError as error:
+                if "HTTP" in str(error):  # GDAL has asked again itself
+                    raise
+                LOG.debug(f"{error}; tried again in {wait} s")
+                close(raster.path)
+                time.sleep(wait)
+        return read(raster, *args, **options)
+
+    return tried
 
 
 def close(path: str) -> None:

@@ -108,6 +108,7 @@ class Raster:
             )
         return self.gsd
 
+    @gdal.retried
     def read(
         self,
         window: tuple[float, float, float, float],
@@ -136,10 +137,9 @@ class Raster:
             window, size, self.shape, printable(self.path)
         )
         rows, columns = (size, size) if isinstance(size, int) else size or (0, 0)
-        level = None
+        level = kept = None
         if size is not None:
             level = self.overviews.level(min(height / rows, width / columns) / _MARGIN)
-        kept = None
         if group and level is None and bands is None:
             place = (Name(self.path, None, self.stamp), (top, left, height, width))
             kept = kept_window(*place, group, self.indexes, self.validity)
