@@ -5,31 +5,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 from absl import flags
 
+from xsmae.cli import embed_ray
+from xsmae.cli.embed_ray import Engine
 from xsmae.data.gdal import dataset_name
 from xsmae.data.raster import open_raster
 from xsmae.errors import BadImageError, UserError, printable
 from xsmae.process.lock import FolderLock
 from xsmae.scenes.chip_table import DTYPES
 from xsmae.scenes.chips import Length
-from xsmae.scenes.embed import Chips, Plan, embed_scene
-from xsmae.scenes.encoding import Groups
+from xsmae.scenes.embed import Plan, embed_scene
+from xsmae.scenes.encoding import PRECISIONS, Groups, dtype_of
 from xsmae.scenes.inputs import parse_times, time_of
 from xsmae.scenes.manifest import NAME, Manifest, Shard, merge
+from xsmae.scenes.ray_worker import LAYOUTS, Opening
 from xsmae.scenes.rows import Here
-from xsmae.scenes.tokens import Patches
-from xsmae.weights.encoder import Encoder, load_encoder
+from xsmae.weights.encoder import load_encoder
 
 FAILED = 3
-# What a vector is of -> the format of the files, and what they hold.
-UNITS = {"chip": ("parquet", Chips), "token": ("cog", Patches)}
+FORMATS = {"chip": "parquet", "token": "cog"}  # what a vector is of -> the files
 OUT = "embeddings"
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -44,14 +44,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "unit",
         "chip",
-        list(UNITS),
+        list(FORMATS),
         "chip: a vector for each chip; token: for each patch, as a grid.",
         flag_values=values,
     )
     flags.DEFINE_enum(
         "format",
         None,
-        [name for name, _ in UNITS.values()],
+        list(FORMATS.values()),
         "parquet: a table of chips; cog: a GeoTIFF of tokens. Default: that of --unit.",
         flag_values=values,
     )
@@ -101,6 +101,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "merge", False, "Join the lists of all shards in --out.", flag_values=values
     )
+    embed_ray.define_flags(values)
 
 
 def embed_scenes(
@@ -112,49 +113,82 @@ def embed_scenes(
         return _merge(folder, scenes, values)
     plan = _plan(values)
     shard = None if values.shard is None else Shard.parse(values.shard)
+    embed_ray.check_flags(values)
     names = _names(scenes)
     path = folder / (NAME if shard is None else shard.manifest)
     lock = folder / f".{path.stem}.lock"
-    encoder = _encoder(values)
-    plan = plan.of(encoder)
-    with FolderLock(lock):
+    with _engine(values, plan, should_stop) as engine, FolderLock(lock):
         manifest = Manifest.read(path)
         manifest.wanted += names
         _written(manifest)
         todo = list(zip(names, scenes, strict=True))
         todo = todo if shard is None else todo[shard.index :: shard.count]
-        chips = values.unit == "chip"
-        pooling = plan.pooling if chips else None
-        groups = Groups(encoder, pooling=pooling, batch_size=values.batch_size)
-        compute = Here(groups)
-        failed = 0
-        for name, scene in todo:
-            if should_stop():
-                raise KeyboardInterrupt
-            try:
-                new = _embed(
-                    encoder, compute, scene, name, manifest, plan, values, should_stop
-                )
-            except (UserError, BadImageError) as error:
-                failed += 1
-                reason = printable(str(error))
-                reason = reason.removeprefix(f"{printable(dataset_name(scene))}: ")
-                with contextlib.suppress(OSError):  # the reason, if the disk is full
-                    manifest.fail(name, reason)
-                print(f"failed: {printable(scene)}: {reason}", flush=True)
-                continue
-            rows = manifest.scenes[name]["rows"]
-            said = f"{rows} {values.unit}s" + ("" if new else ", which were there")
-            file = folder / f"{name}{UNITS[values.unit][1].suffix}"
-            print(printable(f"{scene}: {file}: {said}"), flush=True)
+        plan = plan.of(engine.encoder)
+
+        def done(one, should_stop):
+            return _done(*one, engine, manifest, plan, values, should_stop)
+
+        failed = engine.each(done, todo, should_stop).count(False)
         shutil.rmtree(lock)
     if failed:
         print(f"{failed} of {len(todo)} scenes failed", flush=True)
     return FAILED if failed else 0
 
 
+@contextlib.contextmanager
+def _engine(
+    values: flags.FlagValues, plan: Plan, should_stop: Callable[[], bool]
+) -> Iterator[Engine]:
+    """What computes: the devices of this process, or Ray's workers."""
+    if values.ray is not None:
+        with embed_ray.engine(
+            values, load_encoder, plan, say=_say, should_stop=should_stop
+        ) as found:
+            yield found
+        return
+    dtype = dtype_of(values.precision)
+    encoder = load_encoder(values.encoder, dtype=dtype, attention="auto")
+    pooling = plan.of(encoder).pooling if values.unit == "chip" else None
+    here = Here(Groups(encoder, pooling=pooling, batch_size=values.batch_size))
+    yield Engine(encoder, lambda opening: here)
+
+
+def _done(
+    name: str,
+    scene: str,
+    engine: Engine,
+    manifest: Manifest,
+    plan: Plan,
+    values: flags.FlagValues,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Embed a scene and say so; False if it failed."""
+    if should_stop():
+        raise KeyboardInterrupt
+    try:
+        new = _embed(name, scene, engine, manifest, plan, values, should_stop)
+    except (UserError, BadImageError) as error:
+        reason = printable(str(error))
+        reason = reason.removeprefix(f"{printable(dataset_name(scene))}: ")
+        with contextlib.suppress(OSError):  # the reason, if the disk is full
+            manifest.fail(name, reason)
+        _say(f"failed: {printable(scene)}: {reason}")
+        return False
+    rows = manifest.scenes[name]["rows"]
+    said = f"{rows} {values.unit}s" + ("" if new else ", which were there")
+    file = manifest.path.parent / f"{name}{LAYOUTS[values.unit].suffix}"
+    _say(f"{scene}: {file}: {said}")
+    return True
+
+
+def _say(line: str) -> None:
+    # One write, so that the lines of threads do not mix.
+    sys.stdout.write(f"{printable(line)}\n")
+    sys.stdout.flush()
+
+
 def _merge(folder: Path, scenes: list[str], values: flags.FlagValues) -> int:
-    if scenes or values.encoder or values.shard:
+    if scenes or values.encoder or values.shard or values.ray:
         raise UserError("--merge needs only --out: give scenes and flags without it")
     whole = merge(folder)
     for name, reason in whole.failed.items():
@@ -164,7 +198,7 @@ def _merge(folder: Path, scenes: list[str], values: flags.FlagValues) -> int:
 
 
 def _plan(values: flags.FlagValues) -> Plan:
-    expected, _ = UNITS[values.unit]
+    expected = FORMATS[values.unit]
     if values.format not in (None, expected):
         raise UserError(
             f"--format={values.format} with --unit={values.unit}, expected "
@@ -200,31 +234,28 @@ def _plan(values: flags.FlagValues) -> Plan:
     )
 
 
-def _encoder(values: flags.FlagValues) -> Encoder:
-    precision = values.precision
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return load_encoder(values.encoder, dtype=precision, attention="auto")
-
-
-def _embed(encoder, compute, scene, name, manifest, plan, values, should_stop) -> bool:
-    options = {n: values[n].value for n in ("bands", "scale", "offset", "gsd")}
+def _embed(name, scene, engine, manifest, plan, values, should_stop) -> bool:
+    names = ("bands", "scale", "offset", "gsd", "sensor")
+    options = {name: values[name].value for name in names}
 
     def say(line):
-        print(printable(f"{scene}: {line}"), flush=True)
+        _say(f"{scene}: {line}")
 
-    with open_raster(scene, **options, sensor=values.sensor) as raster:
+    with open_raster(scene, **options) as raster:
         for note in raster.notes():
             say(note)
+        plan = dataclasses.replace(plan, time=plan.time or time_of(raster))
+        source = printable(scene)
+        opening = Opening(raster.path, options, values.unit, source, plan)
         return embed_scene(
-            UNITS[values.unit][1].of,
-            encoder,
-            compute,
+            LAYOUTS[values.unit].of,
+            engine.encoder,
+            engine.compute(opening),
             raster,
             manifest,
             name=name,
-            source=printable(scene),
-            plan=dataclasses.replace(plan, time=plan.time or time_of(raster)),
+            source=source,
+            plan=plan,
             say=say,
             should_stop=should_stop,
         )

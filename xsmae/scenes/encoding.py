@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 GROUPS = {"cpu": 8}  # chips of a group by platform
 OTHER_GROUP = 64
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def dtype_of(precision: str) -> str:
+    """The dtype of an encoder's products; precision: one of `PRECISIONS`."""
+    if precision != "auto":
+        return precision
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "bands", "pooling", "fixed"))

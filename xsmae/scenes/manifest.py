@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,16 @@ class Manifest:
     """The list of one folder, or of one shard.
 
     wanted: names of all scenes of the commands. scenes: name -> job, source, rows and
-    files with their digests. failed: name -> reason.
+    files with their digests. failed: name -> reason. Threads may share it.
     """
 
     path: Path
     wanted: list[str] = dataclasses.field(default_factory=list)
     scenes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    _lock: threading.Lock = dataclasses.field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -95,14 +99,16 @@ class Manifest:
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
         """A scene is finished."""
-        self.scenes[name] = entry
-        self.failed.pop(name, None)
-        self.write()
+        with self._lock:
+            self.scenes[name] = entry
+            self.failed.pop(name, None)
+            self.write()
 
     def fail(self, name: str, reason: str) -> None:
         """A scene failed; files of an earlier command stay listed."""
-        self.failed[name] = reason
-        self.write()
+        with self._lock:
+            self.failed[name] = reason
+            self.write()
 
     def has(self, name: str, job: str, file: str) -> bool:
         """True if the scene's files are there, undamaged, and of this job.

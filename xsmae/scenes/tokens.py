@@ -55,7 +55,6 @@ class Patches:
     unit: ClassVar = "token"
     suffix: ClassVar = ".tif"
     rows_are: ClassVar = "rows of patches"
-    step: ClassVar = 1
 
     reader: ChipReader
     width: int
@@ -63,6 +62,7 @@ class Patches:
     patch: int
     down: list[int]
     across: list[int]
+    step: int = 1
 
     @classmethod
     def of(cls, encoder: Encoder, raster: Raster, plan: Plan) -> Patches:
