@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PEERS := $(VENV)-peers
+GPIO := $(VENV)-gpio
 COMPILER := $(VENV)-compiler
 WORKDIR ?= runs/quickstart
 DATA ?= ../shared/data
@@ -58,8 +59,10 @@ test-faults: $(VENV)/installed-test
 		--durations=10 --hypothesis-profile=faults
 
 # Compare our networks and exports with Hugging Face transformers and timm, on PyTorch.
-test-peers: $(PEERS)/installed
-	XLA_FLAGS= HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest --durations=5 tests/peers
+# Check the files of scenes with the validators of their formats.
+test-peers: $(PEERS)/installed $(GPIO)/installed
+	XLA_FLAGS= HF_HUB_OFFLINE=1 GPIO=$(CURDIR)/$(GPIO)/bin/gpio \
+		$(PEERS)/bin/python -m pytest --durations=5 tests/peers
 
 # The site, offline; a warning is an error.
 docs: $(VENV)/installed-docs
@@ -75,7 +78,7 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/bin/python $(PEERS)/bin/python $(COMPILER)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(GPIO)/bin/python $(COMPILER)/bin/python:
 	export PATH && python=$$(sh .ci/find_python $(PYTHON)) && $$python -m venv $(@D:/bin=)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
@@ -99,9 +102,18 @@ $(PEERS)/installed: $(PEERS)/bin/python pyproject.toml constraints.txt \
 		constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --constraint constraints-peers.txt \
-		--editable '.[test]' torch transformers
+		--editable '.[test,geo]' torch transformers jsonschema pystac-core rio-cogeo
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints-peers.txt --no-deps timm
+	touch $@
+
+# gpio needs an older duckdb and python-dateutil than xsmae is tested with. Its DuckDB
+# finds the extension `spatial` in the home folder, here that of the environment.
+$(GPIO)/installed: $(GPIO)/bin/python requirements-gpio.txt
+	$(GPIO)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --requirement requirements-gpio.txt
+	HOME=$(CURDIR)/$(GPIO) $(GPIO)/bin/python -c \
+		"import duckdb_extensions; duckdb_extensions.import_extension('spatial')"
 	touch $@
 
 $(COMPILER)/installed: $(COMPILER)/bin/python pyproject.toml constraints.txt
