@@ -99,7 +99,7 @@ def cluster():
             pytest.fail(f"no cluster: {nodes.communicate()[1][-500:]}")
         yield address, folder
         nodes.communicate()
-        late = time.monotonic() + 20
+        late = time.monotonic() + 60
         while (left := others(folder)) and time.monotonic() < late:
             time.sleep(0.1)
         for pid in left:
@@ -188,6 +188,16 @@ def test_flags_that_do_not_fit_are_refused(tmp_path, encoder, scenes, capsys):
         assert call(*words, *more) == 2
         said = capsys.readouterr().err
         assert match in said
+        assert said.count("\n") == 1
+
+
+def test_a_cluster_that_does_not_answer(tmp_path, encoder, scenes, capsys):
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'xsmae[ray]'")
+    words = [scenes[0], f"--encoder={encoder}", f"--out={tmp_path / 'out'}"]
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "head"):
+        assert call(*words, f"--ray={address}") == 2
+        said = capsys.readouterr().err
+        assert f"--ray={address}" in said
         assert said.count("\n") == 1
 
 

@@ -16,6 +16,7 @@ import math
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ AHEAD = 2  # results of a worker that wait for their turn to be written
 BYTES = 16 * 2**20  # of a result, if it has several parts
 LOSSES = 3  # workers that the same rows may lose
 POLL = 0.2  # seconds
-PATIENCE = 30.0  # seconds without any worker, until a line says so
+PATIENCE = 30.0  # seconds, for the head node and until a line says who is missing
 
 
 class ClusterError(Exception):
@@ -56,11 +57,8 @@ def import_ray() -> Any:
 def connected(address: str) -> Iterator[Any]:
     """Ray, connected; address: `auto`, `local`, or HOST:PORT of the head node."""
     ray = import_ray()
-    if "://" in address:
-        raise UserError(
-            f"--ray={address}, expected auto, local or HOST:PORT: start the command on "
-            "a node of the cluster"
-        )
+    if address not in ("auto", "local"):
+        _check_reachable(address)
     options = {"log_to_driver": False, "configure_logging": False}
     if address == "local":
         options["include_dashboard"] = False
@@ -69,11 +67,7 @@ def connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address=address, **options)
     except Exception as error:  # Ray's own are of many kinds, Exception among them
-        reason = printable(" ".join(str(error).split()))[:200]
-        raise UserError(
-            f"--ray={address}: Ray does not answer ({reason}): start one with `ray "
-            "start --head`, or give --ray=local"
-        ) from None
+        raise _unreachable(address, error) from None
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # Ray has put its own there
@@ -82,6 +76,28 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UserError at once where Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise UserError(
+            f"--ray={address}, expected auto, local or HOST:PORT of the head node; "
+            "start the command on a node of the cluster"
+        )
+    try:
+        socket.create_connection((host, int(port)), PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from None
+
+
+def _unreachable(address: str, error: Exception) -> UserError:
+    reason = printable(" ".join(str(error).split()))[:200]
+    return UserError(
+        f"--ray={address}: Ray does not answer ({reason}): start it with `ray start "
+        "--head`, or give --ray=local"
+    )
 
 
 @dataclasses.dataclass
