@@ -67,6 +67,26 @@ def processes(mark):
     return found
 
 
+def start_nodes():
+    """The process that holds two nodes, and their address.
+
+    Ray gives up if a node does not start within 30 s, as on a machine that is busy.
+    """
+    for _ in range(3):
+        nodes = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.ray_nodes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        address = nodes.stdout.readline().strip()
+        if address:
+            return nodes, address
+        reason = nodes.communicate()[1][-500:]
+    pytest.fail(f"no cluster: {reason}")
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """The address of two nodes, and a text in the environment of their processes."""
@@ -87,19 +107,10 @@ def cluster():
         for name, value in ours.items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
-        nodes = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.ray_nodes"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        address = nodes.stdout.readline().strip()
-        if not address:
-            pytest.fail(f"no cluster: {nodes.communicate()[1][-500:]}")
+        nodes, address = start_nodes()
         yield address, folder
         nodes.communicate()
-        late = time.monotonic() + 60
+        late = time.monotonic() + 180
         while (left := others(folder)) and time.monotonic() < late:
             time.sleep(0.1)
         for pid in left:

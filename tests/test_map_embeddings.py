@@ -358,16 +358,13 @@ def test_a_scene_that_moved_is_not_drawn(tmp_path):
     options = {"say": lines.append}
     (found,) = xsmae.map_embeddings(tmp_path / "in", tmp_path / "out", **options)
     assert any("a is not drawn: does not exist" in line for line in lines)
-    scene = make_scene(tmp_path / "in" / "a_scene.tif", 3 * SIZE, 3 * SIZE)
-    scene.rename(tmp_path / "scene.tif")  # no GeoTIFF among the embeddings
-    item = tmp_path / "in" / "a.json"
-    item.write_text(item.read_text().replace("a_scene.tif", "../scene.tif"))
+    make_scene(tmp_path / "a_scene.tif", 3 * SIZE, 3 * SIZE)
     lines.clear()
     (drawn,) = xsmae.map_embeddings(tmp_path / "in", tmp_path / "two", **options)
     assert not any("not drawn" in line for line in lines)
     assert read(drawn.raster).tolist() == read(found.raster).tolist()
     assert drawn.picture.read_bytes() != found.picture.read_bytes()
-    make_scene(tmp_path / "scene.tif", 50, 50)
+    make_scene(tmp_path / "a_scene.tif", 50, 50)
     xsmae.map_embeddings(tmp_path / "in", tmp_path / "three", **options)
     assert any("50 x 50 pixels" in line for line in lines)
 
@@ -434,18 +431,14 @@ def break_table(folder):
     path.write_bytes(path.read_bytes()[:200])
 
 
-def break_item(folder):
-    (folder / "a.json").unlink()
-
-
-def break_json(folder):
-    (folder / "a.json").write_text('{"properties": {}}')
+def break_scene(folder):
+    write_chips(folder, "a", random_grid(2, 2), scene={"shape": [32, 32]})
 
 
 def break_grid(folder):
-    item = json.loads((folder / "a.json").read_text())
-    item["properties"]["proj:shape"] = [SIZE + 1, 2 * SIZE]
-    (folder / "a.json").write_text(json.dumps(item))
+    scene = {"shape": [SIZE + 1, 2 * SIZE], "transform": [10, 0, 5e5, 0, -10, 5e6],
+             "gsd": [10, 10], "datetime": None, "source": "a.tif"}  # fmt: skip
+    write_chips(folder, "a", random_grid(2, 2), scene=scene)
 
 
 def break_numbers(folder):
@@ -470,9 +463,8 @@ def break_folder(folder):
         (break_size, "the pooling"),
         (break_unit, "each chip"),
         (break_table, "a.parquet cannot be read"),
-        (break_item, "a.json is missing"),
-        (break_json, "a.json does not place"),
-        (break_grid, "not in the grid of a.json"),
+        (break_scene, "a.parquet does not say where its scene lies ('transform')"),
+        (break_grid, "a.parquet has chips that are not in its grid"),
         (break_numbers, "not finite"),
         (break_raster, "c.tif"),
         (break_folder, "has no embeddings"),

@@ -1,4 +1,4 @@
-"""Embedded scenes that tests write themselves: a table or a GeoTIFF, and its item."""
+"""Embedded scenes that tests write themselves: a table or a GeoTIFF."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ def write_chips(
     crs="EPSG:32633",
     dtype="float32",
     order=None,
+    scene=None,
     **emb,
 ):
     """A table of the chips of [rows, columns, width], NaN where there is none.
 
     moved: pixels by which the last row and column are moved back. order: of the rows.
+    scene: what the footer says of the scene, if not the truth.
     """
     vectors = np.asarray(vectors, np.float32)
     rows, columns, width = vectors.shape
@@ -49,8 +51,9 @@ def write_chips(
         stored, scale = quantize(vectors[i, j])
     told = footer(width, **emb) | {"job": f"job of {name}"}
     told["emb:chip_layout"] = {"chip_size": [SIZE, SIZE], "stride": [stride, stride]}
-    facts = SceneFacts(name, f"{name}_scene.tif", TIME, crs, (SIZE, SIZE))
     folder.mkdir(parents=True, exist_ok=True)
+    told["scene"] = _scene(folder, name, pixels, transform) if scene is None else scene
+    facts = SceneFacts(name, told["scene"].get("source", name), TIME, crs, (SIZE, SIZE))
     with ChipTable(folder / f"{name}.parquet", facts, told) as table:
         table.add(
             Chips(
@@ -62,7 +65,6 @@ def write_chips(
                 valid_fraction=np.ones(len(i)),
             )
         )
-    _write_item(folder / f"{name}.json", pixels, transform)
 
 
 def write_patches(folder, name, vectors, *, transform=UTM, crs="EPSG:32633", **emb):
@@ -72,7 +74,9 @@ def write_patches(folder, name, vectors, *, transform=UTM, crs="EPSG:32633", **e
     vectors = np.asarray(vectors, np.float32)
     rows, columns, width = vectors.shape
     told = footer(width, **{"pooling": "none", "patch_size": PATCH} | emb)
-    told |= {"job": f"job of {name}"}
+    pixels = [rows * PATCH - 1, columns * PATCH - 3]  # the last ones leave the scene
+    scene = _scene(folder, name, pixels, transform)
+    told |= {"job": f"job of {name}", "scene": scene}
     layers = Layers(
         np.ascontiguousarray(vectors.transpose(0, 2, 1)),
         [f"feature_{i}" for i in range(width)],
@@ -88,18 +92,13 @@ def write_patches(folder, name, vectors, *, transform=UTM, crs="EPSG:32633", **e
     folder.mkdir(parents=True, exist_ok=True)
     write_cog(folder / f"{name}.tif", layers, scratch=folder / ".scratch.tif")
     (folder / ".scratch.tif").unlink()
-    pixels = [rows * PATCH - 1, columns * PATCH - 3]  # the last ones leave the scene
-    _write_item(folder / f"{name}.json", pixels, transform)
 
 
-def _write_item(path, pixels, transform):
-    item = {
-        "properties": {
-            "datetime": "2020-08-31T00:00:00Z",
-            "gsd": 10.0,
-            "proj:shape": list(pixels),
-            "proj:transform": list(transform),
-        },
-        "links": [{"rel": "emb:source-data", "href": f"{path.stem}_scene.tif"}],
+def _scene(folder, name, pixels, transform):
+    return {
+        "source": str(folder.parent / f"{name}_scene.tif"),
+        "datetime": TIME.isoformat(),
+        "shape": list(pixels),
+        "transform": list(transform)[:6],
+        "gsd": [10.0, 10.0],
     }
-    path.write_text(json.dumps(item))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,9 +126,14 @@ def footer(
     dtype: str,
     min_valid: float,
     job: str,
+    source: str,
+    time: datetime.datetime | None,
 ) -> dict[str, Any]:
-    """The content of the key `emb`, with the names of the STAC extension."""
-    grid, shape = reader.grid, encoder.info["architecture"]
+    """The content of the key `emb`, with the names of the STAC extension.
+
+    source: the scene, as the user calls it. time: of the scene.
+    """
+    grid, shape, raster = reader.grid, encoder.info["architecture"], reader.raster
     text = reader.reading.describe()
     if grid.resampled:
         text = (
@@ -161,6 +167,13 @@ def footer(
             "embed_dim": shape["embed_dim"],
             "depth": shape["depth"],
             "patch_size": shape["patch_size"],
+        },
+        "scene": {
+            "source": source,
+            "datetime": time and time.isoformat(),
+            "shape": list(raster.shape),
+            "transform": list(raster.transform[:6]),
+            "gsd": list(raster.known_gsd()),
         },
         "software": f"xsmae {xsmae.__version__}",
         "job": job,

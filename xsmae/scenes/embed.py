@@ -133,6 +133,8 @@ class Chips:
             dtype=scene.plan.dtype,
             min_valid=self.min_valid,
             job=scene.job,
+            source=scene.source,
+            time=scene.plan.time,
         )
         made = folder / f"{scene.name}{self.suffix}"
         count = write_chips(

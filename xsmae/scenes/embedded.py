@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xsmae.data import gdal
-from xsmae.data.gdal import dataset_name, is_remote
 from xsmae.data.raster_gsd import ground_size
 from xsmae.errors import BadImageError, UserError, printable
 from xsmae.evaluation.segmentation.windows import window_starts
@@ -128,8 +127,8 @@ class EmbeddedGrid:
                 found = np.searchsorted(known, pixels).clip(max=len(known) - 1)
                 if (known[found] != pixels).any():
                     raise UserError(
-                        f"{printable(str(self.path))} has chips that are not in the "
-                        f"grid of {printable(self.name)}.json: embed its scene again"
+                        f"{printable(str(self.path))} has chips that are not in its "
+                        "grid: embed its scene again"
                     )
                 places.append(found)
             # The scale of a row of int8 has no effect on its direction.
@@ -196,18 +195,12 @@ def open_grids(folder: str | Path, names: Sequence[str] = ()) -> list[EmbeddedGr
 def _open(path: Path) -> EmbeddedGrid:
     unit_ = UNITS[path.suffix]
     emb, crs = (_table_facts if unit_ == CHIP else _raster_facts)(path)
-    item = path.with_suffix(".json")
-    if not item.exists():
-        raise UserError(
-            f"{printable(str(item))} is missing, which places the scene: embed it again"
-        )
     try:
-        told = json.loads(item.read_text())
-        facts = told["properties"]
-        height, width = map(int, facts["proj:shape"])
-        numbers = [float(x) for x in facts["proj:transform"]]
-        gsd, date = float(facts["gsd"]), (facts["datetime"] or "")[:10]
-        (source,) = (x["href"] for x in told["links"] if x["rel"] == "emb:source-data")
+        facts = emb["scene"]
+        height, width = map(int, facts["shape"])
+        numbers = [float(x) for x in facts["transform"]]
+        gsd_y, gsd_x = map(float, facts["gsd"])
+        date, source = (facts["datetime"] or "")[:10], str(facts["source"])
         if unit_ == CHIP:
             layout = emb["emb:chip_layout"]
             (high, wide), stride = layout["chip_size"], tuple(layout["stride"])
@@ -222,11 +215,11 @@ def _open(path: Path) -> EmbeddedGrid:
         from affine import Affine
 
         transform = Affine(*numbers)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"{printable(str(item))} does not place its scene ({printable(reason)}): "
-            "embed it again"
+            f"{printable(str(path))} does not say where its scene lies "
+            f"({printable(reason)}): embed it again"
         ) from None
     if transform.is_identity or transform.is_degenerate:
         crs = None
@@ -240,14 +233,10 @@ def _open(path: Path) -> EmbeddedGrid:
         pixels=(height, width),
         transform=transform,
         crs=crs,
-        gsd=_gsd(transform, crs, (height, width)) or (gsd, gsd),
+        gsd=_gsd(transform, crs, (height, width)) or (gsd_y, gsd_x),
         date=date,
-        source=source if _is_url(source) else str(path.parent / source),
+        source=source,
     )
-
-
-def _is_url(source: str) -> bool:
-    return is_remote(source) or dataset_name(source) == source
 
 
 def _table_facts(path: Path) -> tuple[dict[str, Any], str | None]:

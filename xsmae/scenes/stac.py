@@ -20,7 +20,7 @@ MEDIA = {
     ".parquet": "application/vnd.apache.parquet",
     ".tif": "image/tiff; application=geotiff; profile=cloud-optimized",
 }
-NOT_OF_ITEM = ("stac_extensions", "software", "job", "model")
+NOT_OF_ITEM = ("stac_extensions", "software", "job", "model", "scene")
 
 
 def item(

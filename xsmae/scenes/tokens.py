@@ -133,6 +133,8 @@ def _footer(patches: Patches, scene: Scene) -> dict[str, Any]:
         dtype=scene.plan.dtype,
         min_valid=patches.min_valid,
         job=scene.job,
+        source=scene.source,
+        time=scene.plan.time,
     )
     emb["emb:type"] = "pixel"
     emb["emb:chip_layout"]["last_chip"] = "ends with the last patch of the scene"
