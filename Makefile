@@ -21,7 +21,7 @@ quickstart: $(VENV)/installed
 	GLIBC_TUNABLES=$(MALLOC) \
 		$(BIN)/python -m xsmae.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-# Run the notebooks and store their outputs: about sixteen minutes on two cores.
+# Run the notebooks and store their outputs: about twenty minutes on two cores.
 notebooks: $(VENV)/installed-test
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m tests.support.execute_notebooks
 

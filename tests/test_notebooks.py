@@ -65,6 +65,13 @@ SETTINGS = {
         "STEPS": 20,
         "MORE": {**SMALL, "data.num_images": 40},
     },
+    "scenes": {
+        "CHIP": 32,
+        "BLOCK": 48,
+        "HITS": 4,
+        "STEPS": 20,
+        "MORE": {**SMALL, "data.num_images": 40},
+    },
 }
 DRAWING = {
     "quickstart": {"crops", "gsd", "losses", "reconstructions", "pca"},
@@ -73,12 +80,14 @@ DRAWING = {
         "look", "sheet", "histograms", "map", "losses", "reconstructions", "embed",
     },
     "segmentation": {"look", "predictions", "map"},
+    "scenes": {"look", "components", "sheet", "map"},
 }  # fmt: skip
 WORKDIRS = {
     "quickstart": "quickstart",
     "linear_probe": "linear_probe/short_encoder",
     "geotiff": "geotiff",
     "segmentation": "segmentation/short_encoder",
+    "scenes": "scene_vectors/short_encoder",
 }
 KEPT = {path.stem: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
 each = pytest.mark.parametrize("name", sorted(KEPT))
@@ -120,7 +129,7 @@ def jupyter(tmp_path_factory):
 
 @each
 def test_it_runs(name, jupyter, tmp_path):
-    if name in ("geotiff", "segmentation"):
+    if name in ("geotiff", "segmentation", "scenes"):
         pytest.importorskip("rasterio", reason=REASON)
     notebook = copy.deepcopy(KEPT[name])
     set_parameters(notebook, SETTINGS[name])
@@ -143,6 +152,14 @@ def test_it_runs(name, jupyter, tmp_path):
         kinds = re.findall(r"^(\w+) +mIoU (\d+\.\d) \[", text, re.MULTILINE)
         assert [kind for kind, _ in kinds] == ["encoder", "random", "statistics"]
         assert "scene_classes.tif: (96, 96) pixels in EPSG:32633" in text
+    if name == "scenes":
+        # Both dates have 5 x 5 chips, and the chip in the middle finds itself.
+        text = printed(notebook)
+        assert text.count(".parquet: 25 chips") == 2
+        assert " 1 1.0000 june_64_64 " in text
+        shares = re.findall(r"(\d+\.\d) % find their own place", text)
+        assert len(shares) == 2
+        assert all(0 <= float(share) <= 100 for share in shares)
     if name == "linear_probe":
         said = re.search(r"(\d+) of (\d+) test images are wrong", printed(notebook))
         assert 0 < int(said[1]) <= int(said[2]) == 20

@@ -17,8 +17,8 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-# In reading order: two notebooks use the encoder of the first.
-NAMES = ("quickstart", "linear_probe", "geotiff", "segmentation")
+# In reading order: three notebooks use the encoder of the first.
+NAMES = ("quickstart", "linear_probe", "geotiff", "segmentation", "scenes")
 NOTEBOOKS = [FOLDER / f"{name}.ipynb" for name in NAMES]
 KERNEL = "this-interpreter"
 
