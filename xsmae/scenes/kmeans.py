@@ -13,7 +13,7 @@ from xsmae.scenes.sample import SEED
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-STARTS = 4  # of which the best one counts
+STARTS = 4  # the best one counts
 GAIN = 1e-5  # of the mean distance to a centre; a round that gains less is the last
 
 
