@@ -44,7 +44,7 @@ def write(path: Path, data: np.ndarray, **options) -> Path:
         if key in options
     }
     colours, mask = options.pop("colours", None), options.pop("mask", None)
-    tags = options.pop("tags", {})
+    tags = options.pop("tags", None)
     internal, factors = options.pop("internal", True), options.pop("overviews", ())
     profile = {
         "driver": "GTiff",
@@ -61,8 +61,10 @@ def write(path: Path, data: np.ndarray, **options) -> Path:
     profile = {key: value for key, value in profile.items() if value is not None}
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
         with rasterio.open(path, "w", **profile) as raster:
+            if tags:
+                # Before the pixels: the directory then stays at the start of the file.
+                raster.update_tags(**tags)
             raster.write(data)
-            raster.update_tags(**tags)
             for key, value in later.items():
                 setattr(raster, key, value)
             if colours is not None:
