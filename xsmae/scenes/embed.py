@@ -27,7 +27,7 @@ from xsmae.weights.encoder import Encoder, outside_training
 if TYPE_CHECKING:
     from xsmae.scenes.rows import Stored
 
-SCHEMA = 1
+SCHEMA = 2
 PART = 512  # chips, at least, of the rows that are finished together
 
 
