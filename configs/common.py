@@ -3,7 +3,8 @@
 A config file's argument is `[preset][,method=METHOD][,size=SIZE]`, for example
 `fmow:published,size=large` or `fmow:method=mae` (short: `fmow:mae`). The preset
 `published` follows a method's official code. Only Cross-Scale MAE also has `corrected`,
-its default, which follows the paper with its gaps closed. Change any field with
+its default, which follows the paper with its gaps closed. Methods of our own have
+`recommended`. Change any field with
 `--config.<field>=<value>`.
 """
 

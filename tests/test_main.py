@@ -42,6 +42,7 @@ ARGUMENTS = (
     "corrected",
     "method=mae",
     "method=sat_mae",
+    "method=scale_distill",
     "method=scale_mae",
 )
 
@@ -143,6 +144,16 @@ def test_the_same_command_again_changes_nothing(finished):
             "scale_mae",
             ["--config.model.head_dim=8"],
             {"low_frequency", "high_frequency"},
+        ),
+        (
+            "scale_distill",
+            ["--config.model.teacher=ema"],
+            {
+                "reconstruction",
+                "contrastive",
+                "scale_distillation",
+                "dense_distillation",
+            },
         ),
     ],
 )
@@ -415,7 +426,8 @@ def test_dry_run(argument, tmp_path, monkeypatch, capsys):
     assert re.search(r"[\d.]+ M in encoder \+ decoder", printed)
     assert "data.root not set yet" in printed
     size = 32 if argument == "method=scale_mae" else 16
-    views = 1 if argument.startswith("method=") else 2
+    one = argument in ("method=mae", "method=sat_mae", "method=scale_mae")
+    views = 1 if one else 2
     assert f"uint8 [8, {views}, {size}, {size}, 3]" in printed
     assert "GiB temporary" in printed
     assert not list(tmp_path.iterdir())

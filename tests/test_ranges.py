@@ -17,6 +17,7 @@ PRESETS = [
     ("published", "mae"),
     ("published", "sat_mae"),
     ("published", "scale_mae"),
+    ("recommended", "scale_distill"),
 ]
 RANGES = dict(COMMON)
 for method in METHODS.values():

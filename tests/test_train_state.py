@@ -154,7 +154,7 @@ def test_accumulation_equals_the_large_batch(method):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_accumulates_in_float32(name):
     """In float32 there is no cast between a parameter and its use."""
-    config = common.get_common("published", "tiny", name)
+    config = common.get_common(METHODS[name].presets[-1], "tiny", name)
     config.batch_size = 8
     config.optim.accumulation_steps = 2
     config.views.size = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -162,6 +163,54 @@ def contrastive(
         negatives = jnp.where(sample, 0.0, jnp.exp(logits)).sum(axis=(-2, -1))
         denominator = jnp.log(negatives + 1e-8)
     return (denominator - positive).mean()
+
+
+def scale_distillation(
+    coarse: Float[Array, "batch coarse dim"],
+    target: Float[Array, "batch dim"],
+    *,
+    temperature: float,
+    positive_in_denominator: bool,
+    groups: int = 1,
+) -> Float[Array, ""]:
+    """NT-Xent between coarse views and the fine view's target, which gets no gradient.
+
+    The mean over the coarse views. So a coarse view learns what the fine one shows, and
+    the fine one does not forget what a coarse one cannot show. See `contrastive`.
+    """
+    target = jax.lax.stop_gradient(target.astype(jnp.float32))
+
+    def of_one(embedding):
+        return contrastive(
+            jnp.stack([target, embedding.astype(jnp.float32)], axis=1),
+            temperature=temperature,
+            positive_in_denominator=positive_in_denominator,
+            groups=groups,
+        )
+
+    return jax.vmap(of_one, in_axes=1)(coarse).mean()
+
+
+def dense_distillation(
+    predicted: Sequence[Float[Array, "batch patches width"]],
+    target: Sequence[Float[Array, "batch patches width"]],
+    counts: Sequence[Float[Array, "batch patches"]],
+) -> Float[Array, ""]:
+    """1 - cosine between predicted and target patches, where they count.
+
+    One array for each coarse view; the mean over the views. Targets get no gradient.
+    `counts` weights the patches of a view.
+    """
+
+    def of_one(predicted, target, counts):
+        target = jax.lax.stop_gradient(target.astype(jnp.float32))
+        similarity = optax.cosine_similarity(
+            predicted.astype(jnp.float32), target, epsilon=1e-6
+        )
+        return ((1 - similarity) * counts).sum() / jnp.maximum(counts.sum(), 1)
+
+    terms = map(of_one, predicted, target, counts)
+    return sum(terms, jnp.zeros(())) / len(predicted)
 
 
 def cross_prediction(

@@ -21,6 +21,12 @@ RUNS = [
     ("cross_scale_mae", "corrected", {}, 1),
     ("cross_scale_mae", "corrected", {}, 4),
     ("mae", "published", {}, 1),
+    (
+        "scale_distill",
+        "recommended",
+        {"coarse_scales": (0.5, 0.25), "coarse_area": (0.3, 1.0), "teacher": "ema"},
+        4,
+    ),
     ("scale_mae", "published", {"head_dim": 8, "target_scale": 2}, 1),
     (
         "sat_mae",

@@ -66,6 +66,21 @@ class MAEOutput:
     decoder_tokens: Float[Array, "batch views tokens decoder_width"]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncodedViews:
+    """Views after masking and the encoder.
+
+    tokens: class token first, then the visible patches. masking: see `Masking`. gsd:
+    metres per pixel. offset: of position="gsd", from view 1's corner; None: not needed.
+    """
+
+    tokens: Float[Array, "batch views kept width"]
+    masking: Masking
+    gsd: Float[Array, "batch views 2"]
+    offset: Float[Array, "batch views 2"] | None
+
+
 class PatchHead(nnx.Module):
     """Predicts the values of each patch, in `patchify`'s order, with a dense layer."""
 
@@ -171,19 +186,16 @@ class MAE(nnx.Module):
         """Chooses the visible tokens by the order of `noise`."""
         return random_masking(noise, self.mask_ratio, valid)
 
-    def __call__(
+    def encode(
         self, views: Views, noise: Float[Array, "batch views numbers"]
-    ) -> MAEOutput:
-        """Masks by the order of `noise`, encodes visible patches, predicts all."""
+    ) -> EncodedViews:
+        """Masks by the order of `noise` and encodes the visible patches."""
         batch, num_views, height, width, _ = views.images.shape
         encoder = self.encoder
 
         # The samples' axis comes first, so that a sharded batch stays in place.
         def merge(x):
             return rearrange(x, "b v ... -> (b v) ...")
-
-        def divide(x):
-            return rearrange(x, "(b v) ... -> b v ...", b=batch, v=num_views)
 
         gsd, offset = merge(views.gsd), None
         if encoder.positions.position == "gsd":
@@ -195,19 +207,40 @@ class MAE(nnx.Module):
         if views.valid is not None:
             valid = valid_patches(merge(views.valid), encoder.patch_size)
         masking = self.random_masking(merge(noise), valid)
-        encoder_tokens = encoder(
+        tokens = encoder(
             merge(views.images), gsd=gsd, offset=offset, ids_keep=masking.ids_keep
         )
-        pred, decoder_tokens = self.decoder(
-            encoder_tokens,
-            masking.ids_restore,
-            grid=encoder.grid(height, width),
-            gsd=gsd,
-            offset=offset,
+        encoded = EncodedViews(tokens, masking, gsd, offset)
+        return jax.tree.map(
+            lambda x: rearrange(x, "(b v) ... -> b v ...", b=batch, v=num_views),
+            encoded,
         )
+
+    def decode(self, encoded: EncodedViews, *, grid: tuple[int, int]) -> MAEOutput:
+        """Predicts all patches of views of `grid` (rows, columns) patches."""
+        batch, num_views = encoded.tokens.shape[:2]
+        merged = jax.tree.map(lambda x: rearrange(x, "b v ... -> (b v) ..."), encoded)
+        pred, decoder_tokens = self.decoder(
+            merged.tokens,
+            merged.masking.ids_restore,
+            grid=grid,
+            gsd=merged.gsd,
+            offset=merged.offset,
+        )
+
+        def divide(x):
+            return rearrange(x, "(b v) ... -> b v ...", b=batch, v=num_views)
+
         return MAEOutput(
             pred=jax.tree.map(divide, pred),
-            mask=divide(masking.mask),
-            encoder_tokens=divide(encoder_tokens),
+            mask=encoded.masking.mask,
+            encoder_tokens=encoded.tokens,
             decoder_tokens=divide(decoder_tokens),
         )
+
+    def __call__(
+        self, views: Views, noise: Float[Array, "batch views numbers"]
+    ) -> MAEOutput:
+        """Masks by the order of `noise`, encodes visible patches, predicts all."""
+        grid = self.encoder.grid(*views.images.shape[2:4])
+        return self.decode(self.encode(views, noise), grid=grid)

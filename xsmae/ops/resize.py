@@ -52,6 +52,57 @@ def area_of_valid(
     return jnp.where(valid[..., None], means, 0), valid
 
 
+def overlaps(
+    start: Float[Array, " batch"],
+    stop: Float[Array, " batch"],
+    old: int,
+    new: int,
+) -> Float[Array, "batch new old"]:
+    """The part of each of `new` equal cells of an interval that each old cell covers.
+
+    The interval is in fractions of an axis of `old` cells. The parts of a cell add up
+    to 1 where the interval lies within the axis.
+    """
+    edges = start[:, None] + (stop - start)[:, None] * (jnp.arange(new + 1) / new)[None]
+    edges = edges * old
+    at = jnp.arange(old)[None, None]
+    low = jnp.maximum(edges[:, :-1, None], at)
+    high = jnp.minimum(edges[:, 1:, None], at + 1)
+    size = edges[:, 1:, None] - edges[:, :-1, None]
+    return jnp.maximum(high - low, 0) / size
+
+
+def area_of_boxes(
+    images: Float[Array, "batch height width channels"],
+    box: Float[Array, "batch 4"],
+    size: tuple[int, int],
+    valid: Bool[Array, "batch height width"] | None = None,
+) -> tuple[
+    Float[Array, "batch new_height new_width channels"],
+    Bool[Array, "batch new_height new_width"] | None,
+]:
+    """A box of each image at `size` (height, width), by the mean over the area.
+
+    A new pixel is the mean of the old ones that it covers, each weighted by the part
+    that is covered: the blur of a sensor with larger pixels. `box` is (top, left,
+    bottom, right) as fractions of the image. With `valid`, the mean is over the valid
+    pixels. A new pixel is valid if they cover at least half of it; the others are 0.
+    """
+    height, width = images.shape[1:3]
+    down = overlaps(box[:, 0], box[:, 2], height, size[0])
+    across = overlaps(box[:, 1], box[:, 3], width, size[1])
+    if valid is None:
+        return jnp.einsum("byh,bxw,bhwc->byxc", down, across, images), None
+    part = jnp.einsum("byh,bxw,bhw->byx", down, across, valid.astype(jnp.float32))
+    images = jnp.where(valid[..., None], images, 0)
+    means = jnp.einsum("byh,bxw,bhwc->byxc", down, across, images)
+    # 1e-4 of a pixel is the rounding of the edges.
+    found = part >= 0.5 - 1e-4
+    return jnp.where(
+        found[..., None], means / jnp.maximum(part, 1e-4)[..., None], 0
+    ), found
+
+
 def bilinear(
     images: Float[Array, "... height width channels"], size: tuple[int, int]
 ) -> Float[Array, "... new_height new_width channels"]:

@@ -23,6 +23,7 @@ NOT_STATED = "not stated"
 TITLES = {
     "mae": "MAE",
     "sat_mae": "SatMAE",
+    "scale_distill": "Cross-scale distillation",
     "scale_mae": "Scale-MAE",
     "cross_scale_mae": "Cross-Scale MAE",
 }
