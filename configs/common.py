@@ -1,11 +1,10 @@
 """The base of every config: methods, presets, sizes, every field with its default.
 
-A config file's argument is `[preset][,method=METHOD][,size=SIZE]`, for example
-`fmow:published,size=large` or `fmow:method=mae` (short: `fmow:mae`). The preset
-`published` follows a method's official code. Only Cross-Scale MAE also has `corrected`,
-its default, which follows the paper with its gaps closed. Methods of our own have
-`recommended`. Change any field with
-`--config.<field>=<value>`.
+A config file's argument is `[preset][,method=METHOD][,size=SIZE][,decoder=DECODER]`,
+for example `fmow:published,size=large` or `fmow:method=mae` (short: `fmow:mae`). The
+preset `published` follows a method's official code. Only Cross-Scale MAE also has
+`corrected`, its default, which follows the paper with its gaps closed. Methods of our
+own have `recommended`. Change any field with `--config.<field>=<value>`.
 """
 
 import ml_collections
@@ -25,16 +24,26 @@ SIZES = {
     "huge": ((1280, 32, 16), (512, 8, 16)),
 }
 
+# Width, blocks and heads. `published` is the one of the size. `small` is the same for
+# all sizes and costs less than a tenth of 512/8/16. Its 8 heads have 32 channels each,
+# like the 16 heads of the published decoder.
+DECODERS = {"published": None, "small": (256, 2, 8)}
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std (torchvision)
 
 
 def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
-    """Parses `preset,name=value,...` to a dict of `preset`, `method` and `size`.
+    """Parses `preset,name=value,...` to the arguments of `get_common`.
 
     The name of a method means that method: `mae` is `method=mae`. Raises UserError for
     an unknown name or value.
     """
-    options = {"method": "cross_scale_mae", "size": "base", **defaults}
+    options = {
+        "method": "cross_scale_mae",
+        "size": "base",
+        "decoder": "published",
+        **defaults,
+    }
     for part in filter(None, (argument or "").split(",")):
         name, _, value = part.rpartition("=")
         name = name or ("method" if value in METHODS else "preset")
@@ -43,9 +52,10 @@ def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
                 f"config argument {part!r}: {name!r} is unknown, expected "
                 f"[{'|'.join(METHODS['cross_scale_mae'].presets)}]"
                 f"[,method={'|'.join(METHODS)}][,size={'|'.join(SIZES)}]"
+                f"[,decoder={'|'.join(DECODERS)}]"
             )
         options[name] = value
-    for name, known in (("method", tuple(METHODS)), ("size", tuple(SIZES))):
+    for name, known in (("method", METHODS), ("size", SIZES), ("decoder", DECODERS)):
         if options[name] not in known:
             raise UserError(
                 f"config argument {name}={options[name]!r}, expected one of "
@@ -62,7 +72,10 @@ def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
 
 
 def get_common(
-    preset: str, size: str, method: str = "cross_scale_mae"
+    preset: str,
+    size: str,
+    method: str = "cross_scale_mae",
+    decoder: str = "published",
 ) -> ml_collections.ConfigDict:
     """The whole config except `data`, with the fields that the argument decides."""
     config = ml_collections.ConfigDict()
@@ -92,13 +105,15 @@ def get_common(
     views.horizontal_flip = 0.5  # probability
     views.vertical_flip = 0.5  # probability
 
-    (embed_dim, depth, num_heads), decoder = SIZES[size]
+    (embed_dim, depth, num_heads), of_size = SIZES[size]
     config.model = model = ml_collections.ConfigDict()
     model.patch_size = 16  # pixels, height and width
     # Width, blocks and attention heads; set by the size.
     model.embed_dim, model.depth, model.num_heads = embed_dim, depth, num_heads
-    # The same of the decoder.
-    model.decoder_embed_dim, model.decoder_depth, model.decoder_num_heads = decoder
+    # The same of the decoder; set by the size and by `decoder`.
+    model.decoder_embed_dim, model.decoder_depth, model.decoder_num_heads = (
+        DECODERS[decoder] or of_size
+    )
     model.mlp_ratio = 4.0  # hidden width of a block's MLP, in widths of the block
     model.mask_ratio = 0.75  # fraction of the patches that is hidden
     model.norm_style = "pre"  # or post: norm before or after the residual sum
@@ -177,4 +192,6 @@ def get_common(
         METHODS[method].fields(preset, size=size, model=config.model.to_dict()).items()
     ):
         config[group].update(ml_collections.ConfigDict(values))
+    if DECODERS[decoder]:  # Scale-MAE's fields have a depth of their own
+        model.decoder_depth = DECODERS[decoder][1]
     return config

@@ -395,6 +395,8 @@ def test_the_line_for_programs(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "| | |"
     assert json.loads(printed[-1])["batch_size"] == 8
+    assert "| encoder: width, blocks, heads | 16, 1, 2 |" in printed
+    assert "| decoder: width, blocks, heads | 8, 1, 2 |" in printed
 
 
 def compiler_that_fails(monkeypatch, text):

@@ -1,10 +1,12 @@
-"""Every config number outside its range is refused by name."""
+"""The presets, and every config number outside its range, refused by name."""
 
 import math
 
 import pytest
 from xsmae.configs import common
 
+from xsmae.cli import pretrain
+from xsmae.cli.arguments import parse
 from xsmae.config import RANGES as COMMON
 from xsmae.config import check_ranges, flatten
 from xsmae.errors import UserError
@@ -119,3 +121,38 @@ def test_a_run_that_would_learn_nothing():
     config = config_of("published", "mae")
     line = refusal(config, "loss.reconstruction.weight", 0.0)
     assert "every weight in config.loss is 0 (reconstruction)" in line
+
+
+def decoder_of(*argument, **defaults):
+    config = common.get_common(**common.parse_argument(*argument, **defaults))
+    model = config.model
+    sizes = model.decoder_embed_dim, model.decoder_depth, model.decoder_num_heads
+    return sizes, config
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "huge"])
+@pytest.mark.parametrize("method", ["corrected", "mae", "sat_mae", "scale_mae"])
+def test_the_small_decoder(method, size):
+    """It changes the decoder and what depends on its width, and nothing else."""
+    published = (128, 4, 4) if size == "tiny" else (512, 8, 16)
+    if method == "scale_mae":
+        published = (published[0], 3, published[2])
+    sizes, before = decoder_of(f"{method},size={size}")
+    assert sizes == published
+    sizes, config = decoder_of(f"{method},size={size},decoder=small")
+    assert sizes == (256, 2, 8)
+    before, after = flatten(before.to_dict()), flatten(config.to_dict())
+    changed = {name for name in after if after[name] != before[name]}
+    own = {"corrected": {"predictor_hidden_dim"}, "sat_mae": {"decoder_group_dim"}}
+    known = {"decoder_embed_dim", "decoder_depth", "decoder_num_heads"}
+    known |= own.get(method, set())
+    assert changed <= {f"model.{name}" for name in known}
+    assert "model.decoder_depth" in changed
+
+
+def test_flags_win_over_the_small_decoder():
+    words = ["--config=fmow:mae,decoder=small", "--config.model.decoder_depth=5"]
+    model = parse(["xsmae", *words], pretrain.define_flags).config.model
+    assert (model.decoder_embed_dim, model.decoder_depth) == (256, 5)
+    with pytest.raises(UserError, match="decoder='tiny', expected one of published, s"):
+        decoder_of("mae,decoder=tiny")

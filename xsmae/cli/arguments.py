@@ -46,8 +46,8 @@ def define_config(flag_values: flags.FlagValues) -> None:
         "config",
         None,
         "The config of the run, NAME[:ARGUMENT], such as folder or configs/folder.py. "
-        "ARGUMENT is [preset][,method=METHOD][,size=SIZE]. --config.FIELD=VALUE sets a "
-        "field; configs/common.py lists all fields.",
+        "ARGUMENT is [preset][,method=METHOD][,size=SIZE][,decoder=DECODER]. "
+        "--config.FIELD=VALUE sets a field; configs/common.py lists all fields.",
         flag_values=flag_values,
     )
 

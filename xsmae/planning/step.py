@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -203,6 +203,7 @@ def make_plan(
     return {
         "devices": devices,
         "batch_size": config.batch_size,
+        "networks": networks_of(config.model),
         "compile_seconds": round(seconds, 1),
         "memory": memory,
         "memory_there": chip.memory,
@@ -226,6 +227,15 @@ def _products(config: ml_collections.ConfigDict, topology: Topology) -> float:
     return multiplications(traced.jaxpr.jaxpr)
 
 
+def networks_of(model: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Width, blocks and heads of the encoder and the decoder."""
+    sizes = ("embed_dim", "depth", "num_heads")
+    return {
+        name: [model[f"{prefix}{size}"] for size in sizes]
+        for name, prefix in (("encoder", ""), ("decoder", "decoder_"))
+    }
+
+
 def table(plan: dict[str, Any]) -> str:
     """A plan as a Markdown table."""
     memory = {name: value / 1e9 for name, value in plan["memory"].items()}
@@ -233,6 +243,10 @@ def table(plan: dict[str, Any]) -> str:
     rows = [
         ("devices", plan["devices"]),
         ("batch, over all", plan["batch_size"]),
+        *(
+            (f"{name}: width, blocks, heads", ", ".join(map(str, sizes)))
+            for name, sizes in plan["networks"].items()
+        ),
         ("state and batch per device", f"{memory['arguments']:.2f} GB"),
         ("temporary, in a step", f"{memory['temporary']:.2f} GB"),
         ("total", f"{memory['all']:.2f} of {plan['memory_there'] / 1e9:.0f} GB"),
