@@ -61,6 +61,11 @@ def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
                 f"config argument {name}={options[name]!r}, expected one of "
                 f"{', '.join(known)}"
             )
+    if options["decoder"] != "published" and not _has_decoder(options["method"]):
+        raise UserError(
+            f"config argument decoder={options['decoder']}: method={options['method']} "
+            "has no decoder, leave it out"
+        )
     presets = METHODS[options["method"]].presets
     preset = options.setdefault("preset", presets[0])
     if preset not in presets:
@@ -69,6 +74,10 @@ def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
             f"{' or '.join(presets)}"
         )
     return options
+
+
+def _has_decoder(method: str) -> bool:
+    return "model.decoder_depth" not in METHODS[method].unused
 
 
 def get_common(
@@ -194,4 +203,7 @@ def get_common(
         config[group].update(ml_collections.ConfigDict(values))
     if DECODERS[decoder]:  # Scale-MAE's fields have a depth of their own
         model.decoder_depth = DECODERS[decoder][1]
+    for name in METHODS[method].unused:
+        group, _, field = name.partition(".")
+        del config[group][field]
     return config

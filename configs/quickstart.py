@@ -14,7 +14,9 @@ def get_config(argument=None):
     config.model.patch_size = 8
     config.model.dtype = "float32"  # the fastest on CPUs
     if options["size"] == "tiny":
-        config.model.depth, config.model.decoder_depth = 6, 2
+        config.model.depth = 6
+        if "decoder_depth" in config.model:  # SimCLR has no decoder
+            config.model.decoder_depth = 2
     config.batch_size = 64
     config.num_steps = 300
     config.optim.warmup_steps = 30

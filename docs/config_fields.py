@@ -156,6 +156,9 @@ def method_page(name: str) -> str:
         if field.endswith(".weight"):
             meaning = meaning or "The weight of this loss term; 0 switches it off"
         entries.append(entry(field, meaning, told, ranges))
+    if method.unused:
+        lacked = ", ".join(f"`{field}`" for field in method.unused)
+        entries.append(f"It has no {lacked}.\n")
     return "\n".join(entries)
 
 

@@ -20,6 +20,7 @@ PRESETS = [
     ("published", "sat_mae"),
     ("published", "scale_mae"),
     ("recommended", "scale_distill"),
+    ("recommended", "simclr"),
 ]
 RANGES = dict(COMMON)
 for method in METHODS.values():

@@ -117,6 +117,8 @@ def check_ranges(
             f"model.dtype={model.dtype}, expected one of {', '.join(DTYPES)}"
         )
     for part in ("", "decoder_"):
+        if f"{part}embed_dim" not in model:
+            continue  # a method without a decoder
         width, heads = model[f"{part}embed_dim"], model[f"{part}num_heads"]
         if width % heads:
             raise UserError(

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from xsmae.bands import Bands
-from xsmae.config import check_ranges
+from xsmae.config import check_ranges, flatten
 from xsmae.data.pipeline import make_batches
 from xsmae.data.records import Source
 from xsmae.data.views import ViewSampler
@@ -65,7 +65,7 @@ class Trainer:
     step(state, batch) -> (state, metrics). initial_state() -> the state of step 0.
     initial_params() -> only its parameters, without memory for the rest.
     state_shapes() -> its shapes and placement.
-    predict(state, batch) -> the `Pictures` of the batch.
+    predict(state, batch) -> the `Pictures` of the batch; None without pictures.
     encode(params, images, gsd) -> {"cls", "mean"} features of whole uint8 images,
     computed like the exported encoder: in float32, whatever `config.model.dtype`.
     """
@@ -77,7 +77,7 @@ class Trainer:
     initial_state: Callable[[], TrainState]
     initial_params: Callable[[], nnx.State]
     state_shapes: Callable[[], TrainState]
-    predict: Callable[..., Pictures]
+    predict: Callable[..., Pictures] | None
     encode: Callable
 
 
@@ -124,6 +124,7 @@ def create_trainer(
     """Builds everything of a run except its data, for all devices or `devices`."""
     method = _method(config)
     count = jax.device_count() if devices is None else len(devices)
+    method.check_used(flatten(config.to_dict()))
     check_ranges(config, count, of_method=method.ranges)
     mesh = create_mesh(config.batch_size, config.mesh, devices=devices)
     schedule = create_schedule(config, num_images=num_images)
@@ -208,7 +209,7 @@ def create_trainer(
             shapes,
             placed,
         ),
-        predict=predict,
+        predict=None if method.pictures is None else predict,
         encode=lambda params, images, gsd: features(
             params, put_whole(images, by_batch(mesh)), put_whole(gsd, by_batch(mesh))
         ),
@@ -221,14 +222,18 @@ def step_fields(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def min_valid_patches(config: ml_collections.ConfigDict) -> int:
-    """How many patches of a view must be valid, so that all visible ones can be."""
+    """How many patches of a view must be valid, so that all visible ones can be.
+
+    A method without masks reads all patches, and needs as many valid ones as the other
+    methods do by default.
+    """
     model = config.model
     groups = len(model.get("channel_groups", ()))
     if model.get("spatial_mask", False):
         groups = 0  # all groups have one mask
     return valid_patches_needed(
         (config.views.size // model.patch_size) ** 2,
-        model.mask_ratio,
+        model.get("mask_ratio", 0.75),
         groups=max(groups, 1),
     )
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from xsmae.cli import pretrain as main
+from xsmae.methods import METHODS
 from xsmae.process.files import read_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,16 @@ SMALL_RUN = [
     "--config.knn.every=4",
     "--config.figures.every=0",
 ]
+
+
+def for_method(method, flags):
+    """The flags of the fields that a method has."""
+    unused = METHODS[method].unused if method in METHODS else ()
+    return [
+        flag
+        for flag in flags
+        if flag.removeprefix("--config.").split("=")[0] not in unused
+    ]
 
 
 def call(*arguments):

@@ -28,6 +28,7 @@ RUNS = [
         4,
     ),
     ("scale_mae", "published", {"head_dim": 8, "target_scale": 2}, 1),
+    ("simclr", "recommended", {"projection_dim": 8}, 4),
     (
         "sat_mae",
         "published",
@@ -90,9 +91,12 @@ def main():
         config.optim.learning_rate = 1e-2
         config.views.size = 16
         config.model.update(
-            patch_size=4, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8,
-            decoder_depth=1, decoder_num_heads=2, dtype="float32", **changes,
-        )  # fmt: skip
+            patch_size=4, embed_dim=16, depth=2, num_heads=2, dtype="float32", **changes
+        )
+        if "decoder_depth" in config.model:
+            config.model.update(
+                decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2
+            )
         trainer = create_trainer(config, num_images=100)
         state, losses = trainer.initial_state(), []
         initial = (trainer.initial_params(), state.params)

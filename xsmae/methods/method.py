@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from xsmae import losses
+from xsmae.errors import UserError
 from xsmae.models.build import Config, channel_groups
 from xsmae.models.mae import MAEOutput, Views
 from xsmae.models.masking import valid_patches
@@ -55,11 +56,14 @@ class Method:
     build(config.model, channels=, view_size=, rngs=) -> the model.
     losses(output, views, model=, loss=) -> the loss terms, each with a `weight` in
         `config.loss.<name>`, and values that are only reported.
-    pictures(output, views, model=, loss=) -> `Pictures`.
+    pictures(output, views, model=, loss=) -> `Pictures`; None for a method that
+        reconstructs nothing.
     units: the unit of each loss term, for the figures.
     ranges: the smallest and largest value of its own config fields, by dotted name.
     target_scale(config.model) -> the side of the predicted crops divided by the side of
         a view; 1 if the model predicts its input.
+    unused: fields of all methods that this one does not use, by dotted name. Its
+        configs do not have them.
     """
 
     num_views: int
@@ -67,10 +71,23 @@ class Method:
     fields: Callable[..., Mapping[str, Mapping[str, Any]]]
     build: Callable[..., nnx.Module]
     losses: Callable[..., tuple[Terms, Terms]]
-    pictures: Callable[..., Pictures]
+    pictures: Callable[..., Pictures] | None
     units: Mapping[str, str]
     ranges: Ranges
     target_scale: Callable[[Config], int] = lambda model: 1
+    unused: tuple[str, ...] = ()
+
+    def check_used(self, fields: Iterable[str]) -> None:
+        """Raises UserError if a config file added a field that the method ignores.
+
+        fields: those of the config, by dotted name.
+        """
+        found = sorted(set(self.unused).intersection(fields))
+        if found:
+            raise UserError(
+                f"this method does not use {', '.join(found)}: leave it out of the "
+                "config"
+            )
 
 
 def reconstruction_per_view(

@@ -81,6 +81,19 @@ class EncodedViews:
     offset: Float[Array, "batch views 2"] | None
 
 
+def offsets(views: Views, encoder: Encoder) -> Float[Array, "batch views 2"] | None:
+    """Each view's offset from view 1's corner, in patches of the reference GSD.
+
+    None if the encoder's positions do not depend on the GSD.
+    """
+    if encoder.positions.position != "gsd":
+        return None
+    size = views.images.shape[2:4]
+    extent = views.gsd[:, :1] * jnp.array([[size]], jnp.float32)
+    unit = encoder.patch_size * encoder.positions.reference_gsd
+    return views.box[..., :2] * extent / unit
+
+
 class PatchHead(nnx.Module):
     """Predicts the values of each patch, in `patchify`'s order, with a dense layer."""
 
@@ -190,19 +203,15 @@ class MAE(nnx.Module):
         self, views: Views, noise: Float[Array, "batch views numbers"]
     ) -> EncodedViews:
         """Masks by the order of `noise` and encodes the visible patches."""
-        batch, num_views, height, width, _ = views.images.shape
+        batch, num_views = views.images.shape[:2]
         encoder = self.encoder
 
         # The samples' axis comes first, so that a sharded batch stays in place.
         def merge(x):
             return rearrange(x, "b v ... -> (b v) ...")
 
-        gsd, offset = merge(views.gsd), None
-        if encoder.positions.position == "gsd":
-            # The offset from view 1's corner, in patches of the reference GSD.
-            extent = views.gsd[:, :1] * jnp.array([[[height, width]]], jnp.float32)
-            unit = encoder.patch_size * encoder.positions.reference_gsd
-            offset = merge(views.box[..., :2] * extent / unit)
+        gsd, offset = merge(views.gsd), offsets(views, encoder)
+        offset = None if offset is None else merge(offset)
         valid = None
         if views.valid is not None:
             valid = valid_patches(merge(views.valid), encoder.patch_size)

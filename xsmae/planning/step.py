@@ -228,11 +228,12 @@ def _products(config: ml_collections.ConfigDict, topology: Topology) -> float:
 
 
 def networks_of(model: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Width, blocks and heads of the encoder and the decoder."""
+    """Width, blocks and heads of the encoder and, if there is one, the decoder."""
     sizes = ("embed_dim", "depth", "num_heads")
     return {
         name: [model[f"{prefix}{size}"] for size in sizes]
         for name, prefix in (("encoder", ""), ("decoder", "decoder_"))
+        if f"{prefix}depth" in model
     }
 
 

@@ -48,7 +48,7 @@ def describe_run(
             "epochs": round(run.num_steps / schedule.steps_per_epoch, 2),
             "learning_rate": schedule.learning_rate,
             "warmup_steps": schedule.warmup_steps,
-            **{name: flat[name] for name in RECIPE},
+            **{name: flat[name] for name in RECIPE if name in flat},
             **{n: v for n, v in flat.items() if n.startswith(("loss.", "views."))},
         },
         **({"knn": knn} if knn else {}),

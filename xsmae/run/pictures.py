@@ -59,6 +59,8 @@ class Crops(Hook):
 class Reconstructions(Hook):
     """Draws the loss curves, and reconstructions of the run's first samples.
 
+    A method that reconstructs nothing has the curves alone.
+
     monitor: of the kNN accuracies during the run, for their intervals.
     """
 
@@ -77,13 +79,15 @@ class Reconstructions(Hook):
     def draw(self, state: TrainState, step: int) -> None:
         """Raises BadImageError if one of the samples can no longer be read."""
         run, config, folder = self.run, self.run.config, self.run.workdir / "figures"
+        if run.trainer.predict is None:
+            self._draw_losses()
+            return
         batch = first_samples(config, run.source, run.sampler, config.figures.samples)
         unreadable = np.count_nonzero(batch["index"] < 0)
         batch = step_fields(batch)
         # All processes must predict together, even if one cannot read an image.
         pictures = jax.device_get(run.trainer.predict(state, batch))
-        rows = read_jsonl(run.workdir / "metrics.jsonl")
-        figures.loss_curves(folder / "losses.png", rows, knn_images=self._tested)
+        self._draw_losses()
         if unreadable:
             raise BadImageError(
                 f"{unreadable} of {len(batch['image'])} images can no longer be read"
@@ -97,6 +101,11 @@ class Reconstructions(Hook):
             bands=shown_bands(config),
             note=PER_PATCH if normalised else "",
         )
+
+    def _draw_losses(self) -> None:
+        rows = read_jsonl(self.run.workdir / "metrics.jsonl")
+        path = self.run.workdir / "figures" / "losses.png"
+        figures.loss_curves(path, rows, knn_images=self._tested)
 
 
 class GsdHistogram(Hook):

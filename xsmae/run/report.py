@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -69,7 +70,7 @@ def _attention(config: ml_collections.ConfigDict, samples: int) -> str:
         platform = "rocm" if "rocm" in device.client.platform_version else "cuda"
     patches = (config.views.size // model.patch_size) ** 2
     patches *= len(model.get("channel_groups", ())) or 1
-    tokens = 1 + int(patches * (1 - model.mask_ratio))
+    tokens = 1 + int(patches * (1 - model.get("mask_ratio", 0)))
     name, reason = choose(
         (samples, tokens, 3 * model.embed_dim),
         model.dtype,
@@ -162,9 +163,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
         *chosen,
         f"method: {config.method}",
         f"parameters: {count_parameters(state.params) / 1e6:.2f} M in total",
-        f"  {parts['encoder'] / 1e6:.2f} M encoder, {parts['decoder'] / 1e6:.2f} M "
-        f"decoder: {(parts['encoder'] + parts['decoder']) / 1e6:.2f} M in encoder + "
-        "decoder",
+        _encoder_and_decoder(parts),
         *(
             f"  {count / 1e6:.2f} M {name}"
             for name, count in parts.items()
@@ -199,6 +198,17 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
         + ", ".join(f"{v:.2f} GiB {k}" for k, v in gib.items())
     )
     return "\n".join(lines)
+
+
+def _encoder_and_decoder(parts: Mapping[str, int]) -> str:
+    line = f"  {parts['encoder'] / 1e6:.2f} M encoder"
+    if "decoder" not in parts:
+        return line
+    both = parts["encoder"] + parts["decoder"]
+    return (
+        f"{line}, {parts['decoder'] / 1e6:.2f} M decoder: {both / 1e6:.2f} M in "
+        "encoder + decoder"
+    )
 
 
 def count_parameters(params: nnx.State) -> int:

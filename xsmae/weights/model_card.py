@@ -25,6 +25,7 @@ TITLES = {
     "sat_mae": "SatMAE",
     "scale_distill": "Cross-scale distillation",
     "scale_mae": "Scale-MAE",
+    "simclr": "SimCLR",
     "cross_scale_mae": "Cross-Scale MAE",
 }
 # Format of the weights -> Hugging Face's name of the library that loads them.
