@@ -548,6 +548,14 @@ def test_an_index_without_end(tmp_path):
     assert "blocks.2.norm1.bias" in told(tensors, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["scale_distill", "simclr"])
+def test_a_method_without_official_files(method, tmp_path):
+    parts = ("decoder", "mask_token")
+    tensors = {k: v for k, v in tensors_of("mae").items() if not k.startswith(parts)}
+    line = told(tensors, tmp_path, method=method)
+    assert f"--method={method}, expected one of cross_scale_mae, mae, sat_mae" in line
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

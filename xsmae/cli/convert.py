@@ -20,11 +20,11 @@ from flax import nnx
 from xsmae.cli.arguments import parse_flags
 from xsmae.cli.command import example, run
 from xsmae.errors import UserError
-from xsmae.methods import METHODS
 from xsmae.process.signals import StopRequest
 from xsmae.weights.export import FORMATS, export
 from xsmae.weights.importing import read_weights
 from xsmae.weights.official import OPTIONS, import_checkpoint, write_import
+from xsmae.weights.official_config import PUBLISHED
 from xsmae.weights.torch_file import read_pytorch
 
 __all__ = ["import_checkpoint", "main", "read_pytorch", "write_import"]
@@ -34,7 +34,7 @@ COMMANDS = ("import", "export")
 
 # Option -> its meaning, with the argument of the official code that set it.
 MEANINGS = {
-    "method": f"The method: one of {', '.join(METHODS)}. Needed if the file has only "
+    "method": f"The method: one of {', '.join(PUBLISHED)}. Needed if the file has only "
     "an encoder, because its names do not show the method. Default: mae.",
     "num_heads": "The attention heads of the encoder, num_heads in the official "
     "models. Default: the standard number for its width.",

@@ -19,6 +19,8 @@ from xsmae.errors import UserError
 from xsmae.methods import METHODS
 from xsmae.weights.layouts import NAMINGS
 
+# Methods that have official checkpoints.
+PUBLISHED = tuple(name for name in METHODS if "published" in METHODS[name].presets)
 # width -> heads: ViT's standard sizes, and the decoders of MAE and our tiny preset.
 NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_NUM_HEADS = {512: 16, 128: 4}
@@ -128,8 +130,8 @@ def config_of(
     naming: one of NAMINGS. The bands get numbers, and no mean and std. Raises UserError
     if a size cannot be found, or if tensors contradict each other.
     """
-    if method not in METHODS:
-        raise UserError(f"--method={method}, expected one of {', '.join(METHODS)}")
+    if method not in PUBLISHED:
+        raise UserError(f"--method={method}, expected one of {', '.join(PUBLISHED)}")
     config = common.get_common("published", "base", method)
     model, names = config.model, NAMINGS[naming]
     model.dtype = "float32"
