@@ -24,10 +24,14 @@ SIZES = {
     "huge": ((1280, 32, 16), (512, 8, 16)),
 }
 
-# Width, blocks and heads. `published` is the one of the size. `small` is the same for
-# all sizes and costs less than a tenth of 512/8/16. Its 8 heads have 32 channels each,
-# like the 16 heads of the published decoder.
-DECODERS = {"published": None, "small": (256, 2, 8)}
+# Width, blocks and heads. `published` is the one of the size. `small` costs less than a
+# tenth of it. The 8 heads of 256/2/8 have 32 channels each, like the 16 heads of the
+# published decoder. Ti, whose own decoder costs less, has a smaller one.
+DECODERS = ("published", "small")
+SMALL_DECODER = {"tiny": (64, 1, 4)}
+SMALL_DECODER |= dict.fromkeys(("small", "base", "large", "huge"), (256, 2, 8))
+# The methods of our own take the small decoder, unless the argument says otherwise.
+OWN_DECODER = {"scale_distill": "small"}
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std (torchvision)
 
@@ -38,16 +42,11 @@ def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
     The name of a method means that method: `mae` is `method=mae`. Raises UserError for
     an unknown name or value.
     """
-    options = {
-        "method": "cross_scale_mae",
-        "size": "base",
-        "decoder": "published",
-        **defaults,
-    }
+    options = {"method": "cross_scale_mae", "size": "base", **defaults}
     for part in filter(None, (argument or "").split(",")):
         name, _, value = part.rpartition("=")
         name = name or ("method" if value in METHODS else "preset")
-        if name not in ("preset", *options):
+        if name not in ("preset", "decoder", *options):
             raise UserError(
                 f"config argument {part!r}: {name!r} is unknown, expected "
                 f"[{'|'.join(METHODS['cross_scale_mae'].presets)}]"
@@ -56,12 +55,12 @@ def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
             )
         options[name] = value
     for name, known in (("method", METHODS), ("size", SIZES), ("decoder", DECODERS)):
-        if options[name] not in known:
+        if name in options and options[name] not in known:
             raise UserError(
                 f"config argument {name}={options[name]!r}, expected one of "
                 f"{', '.join(known)}"
             )
-    if options["decoder"] != "published" and not _has_decoder(options["method"]):
+    if "decoder" in options and not _has_decoder(options["method"]):
         raise UserError(
             f"config argument decoder={options['decoder']}: method={options['method']} "
             "has no decoder, leave it out"
@@ -84,9 +83,13 @@ def get_common(
     preset: str,
     size: str,
     method: str = "cross_scale_mae",
-    decoder: str = "published",
+    decoder: str | None = None,
 ) -> ml_collections.ConfigDict:
-    """The whole config except `data`, with the fields that the argument decides."""
+    """The whole config except `data`, with the fields that the argument decides.
+
+    decoder: one of `DECODERS`; None: the method's own.
+    """
+    decoder = decoder or OWN_DECODER.get(method, "published")
     config = ml_collections.ConfigDict()
     config.method = method  # set by the config's argument
     # Imported weights or another run's workdir; a new run starts with their weights.
@@ -120,9 +123,9 @@ def get_common(
     # Width, blocks and attention heads; set by the size.
     model.embed_dim, model.depth, model.num_heads = embed_dim, depth, num_heads
     # The same of the decoder; set by the size and by `decoder`.
-    model.decoder_embed_dim, model.decoder_depth, model.decoder_num_heads = (
-        DECODERS[decoder] or of_size
-    )
+    if decoder == "small":
+        of_size = SMALL_DECODER[size]
+    model.decoder_embed_dim, model.decoder_depth, model.decoder_num_heads = of_size
     model.mlp_ratio = 4.0  # hidden width of a block's MLP, in widths of the block
     model.mask_ratio = 0.75  # fraction of the patches that is hidden
     model.norm_style = "pre"  # or post: norm before or after the residual sum
@@ -201,8 +204,8 @@ def get_common(
         METHODS[method].fields(preset, size=size, model=config.model.to_dict()).items()
     ):
         config[group].update(ml_collections.ConfigDict(values))
-    if DECODERS[decoder]:  # Scale-MAE's fields have a depth of their own
-        model.decoder_depth = DECODERS[decoder][1]
+    if decoder == "small":  # Scale-MAE's fields have a depth of their own
+        model.decoder_depth = of_size[1]
     for name in METHODS[method].unused:
         group, _, field = name.partition(".")
         del config[group][field]

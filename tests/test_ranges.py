@@ -141,7 +141,7 @@ def test_the_small_decoder(method, size):
     sizes, before = decoder_of(f"{method},size={size}")
     assert sizes == published
     sizes, config = decoder_of(f"{method},size={size},decoder=small")
-    assert sizes == (256, 2, 8)
+    assert sizes == ((64, 1, 4) if size == "tiny" else (256, 2, 8))
     before, after = flatten(before.to_dict()), flatten(config.to_dict())
     changed = {name for name in after if after[name] != before[name]}
     own = {"corrected": {"predictor_hidden_dim"}, "sat_mae": {"decoder_group_dim"}}
@@ -149,6 +149,11 @@ def test_the_small_decoder(method, size):
     known |= own.get(method, set())
     assert changed <= {f"model.{name}" for name in known}
     assert "model.decoder_depth" in changed
+
+
+def test_a_method_of_our_own_takes_the_small_decoder():
+    assert decoder_of("scale_distill")[0] == (256, 2, 8)
+    assert decoder_of("scale_distill,decoder=published")[0] == (512, 8, 16)
 
 
 def test_flags_win_over_the_small_decoder():
