@@ -19,9 +19,9 @@ from xsmae.evaluation.tables import (
     markdown,
     rival,
     statements,
-    terminal_table,
     verdict,
 )
+from xsmae.evaluation.terminal import terminal_table
 from xsmae.figures import results as pictures
 
 CONTROL = {

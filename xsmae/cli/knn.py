@@ -2,7 +2,8 @@
 
 Measures an encoder over scales: the most similar training images vote for the class of
 a test image. Image statistics, a thumbnail and the same architecture with random
-weights are measured alongside, as controls.
+weights are measured alongside, as controls. --cross_scale measures what changes if the
+test images have another scale than the training images.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ def define_flags(values: flags.FlagValues) -> None:
         "The weight of a vote is exp(cosine similarity / temperature).",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "cross_scale",
+        False,
+        "Measure every pair of --scales: training images at one, test images at the "
+        "other.",
+        flag_values=values,
+    )
 
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure the encoder and its controls; prints the table."""
     values, config = commandline.parse(argv, define_flags, doc=__doc__)
-    task = catalogue.knn(k=values.k, temperature=values.temperature)
+    create = catalogue.knn_cross_scale if values.cross_scale else catalogue.knn
+    task = create(k=values.k, temperature=values.temperature)
     return measure(values, config, task, should_stop=should_stop)
 
 

@@ -12,8 +12,8 @@ from xsmae.errors import UserError, printable
 from xsmae.evaluation.evaluate import evaluate
 from xsmae.evaluation.parts import name_of
 from xsmae.evaluation.rows import Result
-from xsmae.evaluation.tables import terminal_table
 from xsmae.evaluation.tasks.catalogue import Task
+from xsmae.evaluation.terminal import terminal_table
 
 
 def measure(

@@ -1,8 +1,8 @@
 """xsmae results results.jsonl --out=report
 
 Makes tables and figures of the rows that evaluations wrote. --out gets results.md,
-results.csv, a plot of accuracy or mIoU by scale per protocol, confusion matrices and,
-of segmentation, the IoU of each class.
+results.csv, a plot of accuracy or mIoU by scale per protocol, confusion matrices; of
+segmentation the IoU of each class; of kNN across scales a heat map per encoder.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from absl import flags
 from xsmae.cli.arguments import parse_flags
 from xsmae.cli.command import example, run
 from xsmae.errors import UserError, printable
+from xsmae.evaluation.matrices import with_cells
 from xsmae.evaluation.rows import Result, read
 from xsmae.evaluation.spreadsheet import csv_text
 from xsmae.evaluation.tables import Line, Table, create_tables, keeps_size, markdown
+from xsmae.figures import cross_scale
 from xsmae.figures import results as pictures
 
 
@@ -75,13 +77,42 @@ def draw(table: Table, out: Path) -> list[tuple[str, str]]:
         of_class = protocol.metric.removeprefix("m")
         drawn.append((f"{table.heading}: {of_class} of each class", name))
     for row, line in whole:
-        name = f"confusion_{stem}_{_slug(line.name)}.png"
-        if name in dict(drawn).values() or not _slug(line.name):
-            name = f"confusion_{stem}_{line.digest}_seed{line.seed}.png"
+        name = _file_of(line, f"confusion_{stem}", drawn)
         pictures.confusion_matrix(out / name, row, line.name, data=table.data)
         title = f"{table.heading}: confusion of {line.name}, {line.feature_name}"
         drawn.append((title, name))
+    return drawn + draw_across(table, out, stem)
+
+
+def draw_across(table: Table, out: Path, stem: str) -> list[tuple[str, str]]:
+    """Draw a heat map per encoder and set of scales, of rows across scales.
+
+    One colour range for all of the table; returns the title and file name of each.
+    """
+    pairs, drawn = with_cells(table.lines), []
+    encoders: dict[tuple, list[tuple[Line, Result]]] = {}
+    for line, row in pairs:
+        encoders.setdefault((line.name, row.column), []).append((line, row))
+    for of_encoder in encoders.values():
+        lines, rows = zip(*of_encoder, strict=True)
+        name = _file_of(lines[0], f"cross_scale_{stem}", drawn)
+        cross_scale.heat_map(
+            out / name,
+            rows,
+            lines[0].name,
+            data=table.data,
+            limits=cross_scale.colour_range([row for _, row in pairs]),
+        )
+        drawn.append((f"{table.heading}: {lines[0].name} across scales", name))
     return drawn
+
+
+def _file_of(line: Line, stem: str, drawn: list[tuple[str, str]]) -> str:
+    """The name of a line's figure, which no other in `drawn` has."""
+    name = f"{stem}_{_slug(line.name)}.png"
+    if name in dict(drawn).values() or not _slug(line.name):
+        name = f"{stem}_{line.digest}_seed{line.seed}.png"
+    return name
 
 
 def whole_images(table: Table) -> list[tuple[Result, Line]]:

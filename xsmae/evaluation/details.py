@@ -14,6 +14,8 @@ class Line(Protocol):
     """Rows of one protocol, and their name."""
 
     name: str
+    kind: str
+    feature_name: str
     cells: Mapping[tuple, Result]
 
 
@@ -30,10 +32,10 @@ def named(lines: Iterable[Line]) -> list[tuple[str, Result]]:
 def details(lines: Iterable[Line]) -> tuple[list[str], list[list[str]]]:
     """A header and lines: the other metrics with intervals, then a class per column.
 
-    Rows with a single metric have no line. `-`: a class without a true or a
-    predicted pixel.
+    Only rows of segmentation have a line. `-`: a class without a true or a predicted
+    pixel.
     """
-    found = [(name, row) for name, row in named(lines) if row.metrics]
+    found = [(name, row) for name, row in named(lines) if _segmented(row)]
     if not found:
         return [], []
     first = found[0][1]
@@ -53,6 +55,10 @@ def details(lines: Iterable[Line]) -> tuple[list[str], list[list[str]]]:
     return header, shares
 
 
+def _segmented(row: Result) -> bool:
+    return bool(row.metrics) and row.cells is None
+
+
 def without_truth(lines: Iterable[Line]) -> list[str]:
     """A sentence per row with classes that are predicted, but have no true pixel.
 
@@ -60,7 +66,7 @@ def without_truth(lines: Iterable[Line]) -> list[str]:
     """
     found = []
     for name, row in named(lines):
-        true = np.sum(row.confusion, axis=1) if row.metrics else []
+        true = np.sum(row.confusion, axis=1) if _segmented(row) else []
         absent = [
             one
             for one, count in zip(row.class_names, true, strict=False)

@@ -18,7 +18,7 @@ from xsmae.data.square import RESIZE, RESIZE_RASTER
 from xsmae.errors import UserError
 from xsmae.evaluation import scales as scales_of
 from xsmae.evaluation.kept import check_folder
-from xsmae.evaluation.measure import INTERVAL, Measurement, check_features, measure
+from xsmae.evaluation.measure import INTERVAL, Measurement, check_features
 from xsmae.evaluation.parts import Data, Parts, name_of, open_parts
 from xsmae.evaluation.rows import Protocol, Result, check_writable
 from xsmae.evaluation.subjects import (
@@ -55,7 +55,7 @@ def open_setup(
     train: Data,
     test: Data,
     *,
-    scales: Sequence[float] = (100.0,),
+    scales: Sequence[float] | None = None,
     base_size: int = 0,
     gsd: str = "true",
     name: str | None = None,
@@ -63,11 +63,13 @@ def open_setup(
     missing_bands: str = "refuse",
     config: ml_collections.ConfigDict | None = None,
     seed: int = 0,
+    sizing: scales_of.Sizing = scales_of.USUAL,
     check_encoder: Callable[[FrozenEncoder], None] = lambda encoder: None,
 ) -> Setup:
     """Open the encoder and the two parts, and check them against each other.
 
-    The arguments are those of `evaluate`. Raises UserError if they do not fit.
+    The arguments are those of `evaluate`. sizing: the task's. Raises UserError if they
+    do not fit.
     """
     for what, value in (("seed", seed), ("base_size", base_size)):
         if value < 0:
@@ -82,9 +84,12 @@ def open_setup(
         source=parts.train,
     )
     check_encoder(frozen)
-    base = base_size or scales_of.base_size(parts.train)
-    sizes = scales_of.create_scales(
-        scales, base=base, patch_size=frozen.patch_size, gsd_policy=gsd
+    base = base_size or sizing.base_size(parts.train)
+    sizes = sizing.create_scales(
+        sizing.percents if scales is None else scales,
+        base=base,
+        patch_size=frozen.patch_size,
+        gsd_policy=gsd,
     )
     return Setup(frozen, parts, sizes, base, gsd)
 
@@ -95,7 +100,7 @@ def evaluate(
     test: Data,
     *,
     task: str | Task = "knn",
-    scales: Sequence[float] = (100.0,),
+    scales: Sequence[float] | None = None,
     base_size: int = 0,
     gsd: str = "true",
     feature: str | Sequence[str] | None = None,
@@ -122,9 +127,11 @@ def evaluate(
         `RUN/checkpoints/STEP`, `random:SIZE[,FIELD=VALUE...]`, `statistics` or
         `thumbnail`.
       train, test: sources with labels (see `xsmae.open_source`), or their fields.
-      task: `knn`, `linear_probe`, `linear_probe_published` or `finetune`.
-      scales: percent of `base_size`. base_size: pixels at 100 %; 0 means 256, or the
-        images' side if that is smaller.
+      task: `knn`, `knn_cross_scale`, `linear_probe`, `linear_probe_published` or
+        `finetune`.
+      scales: percent of `base_size`; None means 100, and of `knn_cross_scale` 12.5, 25,
+        50 and 100. base_size: pixels at 100 %; 0 means 256, or the images' side if that
+        is smaller.
       gsd: `true` gives the encoder the GSD of each scale; `fixed` that of 100 %.
       feature: `cls`, `mean`, or both; the task has a default.
       controls: also measure the controls: the architecture with random weights and,
@@ -142,8 +149,9 @@ def evaluate(
       config: describes the encoder of `random:SIZE`, except its size.
       progress: print progress lines.
       should_stop: called between batches; once true, KeyboardInterrupt is raised.
-      options: of the task. knn: k, temperature. linear_probe: penalties, validation.
-        The others: recipe (the fields that differ from the default), num_workers.
+      options: of the task. knn and knn_cross_scale: k, temperature. linear_probe:
+        penalties, validation. The others: recipe (the fields that differ from the
+        default), num_workers.
 
     Raises:
       UserError: arguments that do not fit, in one line, before anything is measured.
@@ -169,6 +177,7 @@ def evaluate(
         missing_bands=missing_bands,
         config=config,
         seed=seed,
+        sizing=task.sizing,
         check_encoder=task.check_encoder,
     )
     task.check_parts(setup.parts)
@@ -199,7 +208,7 @@ def evaluate(
                 should_stop=should_stop,
                 say=print_line if progress else lambda line: None,
             )
-            rows += measure(job)
+            rows += task.measure(job)
             task.finish(job)
     return rows
 

@@ -124,18 +124,14 @@ def measure(job: Measurement) -> list[Result]:
         for feature in job.features
         for place in columns
     ]
-    known = {row.identity: row for row in read(job.results)} if job.results else {}
+    known = known_rows(job, wanted)
     if all(one in known for one in wanted):
-        job.say(
-            f"{job.encoder.name}: {job.results} already has its rows for this "
-            "protocol; to measure again, remove them or give another --results"
-        )
         return [known[one] for one in wanted]
     beside = None
     rows, correct = [], {feature: [] for feature in job.features}
     for scale in job.scales:
         for outcome in job.outcomes(job, scale):
-            row, right = _row(job, encoder, scale, outcome)
+            row, right = row_of(job, encoder, scale, outcome)
             if job.out and outcome.trained and row.identity not in known:
                 folder = job.out / row.identity
                 told = describe_training(job.encoder, job.protocol, scale, job.seed)
@@ -147,33 +143,54 @@ def measure(job: Measurement) -> list[Result]:
     if len(job.scales) > 1:
         for feature in job.features:
             of_feature = [row for row in rows if row.feature == feature]
-            rows.append(_average(job, of_feature, np.mean(correct[feature], axis=0)))
+            rows.append(average(job, of_feature, np.mean(correct[feature], axis=0)))
     if job.results:
         append_all(job.results, rows)
     return rows
+
+
+def known_rows(job: Measurement, wanted: Sequence[str]) -> dict[str, Result]:
+    """The rows of `job.results` by identity; says so if it has all of `wanted`."""
+    known = {row.identity: row for row in read(job.results)} if job.results else {}
+    if all(one in known for one in wanted):
+        job.say(
+            f"{job.encoder.name}: {job.results} already has its rows for this "
+            "protocol; to measure again, remove them or give another --results"
+        )
+    return known
 
 
 def of_frozen_features(
     job: Measurement, scale: Scale, *, predict: Predict
 ) -> Iterator[Outcome]:
     """The outcomes of `predict` on frozen features, which are extracted once."""
-    train, test = (_features(job, part, scale) for part in ("train", "test"))
+    train, test = features_of(job, scale)
+    for feature in job.features:
+        predicted = predictions(job, feature, train, test, predict=predict)
+        yield outcome_of(job, feature, predicted, train, test)
+
+
+def outcome_of(
+    job: Measurement,
+    feature: str,
+    predicted: np.ndarray,
+    train: Features,
+    test: Features,
+) -> Outcome:
+    """The outcome of predictions from frozen features."""
     gsd = np.concatenate([train.gsd, test.gsd])
     computed, seconds = train.computed + test.computed, train.seconds + test.seconds
     standardized = job.encoder.standardize
-    for feature in job.features:
-        yield Outcome(
-            feature=feature,
-            feature_scaling=(
-                "standardised by the training part" if standardized else "none"
-            ),
-            predicted=predictions(job, feature, train, test, predict=predict),
-            train=train,
-            test=test,
-            gsd_told=float(np.median(gsd)) if job.encoder.reads_gsd else None,
-            seconds=seconds if computed else None,
-            images_per_second=computed / seconds if computed else None,
-        )
+    return Outcome(
+        feature=feature,
+        feature_scaling="standardised by the training part" if standardized else "none",
+        predicted=predicted,
+        train=train,
+        test=test,
+        gsd_told=float(np.median(gsd)) if job.encoder.reads_gsd else None,
+        seconds=seconds if computed else None,
+        images_per_second=computed / seconds if computed else None,
+    )
 
 
 def predictions(
@@ -191,20 +208,25 @@ def predictions(
     )
 
 
-def _features(job: Measurement, part: str, scale: Scale) -> Features:
-    return cached_features(
-        job.encoder,
-        getattr(job.parts, part),
-        scale,
-        cache=job.cache,
-        batch_size=job.batch_size,
-        title=f"{job.encoder.name}, {part} at {scale.percent:g} % ({scale.size} px)",
-        should_stop=job.should_stop,
-        say=job.say,
+def features_of(job: Measurement, scale: Scale) -> tuple[Features, Features]:
+    """The features of the training and the test part at a scale."""
+    at = f"{scale.percent:g} % ({scale.size} px)"
+    return tuple(
+        cached_features(
+            job.encoder,
+            getattr(job.parts, part),
+            scale,
+            cache=job.cache,
+            batch_size=job.batch_size,
+            title=f"{job.encoder.name}, {part} at {at}",
+            should_stop=job.should_stop,
+            say=job.say,
+        )
+        for part in ("train", "test")
     )
 
 
-def _row(
+def row_of(
     job: Measurement, encoder: Mapping[str, Any], scale: Scale, outcome: Outcome
 ) -> tuple[Result, np.ndarray]:
     """A row, and 1 or 0 for each test image: right or wrong."""
@@ -248,8 +270,11 @@ def _row(
     return row, right
 
 
-def _average(job: Measurement, rows: list[Result], right: np.ndarray) -> Result:
-    """The mean over the scales. The bootstrap draws an image with all its scales."""
+def average(job: Measurement, rows: list[Result], right: np.ndarray) -> Result:
+    """The mean over the scales. The bootstrap draws an image with all its scales.
+
+    right: [images], the part of the scales at which an image is right.
+    """
     low, high = bootstrap_interval(right, seed=job.seed)
     told = [row.gsd_told for row in rows]
     return dataclasses.replace(

@@ -67,6 +67,8 @@ class Result:
     training image. seconds, images_per_second: of the extraction, None if the features
     were cached. run: versions, devices, time. metrics: other metrics -> value, low,
     high. files: the folder of what is kept beside the row, such as the trained head.
+    cells: of an evaluation across scales, [scale of the bank][scale of the queries] ->
+    value, low, high; both in the order of `scales`.
     """
 
     protocol: Protocol
@@ -93,6 +95,7 @@ class Result:
     scales: list[float] | None = None
     metrics: Mapping[str, list[float]] | None = None
     files: str | None = None
+    cells: list[list[list[float]]] | None = None
 
     @property
     def identity(self) -> str:

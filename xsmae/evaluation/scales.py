@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -86,6 +86,32 @@ def create_scales(
     ]
 
 
+def create_several(percents: Sequence[float], **how) -> list[Scale]:
+    """`create_scales`, for an evaluation across scales, which needs two or more."""
+    if len(percents) < 2:
+        raise UserError(
+            f"scales={','.join(f'{p:g}' for p in percents) or '(none)'}, expected 2 or "
+            "more to measure across scales, such as 12.5,25,50,100"
+        )
+    return create_scales(percents, **how)
+
+
 def _multiple(size: float, patch_size: int) -> int:
     """The nearest multiple of the patch size, at least one patch; halves round up."""
     return max(1, int(size / patch_size + 0.5)) * patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+    """How a task chooses the sizes of its images.
+
+    percents: the scales if none are given. base_size(source): pixels at 100 %.
+    create_scales: that function, or another one with its arguments.
+    """
+
+    percents: tuple[float, ...] = (100.0,)
+    base_size: Callable[[Source], int] = base_size
+    create_scales: Callable[..., list[Scale]] = create_scales
+
+
+USUAL = Sizing()

@@ -18,7 +18,7 @@ def csv_text(results: Iterable[Result]) -> str:
         "base_size", "crop", "resize", "gsd_policy", "options", "encoder", "kind",
         "digest", "normalization", "feature", "feature_scaling", "scale", "size",
         "gsd_told", "seed", "value", "low", "high", "pixel_identical_test_images",
-        "bands", "units", "metrics", "per_class",
+        "bands", "units", "metrics", "per_class", "cells",
     )  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
@@ -50,9 +50,19 @@ def csv_text(results: Iterable[Result]) -> str:
                 "units": data.get("units", UNITS),
                 "metrics": _numbers({k: v[0] for k, v in (row.metrics or {}).items()}),
                 "per_class": _numbers(row.per_class),
+                "cells": _numbers(_cells(row)),
             }
         )
     return text.getvalue()
+
+
+def _cells(row: Result) -> dict[str, float]:
+    """`BANK>QUERIES`, two scales in percent -> accuracy, of rows with cells."""
+    return {
+        f"{bank:g}>{queries:g}": cell[0]
+        for bank, cells in zip(row.scales or (), row.cells or (), strict=False)
+        for queries, cell in zip(row.scales, cells, strict=True)
+    }
 
 
 def _numbers(values: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Tables of result rows, one per protocol, as Markdown and plain text."""
+"""Tables of result rows, one per protocol, as Markdown."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
+
 from xsmae.evaluation.cells import cell, explain_marks
 from xsmae.evaluation.details import details, without_truth
+from xsmae.evaluation.matrices import MEANS, columns_of, explain_means, matrices
 from xsmae.evaluation.naming import bands_of, data_names, encoder_names, headings
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
 
@@ -70,7 +73,8 @@ def create_tables(results: Iterable[Result]) -> list[Table]:
         seeds[digest].add(row.seed)
         lines = grouped.setdefault(row.protocol.key, {})
         cells = lines.setdefault((digest, row.feature, row.seed), {})
-        cells.setdefault(row.column, row)
+        for column, shown in columns_of(row).items():
+            cells.setdefault(column, shown)
 
     def line(digest: str, feature: str, seed: int, cells: dict) -> Line:
         name = names[digest] + f", seed {seed}" * (len(seeds[digest]) > 1)
@@ -94,14 +98,15 @@ def _rank(kind: str) -> int:
 
 
 def heading(column: tuple, table: Table) -> str:
-    """`50 % (128 px)` or `average`, with its scales if a table has several."""
+    """`50 % (128 px)`, or a mean over scales, with them if a table has several."""
     if column[0] != AVERAGE:
         windows = "windows of " if keeps_size(table.protocol) else ""
         return f"{column[0]:g} % ({windows}{column[1]} px)"
-    if sum(other[0] == AVERAGE for other in table.columns) == 1:
-        return "average"
-    return "average of " + ", ".join(
-        f"{p:g} % ({s} px)" for p, s in zip(*column[1:], strict=True)
+    mean = MEANS[column[3]] if column[3:] else "average"
+    if len({other[:3] for other in table.columns if other[0] == AVERAGE}) == 1:
+        return mean
+    return f"{mean} of " + ", ".join(
+        f"{p:g} % ({s} px)" for p, s in zip(*column[1:3], strict=True)
     )
 
 
@@ -182,7 +187,7 @@ def markdown(
             parts.append(
                 _row([line.name, line.feature_name, *cells, verdict(line, table)])
             )
-        parts += ["", *_details(table)]
+        parts += ["", *_details(table), *_matrices(table)]
         parts += [*(f"- {_literal(text)}" for text in statements(table)), ""]
         for title, file in figures.get(table.protocol.key, ()):
             parts += [f"![{_literal(title)}]({file})", ""]
@@ -196,6 +201,15 @@ def _details(table: Table) -> list[str]:
         return []
     ruler = _row(["---", "---", *["---:"] * (len(header) - 2)])
     return [_row(header), ruler, *map(_row, lines), ""]
+
+
+def _matrices(table: Table) -> list[str]:
+    """The cells of each row of an evaluation across scales."""
+    parts = []
+    for title, (header, *lines) in matrices(table.lines):
+        ruler = ["---", *["---:"] * (len(header) - 1)]
+        parts += [f"{_literal(title)}:", "", *map(_row, (header, ruler, *lines)), ""]
+    return parts
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -234,7 +248,7 @@ def statements(table: Table) -> list[str]:
         f"{protocol.metric} in percent with its {100 * interval['level']:g} % interval "
         f"({interval['method']}, {interval['resamples']} resamples)",
         f"data: {table.data}, {data['classes']} classes, {data['train']['images']} "
-        f"training and {data['test']['images']} test images" + _values(protocol),
+        f"training and {data['test']['images']} test images" + values_of(protocol),
         _images(protocol),
         "GSD given to the encoder: "
         + (
@@ -244,6 +258,7 @@ def statements(table: Table) -> list[str]:
         ),
         f"{protocol.task}: "
         + ", ".join(f"{k}={v}" for k, v in protocol.options.items()),
+        *explain_means(table.lines),
         *_compared(table),
         *without_truth(table.lines),
         *explain_marks(table.lines),
@@ -258,11 +273,7 @@ def statements(table: Table) -> list[str]:
         facts.append(f"{unusable} unusable image(s) are left out")
     for line in table.lines:
         row = next(iter(line.cells.values()))
-        told = [
-            f"{c[0]:g} %: {line.cells[c].gsd_told:.4g}"
-            for c in table.columns
-            if c[0] != AVERAGE and c in line.cells and line.cells[c].gsd_told
-        ]
+        told = [f"{scale:g} %: {gsd:.4g}" for scale, gsd in _told(line)]
         images, features = (
             "as they are" if text == "none" else text
             for text in (row.encoder["normalization"], row.feature_scaling)
@@ -276,6 +287,16 @@ def statements(table: Table) -> list[str]:
     return facts
 
 
+def _told(line: Line) -> list[tuple[float, float]]:
+    """The scales of a line and the GSD that its encoder got, if it reads the GSD."""
+    found = {}
+    for row in line.cells.values():
+        if row.gsd_told and (row.scale != AVERAGE or row.cells):
+            scales = row.scales if row.cells else [row.scale]
+            found |= zip(scales, np.ravel(row.gsd_told), strict=True)
+    return sorted(found.items())
+
+
 def _images(protocol: Protocol) -> str:
     """How images are cut and resized."""
     if keeps_size(protocol):
@@ -284,13 +305,13 @@ def _images(protocol: Protocol) -> str:
             f"their own size ({protocol.resize})"
         )
     return (
-        f"images: {protocol.crop} of the source, resized to the column's size "
+        f"images: {protocol.crop} of the source, resized to the size of the scale "
         f"({protocol.resize}); 100 % is {protocol.base_size} px, rounded to a multiple "
         "of the patch size"
     )
 
 
-def _values(protocol: Protocol) -> str:
+def values_of(protocol: Protocol) -> str:
     """The bands and units of rasters, for the end of a sentence."""
     if "bands" not in protocol.data:
         return ""
@@ -308,39 +329,4 @@ def _compared(table: Table) -> list[str]:
         "intervals overlap. The control is the best of this table over all controls, "
         "features and seeds, chosen by the test images. Each line is compared by its "
         "own feature",
-    ]
-
-
-def terminal_table(results: Sequence[Result]) -> str:
-    """The table that a command prints at its end."""
-    lines = []
-    for table in create_tables(results):
-        rows = [["", "", *(heading(c, table) for c in table.columns), BEATS]]
-        for line in table.lines:
-            cells = [cell(line.cells.get(column)) for column in table.columns]
-            rows.append([line.name, line.feature_name, *cells, verdict(line, table)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            first = [text.ljust(w) for text, w in zip(row[:2], widths, strict=False)]
-            others = zip(row[2:], widths[2:], strict=True)
-            lines.append("  ".join([*first, *(text.rjust(w) for text, w in others)]))
-        shown = _values(table.protocol).removeprefix(", ")
-        lines += ["", *[shown] * bool(shown), *rivals(table)]
-        lines += [*explain_marks(table.lines), *_warnings(table)]
-    return "\n".join(["", *lines])
-
-
-def _warnings(table: Table) -> list[str]:
-    rows = [row for line in table.lines for row in line.cells.values()]
-    found = without_truth(table.lines)
-    leaks = next(
-        (r.leaks for r in rows if r.leaks["pixel_identical_test_images"]), None
-    )
-    if leaks is None:
-        return found
-    example = leaks["example"]
-    return [
-        *found,
-        f"{leaks['pixel_identical_test_images']} test image(s) have the pixels of a "
-        f"training image, e.g. {example['test']} and {example['train']}",
     ]

@@ -14,12 +14,20 @@ from xsmae.errors import UserError
 from xsmae.evaluation.features import FEATURES
 from xsmae.evaluation.fitting import recipe as recipes
 from xsmae.evaluation.fitting.fit import CreateLearner, forget, of_trained
-from xsmae.evaluation.measure import Measurement, Outcome, of_frozen_features
+from xsmae.evaluation.measure import (
+    Measurement,
+    Outcome,
+    Predict,
+    measure,
+    of_frozen_features,
+)
 from xsmae.evaluation.parts import Parts
-from xsmae.evaluation.scales import Scale
+from xsmae.evaluation.rows import Result
+from xsmae.evaluation.scales import SCALES, USUAL, Scale, Sizing, create_several
 from xsmae.evaluation.subjects import PIXEL_CONTROLS, FrozenEncoder
 from xsmae.evaluation.tasks import finetune as finetuning
 from xsmae.evaluation.tasks import published_probe
+from xsmae.evaluation.tasks.cross_scale import measure_across
 from xsmae.evaluation.tasks.knn import knn_predict
 from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_fit
 from xsmae.weights.classifier import TrainedClassifier
@@ -33,7 +41,8 @@ class Task:
     measured by default. pixel_controls: True if the task also works for controls
     without a network. check_encoder, check_parts: raise UserError for an encoder or
     data that the task cannot measure. finish: called with a measurement once its rows
-    are written.
+    are written. sizing: how it chooses the sizes of images. measure: makes the rows of
+    a measurement.
     """
 
     name: str
@@ -44,10 +53,38 @@ class Task:
     check_encoder: Callable[[FrozenEncoder], None] = lambda encoder: None
     check_parts: Callable[[Parts], None] = lambda parts: None
     finish: Callable[[Measurement], None] = lambda job: None
+    sizing: Sizing = USUAL
+    measure: Callable[[Measurement], list[Result]] = measure
 
 
 def knn(*, k: int = 20, temperature: float = 0.07) -> Task:
     """The k most similar training images vote with exp(cosine / temperature)."""
+    return _knn("knn", k, temperature)
+
+
+def knn_cross_scale(*, k: int = 20, temperature: float = 0.07) -> Task:
+    """`knn` with the training images at one scale and the test images at another.
+
+    All pairs of the scales are measured, see `cross_scale.measure_across`.
+    """
+
+    def measure(job: Measurement) -> list[Result]:
+        return measure_across(job, predict=_nearest(job, k, temperature))
+
+    return dataclasses.replace(
+        _knn("knn_cross_scale", k, temperature),
+        sizing=Sizing(percents=SCALES, create_scales=create_several),
+        measure=measure,
+    )
+
+
+def _nearest(job: Measurement, k: int, temperature: float) -> Predict:
+    return functools.partial(
+        knn_predict, k=k, temperature=temperature, should_stop=job.should_stop
+    )
+
+
+def _knn(name: str, k: int, temperature: float) -> Task:
     if k < 1 or not temperature > 0:
         raise UserError(
             f"k={k}, temperature={temperature}, expected k of 1 or more and a "
@@ -63,13 +100,11 @@ def knn(*, k: int = 20, temperature: float = 0.07) -> Task:
             )
 
     def outcomes(job: Measurement, scale: Scale) -> Iterable[Outcome]:
-        predict = functools.partial(
-            knn_predict, k=k, temperature=temperature, should_stop=job.should_stop
-        )
+        predict = _nearest(job, k, temperature)
         return of_frozen_features(job, scale, predict=predict)
 
     options = {"k": k, "temperature": temperature}
-    return Task("knn", options, outcomes, check_parts=check)
+    return Task(name, options, outcomes, check_parts=check)
 
 
 def linear_probe(
@@ -153,6 +188,7 @@ def finetune(*, recipe: recipes.Changes = None, num_workers: int = 0) -> Task:
 
 TASKS: Mapping[str, Callable[..., Task]] = {
     "knn": knn,
+    "knn_cross_scale": knn_cross_scale,
     "linear_probe": linear_probe,
     "linear_probe_published": linear_probe_published,
     "finetune": finetune,
