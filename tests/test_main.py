@@ -45,6 +45,7 @@ ARGUMENTS = (
     "method=sat_mae",
     "method=scale_distill",
     "method=scale_mae",
+    "method=sigreg",
     "method=simclr",
 )
 
@@ -155,6 +156,17 @@ def test_the_same_command_again_changes_nothing(finished):
                 "contrastive",
                 "scale_distillation",
                 "dense_distillation",
+            },
+        ),
+        (
+            "sigreg",
+            ["--config.model.projection_hidden_dim=8"],
+            {
+                "reconstruction",
+                "reconstruction_view1",
+                "reconstruction_view2",
+                "invariance",
+                "sigreg",
             },
         ),
         ("simclr", ["--config.model.projection_dim=8"], {"contrastive"}),

@@ -20,6 +20,7 @@ PRESETS = [
     ("published", "sat_mae"),
     ("published", "scale_mae"),
     ("recommended", "scale_distill"),
+    ("recommended", "sigreg"),
     ("recommended", "simclr"),
 ]
 RANGES = dict(COMMON)

@@ -213,6 +213,39 @@ def dense_distillation(
     return sum(terms, jnp.zeros(())) / len(predicted)
 
 
+def invariance(projected: Float[Array, "batch views dim"]) -> Float[Array, ""]:
+    """Mean squared distance of the views of a sample to their mean."""
+    projected = projected.astype(jnp.float32)
+    return jnp.square(projected - projected.mean(axis=1, keepdims=True)).mean()
+
+
+def sigreg(
+    projected: Float[Array, "batch views dim"],
+    directions: Float[Array, "dim directions"],
+) -> Float[Array, ""]:
+    """How far each view's vectors are from a standard normal distribution.
+
+    Balestriero & LeCun 2025 (LeJEPA). Along each direction, the characteristic function
+    of the batch is compared with exp(-t * t / 2) at 17 points from 0 to 3. The squared
+    differences are integrated by the trapezoidal rule with the weight exp(-t * t / 2),
+    and multiplied by the size of the batch. The mean over directions and views.
+    """
+    points = jnp.linspace(0.0, 3.0, 17)
+    normal = jnp.exp(-jnp.square(points) / 2)
+    ends = jnp.ones(17).at[jnp.array([0, -1])].set(0.5)
+    weights = normal * ends * (points[1] - points[0])
+    along = jnp.einsum(
+        "bvd,ds->bvs",
+        projected.astype(jnp.float32),
+        directions.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    angle = jnp.einsum("bvs,t->bvst", along, points)
+    real, imaginary = jnp.cos(angle).mean(axis=0), jnp.sin(angle).mean(axis=0)
+    distance = jnp.square(real - normal[None, None]) + jnp.square(imaginary)
+    return len(projected) * (distance * weights[None, None]).sum(axis=-1).mean()
+
+
 def cross_prediction(
     predicted: Float[Array, "batch patches width"],
     target: Float[Array, "batch patches width"],

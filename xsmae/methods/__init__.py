@@ -6,6 +6,7 @@ from xsmae.methods.method import Method, Pictures
 from xsmae.methods.sat_mae import SAT_MAE
 from xsmae.methods.scale_distill import SCALE_DISTILL
 from xsmae.methods.scale_mae import SCALE_MAE
+from xsmae.methods.sigreg import SIGREG
 from xsmae.methods.simclr import SIMCLR
 
 __all__ = ["METHODS", "Method", "Pictures"]
@@ -16,5 +17,6 @@ METHODS = {
     "sat_mae": SAT_MAE,
     "scale_distill": SCALE_DISTILL,
     "scale_mae": SCALE_MAE,
+    "sigreg": SIGREG,
     "simclr": SIMCLR,
 }

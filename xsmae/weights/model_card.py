@@ -25,6 +25,7 @@ TITLES = {
     "sat_mae": "SatMAE",
     "scale_distill": "Cross-scale distillation",
     "scale_mae": "Scale-MAE",
+    "sigreg": "SIGReg with pixels",
     "simclr": "SimCLR",
     "cross_scale_mae": "Cross-Scale MAE",
 }
