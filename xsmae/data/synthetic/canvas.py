@@ -27,10 +27,14 @@ class Colour(list):
 
 
 class Canvas:
-    """Three float32 planes of reflected light, 0 to 255, painted in layers."""
+    """Three float32 planes of reflected light, 0 to 255, painted in layers.
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    shadow: the part of the light that a full shadow takes away.
+    """
+
+    def __init__(self, shape: tuple[int, int], *, shadow: float) -> None:
         self.planes = np.zeros((3, *shape), np.float32)
+        self.shadow = shadow
 
     def paint(
         self, cover: float | Array, colour: Sequence, tone: float | Array = 1
@@ -39,9 +43,9 @@ class Canvas:
         for plane, value in zip(self.planes, colour, strict=True):
             plane += (value * tone - plane) * cover
 
-    def shade(self, cover: Array, strength: float = 0.55) -> None:
+    def shade(self, cover: Array) -> None:
         """Puts the share `cover` of each sample into shadow."""
-        self.planes *= 1 - strength * cover
+        self.planes *= 1 - self.shadow * cover
 
     def plant(self, trees: Crowns, colour: Sequence, where: float | Array = 1) -> None:
         """Paints trees and their shadows, scaled by the share `where`."""
@@ -81,7 +85,8 @@ class LandCanvas(Canvas):
     Tones, shadows and colours without a class change nothing.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], *, shadow: float) -> None:
+        super().__init__(shape, shadow=shadow)
         self.planes = np.zeros((len(LAND), *shape), np.float32)
 
     def paint(
@@ -95,7 +100,7 @@ class LandCanvas(Canvas):
         self.planes *= 1 - np.asarray(cover, np.float32)
         self.planes[LAND.index(land)] += cover
 
-    def shade(self, cover: Array, strength: float = 0.55) -> None:
+    def shade(self, cover: Array) -> None:
         """Nothing: land in shadow is the same land."""
 
 
@@ -105,25 +110,34 @@ def blend(first: Sequence[float], second: Sequence[float], share: float) -> list
 
 
 class Materials:
-    """The colours of one scene, drawn for its season, soil and buildings."""
+    """The colours of one scene, drawn for its season, soil and buildings.
+
+    The ranges overlap: dry grass is as pale as concrete, wet soil as dark as asphalt.
+    """
 
     def __init__(self, rng: np.random.Generator) -> None:
-        dry, autumn, bright = rng.random(), rng.random(), rng.random()
-        self.grass = Colour(blend((92, 118, 62), (168, 152, 104), dry), "grass")
-        crop = blend((84, 124, 58), (190, 170, 105), rng.random())
-        self.crop = Colour(crop, "field")
-        leaves = blend((48, 78, 42), (66, 88, 58), bright)
-        self.tree = Colour(blend(leaves, (118, 96, 58), autumn), "tree")
-        earth = blend((178, 132, 98), (196, 178, 148), dry)
-        self.soil = Colour(blend((104, 84, 66), earth, bright), "field")
-        self.sand = Colour(blend(self.soil, (206, 192, 164), 0.6), "sand")
-        asphalt = blend((84, 84, 88), (142, 140, 138), rng.random())
+        dry, bright, wet = rng.random(), rng.random(), rng.random()
+        straw = blend((186, 168, 116), (136, 118, 92), rng.random())
+        meadow = blend((74, 108, 50), (128, 146, 82), rng.random())
+        self.grass = Colour(blend(meadow, straw, dry), "grass")
+        ripe = blend((204, 180, 112), (142, 126, 80), rng.random())
+        green = blend((58, 104, 48), (140, 160, 84), rng.random())
+        self.crop = Colour(blend(green, ripe, rng.random()), "field")
+        # From dark conifers over summer leaves to autumn and to bare branches.
+        leaves = blend((40, 66, 44), (98, 122, 66), rng.random())
+        brown = blend((158, 108, 52), (128, 114, 98), rng.random())
+        self.tree = Colour(blend(leaves, brown, rng.random()), "tree")
+        earth = blend((172, 116, 78), (206, 188, 156), rng.random())
+        self.soil = Colour(blend(earth, (82, 70, 58), wet), "field")
+        self.sand = Colour(blend(self.soil, (212, 198, 170), 0.6), "sand")
+        asphalt = blend((66, 68, 74), (168, 162, 154), rng.random())
         self.asphalt = Colour(asphalt, "paved")
-        concrete = blend((140, 138, 134), (202, 198, 190), rng.random())
+        concrete = blend((126, 124, 120), (208, 200, 188), rng.random())
         self.concrete = Colour(concrete, "paved")
-        clear, muddy = (38, 62, 72), (122, 112, 88)
-        depth = blend(clear, (66, 96, 78), rng.random())
-        self.water = Colour(blend(depth, muddy, rng.random()), "water")
+        # Clear, green or muddy, or bright with the sky that it mirrors.
+        clear = blend((34, 56, 66), (76, 102, 78), rng.random())
+        muddy = blend((138, 122, 92), (152, 160, 166), rng.random())
+        self.water = Colour(blend(clear, muddy, rng.random()), "water")
         tiles = blend((150, 84, 64), (172, 112, 84), rng.random())
         slate, pale = (96, 98, 106), blend((170, 160, 150), (206, 204, 200), bright)
         order = rng.permutation(3).tolist()

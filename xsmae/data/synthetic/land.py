@@ -1,9 +1,12 @@
 """The ten kinds of land of the synthetic world, all made of the same materials.
 
 The kinds differ in layout, not in colour: each scene draws its own season, soils,
-roofs, water, sun, haze and exposure, in the same way for all kinds. A kind is one
-function that paints the given ground samples. It draws a few numbers from the scene's
-generator; everything that varies over the ground comes from hashes of the position.
+roofs, water, sun, haze and exposure, in the same way for all kinds. The seasons are so
+wide, and the kinds have so much in common, that mean and contrast say little.
+
+A kind is one function that paints the given ground samples. It draws a few numbers from
+the scene's generator; everything that varies over the ground comes from hashes of the
+position.
 """
 
 from collections.abc import Callable
@@ -32,15 +35,21 @@ def _countryside(
     material: Materials,
     rng: Rng,
     *,
-    crop: float = 0.35,
-    bare: float = 0.15,
-    wood: float = 0.2,
+    tilled: tuple[float, float] = (0, 0.8),
+    wood: tuple[float, float] = (0, 0.9),
 ) -> None:
-    """Parcels of crops, bare soil, grass and woods, in the given shares."""
+    """Parcels of crops, bare soil, grass and woods.
+
+    tilled, wood: the least and the largest share of the parcels; woods are grown on
+    grass first. A scene draws its share, and that of the bare fields among the tilled.
+    """
+    share = rng.uniform(*tilled)
+    crop = share * rng.uniform(0.3, 1)
+    grown = rng.uniform(*wood)
     frame = ground.turned(rng.random())
     size = rng.uniform(38, 60), rng.uniform(55, 110)
     parcels = Cells(frame, *size, 10, stagger=True)
-    strength, lane = rng.uniform(0.16, 0.36), rng.uniform(12, 20)
+    strength, lane = rng.uniform(0.2, 0.45), rng.uniform(12, 20)
     verge = rng.uniform(0.8, 2.0)
     kind, vigour = parcels.random(0), parcels.random(1)
     mottle = ground.texture((60, 22, 8, 3), 20)
@@ -48,19 +57,20 @@ def _countryside(
     lengthwise = parcels.random(2) < 0.5
     across = np.where(lengthwise, parcels.u, parcels.v)
     rows = wave(across, 2.4 + 3.6 * parcels.random(3), frame.footprint)
-    tilled = kind < crop + bare
+    worked = kind < share
     cover = np.where(kind < crop, 0.3 + 0.6 * vigour, 0.08 + 0.15 * vigour)
     cover = cover + strength * rows + 0.14 * mottle
     canvas.paint(1, material.soil, 0.9 + 0.2 * vigour + 0.08 * mottle)
-    canvas.paint(_clip(cover) * tilled, material.crop, 0.85 + 0.3 * parcels.random(4))
+    canvas.paint(_clip(cover) * worked, material.crop, 0.85 + 0.3 * parcels.random(4))
     # Wheel tracks of machines run in pairs through the crop.
     passes = np.abs(across - lane * np.floor(across / lane) - lane / 2)
     tracks = band(passes - 0.9, 0.3, frame.footprint)
-    canvas.paint(0.6 * tracks * tilled, material.soil, 0.85)
-    canvas.paint(~tilled, material.grass, 0.85 + 0.3 * vigour + 0.13 * mottle)
+    canvas.paint(0.6 * tracks * worked, material.soil, 0.85)
+    canvas.paint(~worked, material.grass, 0.85 + 0.3 * vigour + 0.13 * mottle)
     canvas.paint(inside(edge - verge, frame.footprint), material.grass, 0.9)
     spacing = rng.uniform(5, 9)
-    rim = inside(3 - edge + 3 * mottle, 1.5) * (kind > 1 - wood)
+    # Neighbouring woods grow together, or leave a ride between them.
+    rim = inside(rng.uniform(-3, 3) - edge + 3 * mottle, 1.5) * (kind > 1 - grown)
     if rim.any():
         _woods(canvas, ground, material, 40, spacing, rim)
 
@@ -82,9 +92,7 @@ def _woods(
 
 def annual_crop(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
     """Fields with rows of crops, some of them bare."""
-    _countryside(
-        canvas, ground, material, rng, crop=0.68, bare=0.2, wood=rng.uniform(0, 0.25)
-    )
+    _countryside(canvas, ground, material, rng, tilled=(0.7, 1), wood=(0, 0.5))
 
 
 def meadow(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
@@ -107,22 +115,25 @@ def meadow(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> Non
     hedge = hedge * (parcels.random(1) < 0.75)
     canvas.paint(0.6 * hedge, material.tree, 0.6)
     canvas.plant(crowns(ground, 4.2, 41, share=0.9), material.tree, hedge)
-    single = crowns(ground, 15, 42, share=rng.uniform(0.03, 0.15), radius=(0.2, 0.36))
+    share, spacing = rng.uniform(0.02, 0.3), rng.uniform(9, 16)
+    single = crowns(ground, spacing, 42, share=share, radius=(0.2, 0.4))
     canvas.plant(single, material.tree)
 
 
 def forest(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
     """Closed canopy with clearings and sometimes a track."""
     mottle = ground.texture((50, 18, 7), 20)
-    canvas.paint(1, material.grass, 0.85 + 0.15 * mottle)
+    bare = rng.random()
+    canvas.paint(1, material.soil, 0.9 + 0.15 * mottle)
+    canvas.paint(_clip(bare + 0.4 * mottle), material.grass, 0.9 + 0.15 * mottle)
     track = ground.turned(rng.random())
     line = track.v - rng.uniform(-30, 30) + 10 * ground.noise(100, 30)
     width = rng.uniform(1.5, 3) if rng.random() < 0.5 else -9.0
     canvas.paint(inside(np.abs(line) - width, track.footprint), material.sand, 0.9)
     open_land = ground.noise(120, 31) + 0.35 * mottle
-    closed = inside((open_land - rng.uniform(0.35, 0.8)) * 12, 2)
+    closed = inside((open_land - rng.uniform(0.05, 0.8)) * 12, 2)
     closed = closed * (1 - inside(np.abs(line) - width - 1, 2))
-    _woods(canvas, ground, material, 43, rng.uniform(5, 9), closed)
+    _woods(canvas, ground, material, 43, rng.uniform(4, 10), closed)
 
 
 def orchard(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
@@ -131,7 +142,7 @@ def orchard(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
     mottle = ground.texture((60, 22, 8, 3), 20)
     canvas.paint(1, material.soil, 0.95 + 0.12 * mottle)
     strips = _clip(0.5 + 0.4 * wave(frame.v, spacing, frame.footprint) + 0.25 * mottle)
-    canvas.paint(strips * rng.uniform(0.2, 1), material.grass)
+    canvas.paint(strips * rng.random(), material.grass)
     wide, deep = (rng.integers(7, 13, 2) * spacing).tolist()
     street = rng.uniform(1, 5)
     blocks = Cells(frame, wide + street, deep + street, 12)
@@ -139,7 +150,7 @@ def orchard(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
     canvas.paint(inside(edge, frame.footprint), material.sand, 0.95)
     # Trees stand on the corners of their cells, half a cell from the sides of a block.
     grid = blocks.without(street).moved(spacing / 2, spacing / 2)
-    small = rng.uniform(0.26, 0.36)
+    small = rng.uniform(0.2, 0.4)
     trees = crowns(
         grid,
         spacing,
@@ -178,7 +189,7 @@ def residential(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -
         material.roof(plots.random(7), variety),
         at=(-1.5, 2.5 * (2 * plots.random(8) - 1)),
         height=5,
-        there=plots.random(9) < density,
+        there=(plots.random(9) < density) * kept,
         ridge=0.16,
     )
     shed = 1.2 + plots.random(11), 1.2 + 1.5 * plots.random(12)
@@ -188,9 +199,9 @@ def residential(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -
         material.roof(plots.random(13), 1),
         at=(-wide * 0.3, deep * 0.36 * _sign(plots, 14)),
         height=2,
-        there=plots.random(15) < 0.35,
+        there=(plots.random(15) < 0.35) * kept,
     )
-    trees = crowns(ground, 9, 45, share=rng.uniform(0.12, 0.4), radius=(0.2, 0.45))
+    trees = crowns(ground, 9, 45, share=rng.uniform(0.1, 0.8), radius=(0.2, 0.45))
     canvas.plant(trees, material.tree, kept)
 
 
@@ -235,30 +246,45 @@ def industrial(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) ->
 
 
 def parking(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
-    """Rows of marked bays with cars, and planted strips between some of them."""
+    """Car parks: rows of marked bays with cars, planted strips, shops beside them."""
     frame = ground.turned(rng.random()).moved(rng.uniform(-9, 9), rng.uniform(-9, 9))
     bay, depth, aisle = rng.uniform(2.4, 2.8), rng.uniform(4.8, 5.4), rng.uniform(6, 7)
-    rows = Cells(frame, bay * int(rng.integers(14, 24)), 2 * depth + aisle, 18)
+    module = bay * int(rng.integers(14, 24)), 2 * depth + aisle
+    modules = int(rng.integers(1, 3)), int(rng.integers(2, 5))
+    wide, deep = modules[0] * module[0], modules[1] * module[1]
+    gap = rng.uniform(3, 26)
+    lots = Cells(frame, wide + gap, deep + gap, 20)
     mottle = ground.texture((50, 17, 6, 2), 20)
-    canvas.paint(1, material.asphalt, 1 + 0.1 * mottle)
+    lot = inside(gap / 2 - _edge(lots), frame.footprint)
+    canvas.paint(1, material.grass, 0.95 + 0.12 * mottle)
+    canvas.paint(lot, material.asphalt, 1 + 0.1 * mottle)
+    # The lots without the strips between them: one pattern of rows and bays.
+    inner = lots.without(gap)
+    rows = Cells(inner, *module, 18)
     # Two rows of bays lie back to back around the middle of each cell.
-    bays = Cells(frame.moved(0, aisle / 2), bay, depth + aisle / 2, 19)
-    marked = band(rows.v, depth, frame.footprint_v)
+    bays = Cells(inner.moved(0, aisle / 2), bay, depth + aisle / 2, 19)
+    marked = band(rows.v, depth, frame.footprint_v) * lot
     lines = band(bay / 2 - np.abs(bays.u), 0.09, frame.footprint_u)
     canvas.paint(0.9 * lines * marked, (232, 230, 222))
-    canvas.paint(0.9 * band(rows.v, 0.09, frame.footprint_v), (232, 230, 222))
+    canvas.paint(0.9 * band(rows.v, 0.09, frame.footprint_v) * lot, (232, 230, 222))
     end = inside(rows.size_u / 2 - np.abs(rows.u) - bay, frame.footprint_u)
-    busy = rng.uniform(0.35, 0.95) + 0.3 * ground.noise(60, 30)
+    busy = rng.uniform(0.2, 0.95) + 0.3 * ground.noise(60, 30)
     for salt, sign in ((50, -1), (51, 1)):
-        half = Cells(frame, bay, 2 * depth + aisle, salt)
-        there = (half.random(0) < busy) * (1 - end)
+        half = Cells(inner, bay, module[1], salt)
+        there = (half.random(0) < busy) * (1 - end) * lot
         _cars(canvas, half, 1, (0.92, 2.2), 1, at=(0, sign * depth / 2), there=there)
     island = end * marked
     canvas.paint(island, material.grass, 0.95 + 0.1 * mottle)
-    strip = band(rows.v, 1.2, frame.footprint_v) * (rng.random() < 0.5)
+    strip = band(rows.v, 1.2, frame.footprint_v) * (rng.random() < 0.5) * lot
     canvas.paint(strip, material.grass, 0.9)
-    trees = crowns(frame, 5, 46, share=0.7, radius=(0.3, 0.5), jitter=0.15)
-    canvas.plant(trees, material.tree, _clip(island + strip))
+    share = rng.uniform(0.2, 0.9)
+    trees = crowns(frame, 5, 46, share=share, radius=(0.3, 0.5), jitter=0.15)
+    canvas.plant(trees, material.tree, _clip(island + strip + 1 - lot))
+    if gap > 14:
+        shops = Cells(frame.moved(0, (deep + gap) / 2), wide + gap, deep + gap, 21)
+        half = wide * (0.25 + 0.2 * shops.random(0)), gap / 2 - 3
+        roof = material.roof(shops.random(1), 1)
+        canvas.build(shops, half, roof, height=7, there=shops.random(2) < 0.8)
 
 
 def _sign(cells: Cells, salt: int) -> Array:
@@ -289,7 +315,7 @@ def _cars(
 
 def highway(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
     """A road with two carriageways across the country."""
-    _countryside(canvas, ground, material, rng, wood=0.25)
+    _countryside(canvas, ground, material, rng)
     frame = ground.turned(rng.random())
     frame = frame.moved(
         0, rng.uniform(-14, 14) + frame.u * frame.u * rng.uniform(0, 7e-4)
@@ -349,7 +375,7 @@ def river(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None
     frame = ground.turned(rng.random())
     line = frame.v - rng.uniform(-10, 10) + 16 * ground.noise(150, 30)
     line = line + 7 * ground.noise(60, 31)
-    width = rng.uniform(6, 16) * (1 + 0.3 * ground.noise(90, 35))
+    width = rng.uniform(4, 15) * (1 + 0.3 * ground.noise(90, 35))
     _waterside(canvas, ground, material, rng, np.abs(line) - width)
 
 
@@ -357,7 +383,7 @@ def lake(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
     """Open water with one shore."""
     _countryside(canvas, ground, material, rng)
     radius = rng.uniform(60, 150)
-    frame = ground.turned(rng.random()).moved(0, radius - rng.uniform(-8, 25))
+    frame = ground.turned(rng.random()).moved(0, radius - rng.uniform(-14, 22))
     away = np.sqrt(frame.u * frame.u + frame.v * frame.v)
     bays = 14 * ground.noise(80, 30) + 6 * ground.noise(35, 31)
     _waterside(canvas, ground, material, rng, away - radius + bays)

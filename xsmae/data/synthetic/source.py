@@ -21,7 +21,7 @@ from xsmae.data.synthetic.ground import Ground, hashed
 from xsmae.data.synthetic.land import KINDS
 from xsmae.errors import UserError
 
-GENERATOR_VERSION = 1  # increase it whenever any pixel of any scene changes
+GENERATOR_VERSION = 2  # increase it whenever any pixel of any scene changes
 CLASS_NAMES = tuple(KINDS)
 
 FINEST_GSD, COARSEST_GSD = 0.01, 30.0  # metres per pixel that can be rendered
@@ -138,15 +138,13 @@ class Scene:
         material = Materials(rng)
         sun = rng.uniform(-1, 1)
         length = rng.uniform(0.35, 1.1) * (-1 if rng.random() < 0.5 else 1)
-        gain, haze, vivid = (
-            rng.uniform(0.85, 1.15),
-            rng.uniform(0, 0.2),
-            rng.uniform(0.8, 1.1),
-        )
-        tint = rng.uniform(0.98, 1.02, 3).astype(np.float32)[:, None, None]
+        exposure, haze = rng.uniform(0.75, 1.25), rng.uniform(0, 0.4)
+        vivid, shadow = rng.uniform(0.7, 1.15), rng.uniform(0.3, 0.65)
+        warm, green = rng.uniform(-0.06, 0.06), rng.uniform(-0.03, 0.03)
+        tint = np.array((1 + warm, 1 + green, 1 - warm), np.float32)[:, None, None]
         light = (sun * length, (1 - abs(sun)) * length)
         ground = Ground(x[None, :], y[:, None], step_x, step_y, light, key)
-        canvas = kind((len(y), len(x)))
+        canvas = kind((len(y), len(x)), shadow=shadow)
         KINDS[self.class_name](canvas, ground, material, rng)
         if kind is LandCanvas:
             return canvas.planes
@@ -154,7 +152,7 @@ class Scene:
         grey = (canvas.planes[0] + canvas.planes[1] + canvas.planes[2]) * (1 / 3)
         seen = grey + vivid * (canvas.planes - grey)
         veil = np.array((118, 124, 132), np.float32)[:, None, None]
-        return gain * tint * ((1 - haze) * seen + haze * veil)
+        return exposure * tint * ((1 - haze) * seen + haze * veil)
 
 
 class RenderedOnce:
