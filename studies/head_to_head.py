@@ -16,7 +16,7 @@ import json
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from xsmae.data.records import Source
 from xsmae.errors import UserError
 from xsmae.evaluation.rows import append_all, now, read
 from xsmae.evaluation.subjects import open_encoder
+from xsmae.methods import METHODS
 from xsmae.process.environment import describe_environment
 from xsmae.process.files import read_jsonl
 from xsmae.process.signals import StopRequest
@@ -42,6 +43,7 @@ BASE_SIZE = 64
 # Task -> its scales in percent.
 TASKS = {
     "knn": {"scales": (12.5, 25.0, 50.0, 100.0)},
+    "knn_cross_scale": {"scales": (12.5, 25.0, 50.0, 100.0)},
     "linear_probe": {"scales": (100.0,)},
 }
 BANK_EVERY = 4  # the bank has every 4th training image of EuroSAT, all of UC Merced
@@ -86,12 +88,14 @@ DATA_SETS = (
 
 def plan(seeds: tuple[int, ...]) -> list[tuple[str, int]]:
     """(system, seed) of every run in order, complete comparisons first."""
-    compared = [s for s in systems.SYSTEMS if "-" not in s]
-    ablated = [s for s in systems.SYSTEMS if "-" in s]
     first, *others = seeds
+    compared = [s for s in systems.SYSTEMS if "-" not in s or s in systems.STEPS]
+    compared = [s for s in compared if s not in systems.LONG]
+    ablated = [s for s in systems.SYSTEMS if s not in (*compared, *systems.LONG)]
     runs = [(s, seed) for seed in seeds for s in compared]
     runs += [(s, first) for s in ablated]
-    return runs + [(s, seed) for seed in others for s in CONTESTED]
+    runs += [(s, seed) for seed in others for s in CONTESTED]
+    return runs + [(s, first) for s in systems.LONG]
 
 
 def prepare(data: Path, folder: Path) -> Path:
@@ -164,18 +168,22 @@ def pretrain(system: str, seed: int, folder: Path, workdir: Path, changes) -> in
 
 
 def evaluate(
-    name: str, folder: Path, workdir: Path, should_stop: Callable[[], bool]
+    name: str,
+    folder: Path,
+    encoder: Path,
+    should_stop: Callable[[], bool],
+    tasks: Iterable[str] = tuple(TASKS),
 ) -> None:
-    """Runs kNN over the scales and the linear probe at 100%, on both test splits.
+    """Runs the tasks of `TASKS` on both test splits.
 
     The rows go to `<folder>/rows`, so that the next run finds the rows of the controls.
     Raises KeyboardInterrupt between two batches once `should_stop()` is true.
     """
     for one in DATA_SETS:
         bank, test = (one.source(folder, part) for part in ("bank", "test"))
-        for task, options in TASKS.items():
+        for task in tasks:
             xsmae.evaluate(
-                workdir / "encoder",
+                encoder,
                 bank,
                 test,
                 task=task,
@@ -185,8 +193,19 @@ def evaluate(
                 name=name,
                 data_name=one.folder,
                 should_stop=should_stop,
-                **options,
+                **TASKS[task],
             )
+
+
+def kept_checkpoints(system: str, workdir: Path) -> dict[int, Path]:
+    """Step -> folder of the checkpoints that show the course of a long run."""
+    if system not in systems.LONG:
+        return {}
+    every = systems.LONG[system] // systems.PARTS_OF_LONG
+    found = workdir / "checkpoints"
+    return {
+        step: found / str(step) for step in range(every, systems.LONG[system], every)
+    }
 
 
 def publish(rows: Path, results: Path, digest: str) -> None:
@@ -217,7 +236,12 @@ def account(
     images = config["num_steps"] * config["batch_size"]
     encoder = open_encoder(str(workdir / "encoder"), config=None)
     found = describe_environment()
+    kept = {
+        str(step): open_encoder(str(path), config=None).digest
+        for step, path in kept_checkpoints(system, workdir).items()
+    }
     return {
+        **({"checkpoints": kept} if kept else {}),
         "schema": SCHEMA,
         "system": system,
         "seed": seed,
@@ -227,7 +251,7 @@ def account(
         "steps": config["num_steps"],
         "batch_size": config["batch_size"],
         "images": images,
-        "views": images * (2 if method == "cross_scale_mae" else 1),
+        "views": images * METHODS[method].num_views,
         "first": {k: v for k, v in rows[0].items() if k.startswith("loss")},
         "last": {k: v for k, v in rows[-1].items() if k.startswith("loss")},
         # Time of the last process only, if the run was stopped and resumed.
@@ -292,14 +316,18 @@ def _run_all(values: flags.FlagValues, runs: list[tuple[str, int]]) -> int:
         if status:
             return status
         with StopRequest() as stop:
+            should_stop = lambda stop=stop: stop.signal is not None  # noqa: E731
             try:
-                evaluate(name, folder, workdir, lambda: stop.signal is not None)
+                evaluate(name, folder, workdir / "encoder", should_stop)
+                for step, path in kept_checkpoints(system, workdir).items():
+                    evaluate(f"{name}@{step}", folder, path, should_stop, ["knn"])
             except KeyboardInterrupt:
                 return 128 + (stop.signal or 2)
         row = account(system, seed, fields, workdir, seconds)
         for task in TASKS:
             file = f"{task}.jsonl"
-            publish(folder / "rows" / file, results / file, row["encoder"])
+            for digest in (row["encoder"], *row.get("checkpoints", {}).values()):
+                publish(folder / "rows" / file, results / file, digest)
         with (results / "runs.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
     return 0

@@ -4,6 +4,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,10 +13,14 @@ from studies import config as systems
 from studies import head_to_head, report
 from xsmae.config import flatten
 from xsmae.evaluation.rows import read
+from xsmae.methods import METHODS
+from xsmae.planning.step import products
+from xsmae.planning.topology import TPUS, Topology
 
 ROOT = Path(__file__).parent.parent
 COMPARED = [system for system in systems.SYSTEMS if "-" not in system]
-SHARED = ("data", "mean", "std", "bands", "num_steps", "optim", "input")
+SHARED = ("data", "mean", "std", "bands", "optim", "input")
+LOCAL = Topology(TPUS["v5e"], jax.devices()[:1], 1)  # its chip has no effect here
 SMALL = (
     "--change=--config.num_steps=2",
     "--change=--config.optim.warmup_steps=1",
@@ -41,13 +46,35 @@ def test_systems_differ_in_nothing_but_the_method(system):
             for one in (theirs, ours):
                 # The peak rate is the rate times batch / learning_rate_batch.
                 assert one.pop("learning_rate_batch") in (64, 128)
+                one.pop("warmup_steps")
             assert config.optim.learning_rate_batch == config.batch_size
+            assert config.optim.warmup_steps == config.num_steps // 10
         assert ours == theirs, name
-    views = 2 if config.method == "cross_scale_mae" else 1
+    views = METHODS[config.method].num_views
     assert config.batch_size * views == systems.VIEWS_A_STEP
-    for name in ("embed_dim", "depth", "num_heads", "patch_size", "mask_ratio"):
+    for name in ("embed_dim", "depth", "num_heads", "patch_size"):
         assert config.model[name] == mae.model[name]
+    assert config.model.get("mask_ratio", 0.75) == mae.model.mask_ratio
     assert (config.views.size, config.model.patch_size) == (64, 8)
+
+
+@pytest.mark.parametrize(
+    "system", ["published-temperature", *sorted(systems.STEPS.keys() - systems.LONG)]
+)
+def test_runs_have_equal_arithmetic(system):
+    config = systems.get_config(system)
+    config.model.attention = "xla"
+    a_step = products(config, LOCAL)
+    assert config.num_steps * a_step == pytest.approx(systems.ARITHMETIC, rel=5e-3)
+
+
+def test_long_runs_have_equal_arithmetic():
+    """Compared by the arithmetic of a step, which the test above has shown."""
+    cost = {
+        name: steps / systems.STEPS[name.removesuffix("-long")]
+        for name, steps in systems.LONG.items()
+    }
+    assert max(cost.values()) < 1.005 * min(cost.values())
 
 
 @pytest.mark.parametrize("name", systems.ABLATIONS)
@@ -70,7 +97,7 @@ def test_the_ablations_are_all_that_presets_differ_in():
 
 def test_unknown_system():
     with pytest.raises(ValueError, match="expected one of mae"):
-        systems.get_config("simclr")
+        systems.get_config("byol")
 
 
 def test_a_run_is_of_the_fields_that_it_had():
@@ -167,7 +194,7 @@ def test_a_run_from_the_zips_to_the_tables(archives, tmp_path, capsys, monkeypat
     [
         ([], "--data=DIR is missing"),
         (["--data=nowhere"], "eurosat_rgb.zip does not exist"),
-        (["--data=nowhere", "--only=simclr"], "--only=simclr, expected"),
+        (["--data=nowhere", "--only=byol"], "--only=byol, expected"),
         (["--data=nowhere", "--seeds=a"], "invalid literal"),
     ],
 )

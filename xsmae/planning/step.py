@@ -194,7 +194,7 @@ def make_plan(
     seconds = time.monotonic() - start
     exchanged = read_collectives(compiled.as_text(), devices, topology.a_host)
     memory = used_memory(compiled)
-    flops = _products(config, topology) / devices
+    flops = products(config, topology) / devices
     arithmetic = flops / chip.flops
     network = sum(c.sent / topology.bandwidth(c.hosts, c.cards) for c in exchanged)
     batch, reason = None, None
@@ -218,7 +218,7 @@ def make_plan(
     }
 
 
-def _products(config: ml_collections.ConfigDict, topology: Topology) -> float:
+def products(config: ml_collections.ConfigDict, topology: Topology) -> float:
     """Floating-point operations of a step's products, over all devices."""
     plain = copy.deepcopy(config)
     plain.model.attention = "xla"  # same products, but none hidden in a kernel
