@@ -1,119 +1,32 @@
-"""Writes the tables and the plot of the head-to-head study.
+"""Writes the tables and the plots of the head-to-head study.
 
 `python -m studies.report` reads the committed rows in studies/results. It writes the
-tables between the two marks of docs/study.md, and the plot to docs/study_scales.png.
+tables between the marks of docs/study.md, and the plots to docs/study_*.png.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
 
 from studies import config as systems
-from studies.head_to_head import STUDIES, TASKS, read_runs
+from studies import summary
+from studies.finished import CONTROLS, FEATURES, NAMES, Study, cell, load, table
+from studies.head_to_head import STUDIES
 from xsmae.errors import UserError
-from xsmae.evaluation.rows import AVERAGE, Result, read
+from xsmae.evaluation.rows import AVERAGE
 
 DOCS = STUDIES.parent / "docs"
-MARKS = ("<!-- tables -->\n", "<!-- end of tables -->\n")
-NAMES = {
-    "mae": "MAE",
-    "sat_mae": "SatMAE (RGB)",
-    "sat_mae-groups": "SatMAE, a group a band",
-    "scale_mae": "Scale-MAE",
-    "published": "Cross-Scale MAE `published`",
-    "published-post": "Cross-Scale MAE `published`, post-norm",
-    "published-temperature": "Cross-Scale MAE `published`, temperature 0.1",
-    "corrected": "Cross-Scale MAE `corrected`",
+# Name of a part of docs/study.md between `<!-- NAME -->` and `<!-- end of NAME -->`.
+PARTS = {
+    "summary": summary.summary_table,
+    "long": summary.long_table,
+    "parts": summary.parts_table,
+    "tables": lambda study: tables(study),
 }
-FEATURES = {"cls": "class token", "mean": "mean patch"}
-CONTROLS = {"statistics": "image statistics", "thumbnail": "thumbnail of 8 px"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """The finished runs, and the rows of each task (`knn`, `linear_probe`)."""
-
-    runs: list[dict]
-    rows: dict[str, list[Result]]
-
-    def seeds(self, system: str) -> list[dict]:
-        """The runs of a system, sorted by seed."""
-        found = [run for run in self.runs if run["system"] == system]
-        return sorted(found, key=lambda run: run["seed"])
-
-    def find(self, task: str, data: str, digests: Iterable[str], **fields) -> list:
-        """The rows of encoders with `digests` on `data` that have these `fields`."""
-        return [
-            row
-            for row in self.rows[task]
-            if row.protocol.data["name"] == data
-            and row.encoder["digest"] in set(digests)
-            and all(getattr(row, name) == value for name, value in fields.items())
-        ]
-
-    def untrained(self, digest: str) -> str | None:
-        """The digest of the random encoder of the same architecture."""
-        rows = self.rows["knn"]
-        shape = next(
-            r.encoder["architecture"] for r in rows if r.encoder["digest"] == digest
-        )
-        for row in rows:
-            same = row.encoder["architecture"] == shape
-            if row.encoder["kind"] == "random" and same:
-                return row.encoder["digest"]
-        return None
-
-    def control(self, kind: str) -> str:
-        """The digest of a control without a network."""
-        rows = self.rows["knn"]
-        return next(r.encoder["digest"] for r in rows if r.encoder["kind"] == kind)
-
-    @property
-    def data(self) -> list[str]:
-        """The data sets, in the order of their first rows."""
-        return list(dict.fromkeys(r.protocol.data["name"] for r in self.rows["knn"]))
-
-    @property
-    def scales(self) -> list[float]:
-        """The scales of kNN, in percent."""
-        found = {r.scale for r in self.rows["knn"]} - {AVERAGE}
-        return sorted(found)
-
-
-def load(results: Path) -> Study:
-    """Reads `results`; raises UserError if no run is finished."""
-    runs = read_runs(results / "runs.jsonl")
-    current = [r for r in runs if r["system"] in systems.SYSTEMS]
-    if not current:
-        raise UserError(
-            f"no finished run in {results}: run python -m studies.head_to_head"
-        )
-    rows = {task: read(results / f"{task}.jsonl") for task in TASKS}
-    return Study(current, rows)
-
-
-def cell(rows: Sequence[Result]) -> str:
-    """Mean ± standard deviation of several seeds, or one seed's bootstrap interval."""
-    if not rows:
-        return "-"
-    values = [100 * row.value for row in rows]
-    if len(values) > 1:
-        return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-    (row,) = rows
-    return f"{values[0]:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with text in its first column and numbers in the others."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    rows = [header, rule, *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def runs_table(study: Study) -> str:
@@ -232,7 +145,7 @@ def _compared(study: Study) -> list[str]:
 
 
 def tables(study: Study) -> str:
-    """The text between the marks of docs/study.md."""
+    """The whole tables, for the appendix of docs/study.md."""
     parts = ["### Runs\n", runs_table(study)]
     for data in study.data:
         parts += [f"### {data}\n", comparison_table(study, data)]
@@ -241,15 +154,19 @@ def tables(study: Study) -> str:
     return "\n".join(parts)
 
 
-def replace_tables(document: str, content: str) -> str:
-    """Replaces the text between the marks of `document` with `content`."""
-    start, end = MARKS
-    if document.count(start) != 1 or document.count(end) != 1:
-        raise UserError(
-            f"docs/study.md: expected {start.strip()!r} once and {end.strip()!r} once"
-        )
-    before, _, rest = document.partition(start)
-    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+def replace_tables(document: str, study: Study) -> str:
+    """Replaces the text between the marks of each part of `PARTS`."""
+    for name, create in PARTS.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        if document.count(start) != 1 or document.count(end) != 1:
+            raise UserError(
+                f"docs/study.md: expected {start.strip()!r} once and {end.strip()!r} "
+                "once"
+            )
+        before, _, rest = document.partition(start)
+        after = rest.partition(end)[2]
+        document = f"{before}{start}\n{create(study)}\n{end}{after}"
+    return document
 
 
 def draw(study: Study, path: Path) -> None:
@@ -303,8 +220,10 @@ def main() -> int:
     try:
         study = load(STUDIES / "results")
         page = DOCS / "study.md"
-        page.write_text(replace_tables(page.read_text(), tables(study)))
+        page.write_text(replace_tables(page.read_text(), study))
         draw(study, DOCS / "study_scales.png")
+        if summary.curves(study):
+            summary.draw_curves(study, DOCS / "study_curves.png")
     except (UserError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
