@@ -28,7 +28,7 @@ RUNS = [
         4,
     ),
     ("scale_mae", "published", {"head_dim": 8, "target_scale": 2}, 1),
-    ("sigreg", "recommended", {"local_crops": 2, "projection_hidden_dim": 16}, 4),
+    ("sigreg", "recommended", {"local_crops": 2, "projection_hidden_dim": 16}, 1),
     ("simclr", "recommended", {"projection_dim": 8}, 4),
     (
         "sat_mae",
