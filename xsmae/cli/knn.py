@@ -34,13 +34,28 @@ def define_flags(values: flags.FlagValues) -> None:
         "other.",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "standardize",
+        False,
+        "Shift and scale every dimension of the features to mean 0 and standard "
+        "deviation 1 over the training images.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "block",
+        None,
+        "The block whose tokens are used, from 1 to the encoder's depth, without the "
+        "final norm. By default the last one, after the final norm.",
+        flag_values=values,
+    )
 
 
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure the encoder and its controls; prints the table."""
     values, config = commandline.parse(argv, define_flags, doc=__doc__)
     create = catalogue.knn_cross_scale if values.cross_scale else catalogue.knn
-    task = create(k=values.k, temperature=values.temperature)
+    names = ("k", "temperature", "standardize", "block")
+    task = create(**{name: values[name].value for name in names})
     return measure(values, config, task, should_stop=should_stop)
 
 

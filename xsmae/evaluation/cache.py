@@ -90,10 +90,10 @@ def cached_features(
     """The features of every image of `source` at `scale`, from the cache if there.
 
     The cache has one file per batch, in a folder named after the encoder's digest, the
-    source's fingerprint, the size and the GSD, and of rasters the bands, dtype and
-    units. Files are written atomically, so an
-    extraction that was stopped or killed resumes after its last batch. A damaged file
-    is reported and computed again. `say` gets the progress lines, which begin with
+    source's fingerprint, the size and the GSD, of rasters the bands, dtype and units,
+    and the encoder's use. Files are written atomically, so an extraction that was
+    stopped or killed resumes after its last batch. A damaged file is reported and
+    computed again. `say` gets the progress lines, which begin with
     `title`. Raises KeyboardInterrupt between batches once `should_stop()` is true, and
     UserError if no image can be used or a feature is not finite.
     """
@@ -102,7 +102,7 @@ def cached_features(
     if source.dtype != "uint8":
         values = fingerprint(source.bands, (source.units,))
         key = f"{key}-{source.dtype}-{values[:8]}"
-    folder = cache / encoder.digest / key
+    folder = cache / encoder.digest / f"{key}{encoder.use}"
     create_folder(folder)
     missing = unknown(folder, len(source), say)
     begin = last = time.monotonic()

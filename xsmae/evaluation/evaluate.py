@@ -149,9 +149,10 @@ def evaluate(
       config: describes the encoder of `random:SIZE`, except its size.
       progress: print progress lines.
       should_stop: called between batches; once true, KeyboardInterrupt is raised.
-      options: of the task. knn and knn_cross_scale: k, temperature. linear_probe:
-        penalties, validation. The others: recipe (the fields that differ from the
-        default), num_workers.
+      options: of the task. knn and knn_cross_scale: k, temperature, standardize (the
+        features, by the training images), block (whose tokens are used, 1 to the depth;
+        None: the last one after the final norm). linear_probe: penalties, validation.
+        The others: recipe (the fields that differ from the default), num_workers.
 
     Raises:
       UserError: arguments that do not fit, in one line, before anything is measured.
@@ -190,6 +191,7 @@ def evaluate(
     subjects = [setup.encoder]
     if controls:
         subjects += _controls(setup, task, seed, missing_bands)
+    subjects = list(map(task.adapt(setup.parts), subjects))
     rows, protocol = [], _protocol(setup, task)
     with cache_folder(cache) as folder:
         for subject in subjects:

@@ -65,10 +65,26 @@ def bands_of(protocol: Protocol) -> Sequence[str]:
     return protocol.data.get("bands", BANDS)
 
 
+def changes(protocol: Protocol) -> list[str]:
+    """What the options that change features mean, one line each."""
+    found, block = [], protocol.options.get("block")
+    if "standardize" in protocol.options:
+        found.append(
+            "standardize: every dimension of a feature has mean 0 and standard "
+            "deviation 1 over the training images"
+        )
+    if block is not None:
+        found.append(
+            f"block={block}: the tokens of this block, counted from 1, without the "
+            "final norm; statistics and thumbnail have no blocks"
+        )
+    return found
+
+
 def headings(protocols: Mapping[str, Protocol]) -> dict[str, str]:
     """protocol -> task and data, plus the fields that differ if not unique."""
     data = data_names(protocols)
-    plain = {key: f"{p.task}, {data[key]}" for key, p in protocols.items()}
+    plain = {key: f"{p.title}, {data[key]}" for key, p in protocols.items()}
     choices = {}
     for key, protocol in protocols.items():
         others = [_facts(protocols[k]) for k in protocols if plain[k] == plain[key]]

@@ -19,6 +19,7 @@ from xsmae.errors import UserError
 
 SCHEMA = 1
 AVERAGE = "average"  # the value of `scale` in a row that averages over scales
+CHANGES = ("standardize", "block")  # options that change the features of a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Protocol:
     options: Mapping[str, Any]
     interval: Mapping[str, Any]
     crop: str = "largest central square"
+
+    @property
+    def title(self) -> str:
+        """The task, with the options that change its features: `knn (block=8)`."""
+        changes = [f"{n}={self.options[n]}" for n in CHANGES if n in self.options]
+        return self.task + f" ({', '.join(changes)})" * bool(changes)
 
     @property
     def key(self) -> str:

@@ -43,16 +43,16 @@ class FrozenEncoder:
     """A function from images to features, and its description for result rows.
 
     name: its name in tables. kind: `encoder`, `random`, `statistics`, `thumbnail`.
-    digest: 16 hexadecimal digits of weights and description; equal digests give equal
-    features. origin: where it comes from. info: its `encoder.json`, None for pixel
-    controls. features: the names that `encode` returns. patch_size: image sides must be
-    multiples of it. reads_gsd: True if the features depend on the GSD. standardize:
-    True if features must be standardised, by the training part's mean and standard
-    deviation, before they are compared.
+    digest: 16 hexadecimal digits of weights and description; equal digests and uses
+    give equal features. origin: where it comes from. info: its `encoder.json`, None for
+    pixel controls. features: the names that `encode` returns. patch_size: image sides
+    must be multiples of it. reads_gsd: True if the features depend on the GSD.
+    standardize: True if features must be standardised, by the training part's mean and
+    standard deviation, before they are compared.
     encode(images [n, size, size, bands], gsd [n, 2]) -> {feature: [n, width]}; see
-    `features.Encode`. network: takes normalised images; None for pixel controls.
-    reading: which images it reads and how; None for pixel controls. dtype: of its
-    matrix products.
+    `features.Encode`. weights: the encoder itself; None for pixel controls. reading:
+    which images it reads and how; None for pixel controls. dtype: of its matrix
+    products. use: what `encode` does differently than usual, for the cache.
     """
 
     name: str
@@ -65,9 +65,15 @@ class FrozenEncoder:
     reads_gsd: bool
     standardize: bool
     encode: Encode
-    network: Network | None = None
+    weights: Encoder | None = None
     reading: Reading | None = None
     dtype: str = "float32"
+    use: str = ""
+
+    @property
+    def network(self) -> Network | None:
+        """Takes normalised images; None for pixel controls."""
+        return self.weights and self.weights.network
 
     @property
     def filled(self) -> tuple[str, ...]:
@@ -188,11 +194,6 @@ def frozen_encoder(
     shape = encoder.info["architecture"]
     reading = read_by(name, encoder.bands, Kind.of(source), missing_bands=missing_bands)
     use = [b"missing bands at their mean"] * bool(reading.filled)
-
-    def encode(images, gsd):
-        tokens = encoder.tokens(reading(images), gsd=gsd)
-        return {feature: encoder.pool(tokens, feature) for feature in FEATURES}
-
     return FrozenEncoder(
         name=name,
         kind=kind,
@@ -203,11 +204,23 @@ def frozen_encoder(
         patch_size=shape["patch_size"],
         reads_gsd=shape["position"] != "fixed",
         standardize=False,
-        encode=encode,
-        network=encoder.network,
+        encode=encode_by(encoder, reading),
+        weights=encoder,
         reading=reading,
         dtype=encoder.dtype,
     )
+
+
+def encode_by(
+    encoder: Encoder, reading: Reading, *, block: int | None = None
+) -> Encode:
+    """Images of `reading` to the features of `encoder`; block: see `Encoder.tokens`."""
+
+    def encode(images, gsd):
+        tokens = encoder.tokens(reading(images), gsd=gsd, block=block)
+        return {feature: encoder.pool(tokens, feature) for feature in FEATURES}
+
+    return encode
 
 
 def _info_of_size(

@@ -13,7 +13,13 @@ import numpy as np
 from xsmae.evaluation.cells import cell, explain_marks
 from xsmae.evaluation.details import details, without_truth
 from xsmae.evaluation.matrices import MEANS, columns_of, explain_means, matrices
-from xsmae.evaluation.naming import bands_of, data_names, encoder_names, headings
+from xsmae.evaluation.naming import (
+    bands_of,
+    changes,
+    data_names,
+    encoder_names,
+    headings,
+)
 from xsmae.evaluation.rows import AVERAGE, Protocol, Result
 
 # The order of lines in a table: encoders first, then the controls.
@@ -258,6 +264,7 @@ def statements(table: Table) -> list[str]:
         ),
         f"{protocol.task}: "
         + ", ".join(f"{k}={v}" for k, v in protocol.options.items()),
+        *changes(protocol),
         *explain_means(table.lines),
         *_compared(table),
         *without_truth(table.lines),

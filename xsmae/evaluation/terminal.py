@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from xsmae.evaluation.cells import cell, explain_marks
 from xsmae.evaluation.details import without_truth
 from xsmae.evaluation.matrices import matrices
+from xsmae.evaluation.naming import changes
 from xsmae.evaluation.rows import Result
 from xsmae.evaluation.tables import (
     BEATS,
@@ -31,7 +32,7 @@ def terminal_table(results: Sequence[Result]) -> str:
         for title, matrix in matrices(table.lines):
             lines += ["", title, *_aligned(matrix, names=1)]
         shown = values_of(table.protocol).removeprefix(", ")
-        lines += ["", *[shown] * bool(shown), *rivals(table)]
+        lines += ["", *[shown] * bool(shown), *changes(table.protocol), *rivals(table)]
         lines += [*explain_marks(table.lines), *_warnings(table)]
     return "\n".join(["", *lines])
 

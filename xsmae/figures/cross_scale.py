@@ -57,7 +57,7 @@ def heat_map(
     axes[0].set_ylabel("bank: scale of the training images", fontsize=10)
     level = 100 * protocol.interval["level"]
     title = (
-        f"{data}, {protocol.task}: {name}",
+        f"{data}, {protocol.title}: {name}",
         f"{first.num_train:,} training and {first.num_test:,} test images; below each "
         f"{protocol.metric} its {level:g} % interval",
     )

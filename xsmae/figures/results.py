@@ -118,7 +118,7 @@ def _title(table: Table, width: int) -> str:
     options = ", ".join(f"{k}={v}" for k, v in protocol.options.items())
     told = "that scale's" if protocol.gsd_policy == "true" else "the 100 %"
     lines = (
-        f"{table.data}: {protocol.task} {protocol.metric} over scales, "
+        f"{table.data}: {protocol.title} {protocol.metric} over scales, "
         f"{data['train']['images']:,} training and {data['test']['images']:,} test "
         "images",
         options,
@@ -247,7 +247,7 @@ def confusion_matrix(
     value, low, high = (100 * x for x in (row.value, row.low, row.high))
     feature = FEATURE_NAMES.get(row.feature, row.feature)
     ax.set_title(
-        f"{data}, {row.protocol.task}: {name}, {feature}\n"
+        f"{data}, {row.protocol.title}: {name}, {feature}\n"
         f"{row.num_test:,} test images at {row.scale:g} % ({row.size} px), {metric} "
         f"{value:.1f} % [{low:.1f}, {high:.1f}]",
         fontsize=10,

@@ -1,4 +1,4 @@
-"""Maps of tokens from chosen blocks of an encoder, for dense heads."""
+"""Tokens of chosen blocks of an encoder, and their maps for dense heads."""
 
 from __future__ import annotations
 
@@ -36,13 +36,29 @@ def token_maps(
     gsd: Float[Array, "batch 2"] | None = None,
     branch_scales: Float[Array, "depth 2 batch"] | None = None,
 ) -> list[Float[Array, "batch rows columns width"]]:
-    """The patch tokens after each of `blocks`, without the encoder's final norm.
+    """The patch tokens after each of `blocks`, see `tokens_after`, on their grid.
 
-    Blocks after the last one do not run. An encoder with groups of bands has a token
-    per patch and group; the map is their mean. `branch_scales` come from
-    `drop_path_scales`.
+    An encoder with groups of bands has a token per patch and group; the map is their
+    mean.
     """
-    rows, columns = encoder.grid(*images.shape[1:3])
+    grid = encoder.grid(*images.shape[1:3])
+    found = tokens_after(encoder, images, blocks, gsd=gsd, branch_scales=branch_scales)
+    return [as_map(tokens, grid) for tokens in found]
+
+
+def tokens_after(
+    encoder: Encoder,
+    images: Float[Array, "batch height width channels"],
+    blocks: Sequence[int],
+    *,
+    gsd: Float[Array, "batch 2"] | None = None,
+    branch_scales: Float[Array, "depth 2 batch"] | None = None,
+) -> list[Float[Array, "batch tokens width"]]:
+    """All tokens after each of `blocks`, without the encoder's final norm.
+
+    blocks: counted from 0. Blocks after the last one do not run. `branch_scales` come
+    from `drop_path_scales`.
+    """
     graphdef, layers = nnx.split(encoder.blocks)
     x, start, found = encoder.embed(images, gsd=gsd), 0, {}
     for last in sorted(set(blocks)):
@@ -56,7 +72,7 @@ def token_maps(
             scan=encoder.scan,
         )
         start, found[last] = last + 1, x
-    return [as_map(found[block], (rows, columns)) for block in blocks]
+    return [found[block] for block in blocks]
 
 
 def as_map(

@@ -23,6 +23,7 @@ from xsmae.config import DTYPES
 from xsmae.data.gsd import outside_training
 from xsmae.errors import OutsideTrainingWarning, UserError
 from xsmae.models.pooling import POOLINGS, pool
+from xsmae.models.taps import tokens_after
 from xsmae.models.vit import Encoder as Network
 from xsmae.ops.attention.api import IMPLEMENTATIONS
 from xsmae.process.files import atomic_write, write_json
@@ -83,9 +84,12 @@ class Encoder:
         self._warned = False
         graphdef, state = nnx.split(self.network)
 
-        @jax.jit
-        def encode(state, images, gsd):
-            tokens = nnx.merge(graphdef, state)(self.bands.normalize(images), gsd=gsd)
+        @functools.partial(jax.jit, static_argnames="block")
+        def encode(state, images, gsd, block=None):
+            network, images = nnx.merge(graphdef, state), self.bands.normalize(images)
+            if block is None:
+                return network(images, gsd=gsd).astype(jnp.float32)
+            (tokens,) = tokens_after(network, images, [block - 1], gsd=gsd)
             return tokens.astype(jnp.float32)
 
         self._encode = functools.partial(encode, state)
@@ -128,16 +132,23 @@ class Encoder:
         return self.pool(self.tokens(images, gsd=gsd), pooling)
 
     def tokens(
-        self, images: np.ndarray, *, gsd: Gsd = None
+        self, images: np.ndarray, *, gsd: Gsd = None, block: int | None = None
     ) -> Float[Array, "batch tokens width"]:
-        """The class token, then one token per patch, row by row."""
+        """The class token, then one token per patch, row by row.
+
+        block: 1 to the depth: the tokens of that block, without the final norm. None:
+        those of the last block, after the final norm if the encoder has one.
+        """
+        depth = self.info["architecture"]["depth"]
+        if block is not None and not 1 <= block <= depth:
+            raise UserError(f"block={block}, expected 1 to {depth}")
         images = check_images(np.asarray(images), self.bands)
         check_patches(images, self.info["architecture"]["patch_size"])
         told = self._told(gsd, len(images))
         if told is not None:
             self._warn_outside(told)
         with _as_user_error():
-            return self._encode(images, told)
+            return self._encode(images, told, block=block)
 
     def pool(
         self, tokens: Float[Array, "batch tokens width"], pooling: str | None = None

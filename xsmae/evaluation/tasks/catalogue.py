@@ -30,6 +30,7 @@ from xsmae.evaluation.tasks import published_probe
 from xsmae.evaluation.tasks.cross_scale import measure_across
 from xsmae.evaluation.tasks.knn import knn_predict
 from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_fit
+from xsmae.evaluation.variants import at_block, check_block, standardized
 from xsmae.weights.classifier import TrainedClassifier
 
 
@@ -42,7 +43,7 @@ class Task:
     without a network. check_encoder, check_parts: raise UserError for an encoder or
     data that the task cannot measure. finish: called with a measurement once its rows
     are written. sizing: how it chooses the sizes of images. measure: makes the rows of
-    a measurement.
+    a measurement. adapt(parts): from an encoder or control to what the task measures.
     """
 
     name: str
@@ -55,24 +56,45 @@ class Task:
     finish: Callable[[Measurement], None] = lambda job: None
     sizing: Sizing = USUAL
     measure: Callable[[Measurement], list[Result]] = measure
+    adapt: Callable[[Parts], Callable[[FrozenEncoder], FrozenEncoder]] = lambda parts: (
+        lambda encoder: encoder
+    )
 
 
-def knn(*, k: int = 20, temperature: float = 0.07) -> Task:
-    """The k most similar training images vote with exp(cosine / temperature)."""
-    return _knn("knn", k, temperature)
+def knn(
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    standardize: bool = False,
+    block: int | None = None,
+) -> Task:
+    """The k most similar training images vote with exp(cosine / temperature).
+
+    standardize: True gives every dimension mean 0 and standard deviation 1 over the
+    training images. block: the features are of the tokens of this block, counted from
+    1, without the final norm; None: of the last block, after the final norm.
+    """
+    return _knn("knn", k, temperature, standardize, block)
 
 
-def knn_cross_scale(*, k: int = 20, temperature: float = 0.07) -> Task:
+def knn_cross_scale(
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    standardize: bool = False,
+    block: int | None = None,
+) -> Task:
     """`knn` with the training images at one scale and the test images at another.
 
     All pairs of the scales are measured, see `cross_scale.measure_across`.
+    `standardize` uses the training images at their own scale.
     """
 
     def measure(job: Measurement) -> list[Result]:
         return measure_across(job, predict=_nearest(job, k, temperature))
 
     return dataclasses.replace(
-        _knn("knn_cross_scale", k, temperature),
+        _knn("knn_cross_scale", k, temperature, standardize, block),
         sizing=Sizing(percents=SCALES, create_scales=create_several),
         measure=measure,
     )
@@ -84,7 +106,9 @@ def _nearest(job: Measurement, k: int, temperature: float) -> Predict:
     )
 
 
-def _knn(name: str, k: int, temperature: float) -> Task:
+def _knn(
+    name: str, k: int, temperature: float, standardize: bool, block: int | None
+) -> Task:
     if k < 1 or not temperature > 0:
         raise UserError(
             f"k={k}, temperature={temperature}, expected k of 1 or more and a "
@@ -103,8 +127,26 @@ def _knn(name: str, k: int, temperature: float) -> Task:
         predict = _nearest(job, k, temperature)
         return of_frozen_features(job, scale, predict=predict)
 
+    def check_encoder(encoder: FrozenEncoder) -> None:
+        if block is not None:
+            check_block(encoder, block)
+
+    def adapt(encoder: FrozenEncoder) -> FrozenEncoder:
+        encoder = encoder if block is None else at_block(encoder, block)
+        return standardized(encoder) if standardize else encoder
+
+    # Only what differs from the usual protocol, whose rows have no such options.
     options = {"k": k, "temperature": temperature}
-    return Task(name, options, outcomes, check_parts=check)
+    options |= {"standardize": True} if standardize else {}
+    options |= {} if block is None else {"block": block}
+    return Task(
+        name,
+        options,
+        outcomes,
+        check_parts=check,
+        check_encoder=check_encoder,
+        adapt=lambda parts: adapt,
+    )
 
 
 def linear_probe(
