@@ -3,7 +3,8 @@
 Measures an encoder over scales: the most similar training images vote for the class of
 a test image. Image statistics, a thumbnail and the same architecture with random
 weights are measured alongside, as controls. --cross_scale measures what changes if the
-test images have another scale than the training images.
+test images have another scale than the training images. --protocol=satdino sizes,
+crops and normalises images as SatDINO does, to compare with its published numbers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,25 @@ from absl import flags
 
 from xsmae.cli import evaluation as commandline
 from xsmae.cli.measure import measure
+from xsmae.errors import UserError
 from xsmae.evaluation.rows import Result
 from xsmae.evaluation.tasks import catalogue
+
+# The flags that only the standard protocol uses.
+STANDARD = ("k", "temperature", "cross_scale", "standardize", "block")
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """This command's own flags."""
+    flags.DEFINE_enum(
+        "protocol",
+        "standard",
+        ("standard", "satdino"),
+        "standard: whole images, area-averaged, with the encoder's own normalisation. "
+        "satdino: the central 7/8 of the side, resized bicubically, with mean and "
+        "standard deviation of the training images; the class token; k is 20.",
+        flag_values=values,
+    )
     flags.DEFINE_integer("k", 20, "How many neighbours vote.", flag_values=values)
     flags.DEFINE_float(
         "temperature",
@@ -53,10 +67,24 @@ def define_flags(values: flags.FlagValues) -> None:
 def evaluate(argv: list[str], should_stop: Callable[[], bool]) -> list[Result]:
     """Measure the encoder and its controls; prints the table."""
     values, config = commandline.parse(argv, define_flags, doc=__doc__)
+    task = _task(values)
+    if task.fixed_features:
+        commandline.default(values, "feature", task.features)
+    return measure(values, config, task, should_stop=should_stop)
+
+
+def _task(values: flags.FlagValues) -> catalogue.Task:
+    if values.protocol == "satdino":
+        given = [name for name in STANDARD if values[name].present]
+        if given:
+            raise UserError(
+                f"--{given[0]} has no meaning for protocol=satdino: leave it out, or "
+                "give --protocol=standard"
+            )
+        return catalogue.knn_satdino()
     create = catalogue.knn_cross_scale if values.cross_scale else catalogue.knn
     names = ("k", "temperature", "standardize", "block")
-    task = create(**{name: values[name].value for name in names})
-    return measure(values, config, task, should_stop=should_stop)
+    return create(**{name: values[name].value for name in names})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -63,6 +63,26 @@ def square(image: np.ndarray, gsd: float, size: int) -> tuple[np.ndarray, float]
     return resized, gsd * side / size
 
 
+def central(
+    image: np.ndarray, gsd: float, size: int, *, resized: int
+) -> tuple[np.ndarray, float]:
+    """The central `size` pixels of the largest central square, and its GSD.
+
+    The square is resized to `resized` pixels first, bicubic with antialiasing. Of
+    square images it is what Resize and CenterCrop of torchvision give for PIL images.
+    image: uint8 [height, width, 3]. gsd: see `square`.
+    """
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    box = (left, top, left + side, top + side)
+    bicubic = Image.Resampling.BICUBIC
+    whole = _resize(image, resized, box, bicubic, shrink=bicubic)
+    first = round((resized - size) / 2)
+    part = slice(first, first + size)
+    return whole[part, part], gsd * side / resized
+
+
 def _of_valid(image: np.ndarray, valid: np.ndarray, size: int) -> np.ndarray:
     """`image` [side, side, bands] resized by its valid pixels; NaN where there are few.
 
@@ -90,11 +110,12 @@ def _resize(
     size: int,
     box: tuple[int, int, int, int],
     enlarge: Image.Resampling = Image.Resampling.BICUBIC,
+    shrink: Image.Resampling = Image.Resampling.BOX,
 ) -> np.ndarray:
     side = box[2] - box[0]
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(
         (size, size),
-        Image.Resampling.BOX if size <= side else enlarge,
+        shrink if size <= side else enlarge,
         box=box,
         reducing_gap=None,  # resize in one step, without a coarser first reduction
     )

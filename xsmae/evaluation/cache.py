@@ -90,7 +90,7 @@ def cached_features(
     """The features of every image of `source` at `scale`, from the cache if there.
 
     The cache has one file per batch, in a folder named after the encoder's digest, the
-    source's fingerprint, the size and the GSD, of rasters the bands, dtype and units,
+    source's fingerprint, the sizes and the GSD, of rasters the bands, dtype and units,
     and the encoder's use. Files are written atomically, so an extraction that was
     stopped or killed resumes after its last batch. A damaged file is reported and
     computed again. `say` gets the progress lines, which begin with
@@ -98,7 +98,8 @@ def cached_features(
     UserError if no image can be used or a feature is not finite.
     """
     gsd = f"gsd{scale.gsd_factor:.6g}" if encoder.reads_gsd else "nogsd"
-    key = f"v{VERSION}-{source.fingerprint}-{scale.size}px-area-{gsd}"
+    resized = f"of-{scale.resized}px-bicubic" if scale.resized else "area"
+    key = f"v{VERSION}-{source.fingerprint}-{scale.size}px-{resized}-{gsd}"
     if source.dtype != "uint8":
         values = fingerprint(source.bands, (source.units,))
         key = f"{key}-{source.dtype}-{values[:8]}"
@@ -113,6 +114,7 @@ def cached_features(
         missing,
         size=scale.size,
         batch_size=batch_size,
+        resized=scale.resized,
         gsd_factor=scale.gsd_factor,
         should_stop=should_stop,
     )

@@ -127,11 +127,11 @@ def evaluate(
         `RUN/checkpoints/STEP`, `random:SIZE[,FIELD=VALUE...]`, `statistics` or
         `thumbnail`.
       train, test: sources with labels (see `xsmae.open_source`), or their fields.
-      task: `knn`, `knn_cross_scale`, `linear_probe`, `linear_probe_published` or
-        `finetune`.
-      scales: percent of `base_size`; None means 100, and of `knn_cross_scale` 12.5, 25,
-        50 and 100. base_size: pixels at 100 %; 0 means 256, or the images' side if that
-        is smaller.
+      task: `knn`, `knn_cross_scale`, `knn_satdino`, `linear_probe`,
+        `linear_probe_published` or `finetune`.
+      scales: percent of `base_size`; None means 100, and of `knn_cross_scale` and
+        `knn_satdino` 12.5, 25, 50 and 100. base_size: pixels at 100 %; 0 means 256, or
+        the images' side if that is smaller; of `knn_satdino` always their side.
       gsd: `true` gives the encoder the GSD of each scale; `fixed` that of 100 %.
       feature: `cls`, `mean`, or both; the task has a default.
       controls: also measure the controls: the architecture with random weights and,
@@ -152,7 +152,8 @@ def evaluate(
       options: of the task. knn and knn_cross_scale: k, temperature, standardize (the
         features, by the training images), block (whose tokens are used, 1 to the depth;
         None: the last one after the final norm). linear_probe: penalties, validation.
-        The others: recipe (the fields that differ from the default), num_workers.
+        knn_satdino: none. The others: recipe (the fields that differ from the default),
+        num_workers.
 
     Raises:
       UserError: arguments that do not fit, in one line, before anything is measured.
@@ -184,6 +185,11 @@ def evaluate(
     task.check_parts(setup.parts)
     wanted = task.features if feature is None else feature
     wanted = (wanted,) if isinstance(wanted, str) else wanted
+    if task.fixed_features and set(wanted) != set(task.features):
+        raise UserError(
+            f"feature={','.join(wanted)}, but task={task.name} is for "
+            f"{','.join(task.features)} alone: leave feature out"
+        )
     if results is not None:
         check_writable(Path(results))
     if out is not None and setup.encoder.network:
@@ -191,7 +197,7 @@ def evaluate(
     subjects = [setup.encoder]
     if controls:
         subjects += _controls(setup, task, seed, missing_bands)
-    subjects = list(map(task.adapt(setup.parts), subjects))
+    subjects = list(map(task.adapt(setup.parts, should_stop), subjects))
     rows, protocol = [], _protocol(setup, task)
     with cache_folder(cache) as folder:
         for subject in subjects:
@@ -252,12 +258,14 @@ def _controls(
 
 
 def _protocol(setup: Setup, task: Task) -> Protocol:
+    resize = RESIZE if setup.parts.train.dtype == "uint8" else RESIZE_RASTER
     return Protocol(
         task=task.name,
         metric="accuracy",
         data=setup.parts.describe(),
         base_size=setup.base_size,
-        resize=RESIZE if setup.parts.train.dtype == "uint8" else RESIZE_RASTER,
+        resize=task.sizing.resize or resize,
+        crop=task.sizing.crop,
         gsd_policy=setup.gsd_policy,
         options=dict(task.options),
         interval=INTERVAL,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xsmae.data.records import Record, Source, pixel_digest
-from xsmae.data.square import marked, square
+from xsmae.data.square import central, marked, square
 from xsmae.errors import BadImageError, UserError
 from xsmae.models.pooling import POOLINGS
 
@@ -46,14 +46,17 @@ def spread(total: int, most: int) -> np.ndarray:
 
 
 def load_image(
-    source: Source, index: int, size: int
+    source: Source, index: int, size: int, resized: int | None = None
 ) -> tuple[Record, np.ndarray, np.ndarray]:
     """A record, its image resized for an evaluation, and its metres per pixel then.
 
-    Raises BadImageError if it cannot be used.
+    resized: see `Scale`. Raises BadImageError if the image cannot be used.
     """
     record = source[index]
-    return record, *square(marked(record), np.array(record.gsd), size)
+    image, gsd = marked(record), np.array(record.gsd)
+    if resized is None:
+        return record, *square(image, gsd, size)
+    return record, *central(image, gsd, size, resized=resized)
 
 
 def read_images(
@@ -62,13 +65,14 @@ def read_images(
     *,
     size: int,
     batch_size: int,
+    resized: int | None = None,
     threads: int = 4,
 ) -> Iterator[EvalBatch]:
     """The images at `indices`, in order, without those that cannot be used."""
 
     def load(index):
         try:
-            record, image, gsd = load_image(source, int(index), size)
+            record, image, gsd = load_image(source, int(index), size, resized)
         except BadImageError:
             return None
         label = -1 if record.label is None else record.label
@@ -102,16 +106,18 @@ def encode_batches(
     *,
     size: int,
     batch_size: int,
+    resized: int | None = None,
     gsd_factor: float = 1.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[EvalBatch, dict[str, np.ndarray]]]:
     """Batches of images and their features, feature name -> `encode(images, gsd)`.
 
     `encode` gets the GSD after resizing times `gsd_factor`; so does the batch's `gsd`.
-    Batches are padded to one shape. Raises KeyboardInterrupt between batches once
-    `should_stop()` is true.
+    Batches are padded to one shape. size, resized: see `Scale`. Raises
+    KeyboardInterrupt between batches once `should_stop()` is true.
     """
-    for batch in read_images(source, indices, size=size, batch_size=batch_size):
+    sizes = {"size": size, "resized": resized}
+    for batch in read_images(source, indices, **sizes, batch_size=batch_size):
         if should_stop():
             raise KeyboardInterrupt
         batch = dataclasses.replace(batch, gsd=batch.gsd * np.float32(gsd_factor))

@@ -19,6 +19,7 @@ from xsmae.errors import UserError
 
 SCHEMA = 1
 AVERAGE = "average"  # the value of `scale` in a row that averages over scales
+CROP = "largest central square"  # the part of an image that is used
 CHANGES = ("standardize", "block")  # options that change the features of a task
 
 
@@ -41,7 +42,7 @@ class Protocol:
     gsd_policy: str
     options: Mapping[str, Any]
     interval: Mapping[str, Any]
-    crop: str = "largest central square"
+    crop: str = CROP
 
     @property
     def title(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from xsmae.data.records import Source
 from xsmae.errors import BadImageError, UserError
 from xsmae.evaluation.features import spread
+from xsmae.evaluation.rows import CROP
 
 SCALES = (12.5, 25.0, 50.0, 100.0)  # percent; Scale-MAE, Reed et al. 2023
 BASE_SIZE = 256  # pixels; also Scale-MAE
@@ -23,15 +24,23 @@ class Scale:
 
     percent: of the base size. size: pixels. gsd_factor: the GSD after resizing is
     multiplied by this before the encoder gets it; 1 except for the policy `fixed`.
+    resized: the pixels to which the whole square is resized, if its central `size`
+    pixels are cut then; None if the whole square is resized to `size`.
     """
 
     percent: float
     size: int
     gsd_factor: float
+    resized: int | None = None
 
 
 def base_size(source: Source) -> int:
-    """256 px, or the images' side if that is smaller (the median of a few images)."""
+    """256 px, or the images' side if that is smaller."""
+    return min(BASE_SIZE, usual_side(source))
+
+
+def usual_side(source: Source) -> int:
+    """The shorter side of the images: the median of a few."""
     sides = []
     for index in spread(len(source), PROBES):
         try:
@@ -43,7 +52,7 @@ def base_size(source: Source) -> int:
             f"none of {PROBES} images of {source!r} can be used, expected at least 1: "
             "give other images"
         )
-    return min(BASE_SIZE, int(np.median(sides)))
+    return int(np.median(sides))
 
 
 def create_scales(
@@ -55,14 +64,7 @@ def create_scales(
     of 100 % at every scale. Raises UserError if a scale is out of range, is smaller
     than one patch or has the same size as another.
     """
-    if gsd_policy not in GSD_POLICIES:
-        raise UserError(f"gsd={gsd_policy}, expected one of {', '.join(GSD_POLICIES)}")
-    wrong = [p for p in percents if not 0 < p <= 1000]
-    if wrong or not percents:
-        raise UserError(
-            f"scales={','.join(map(str, wrong)) or '(none)'}, expected percent above 0 "
-            "and up to 1000, such as 12.5,25,50,100"
-        )
+    check_percents(percents, gsd_policy)
     sizes = {p: p / 100 * base for p in percents}
     small = [p for p in percents if sizes[p] < patch_size]
     if small:
@@ -86,6 +88,18 @@ def create_scales(
     ]
 
 
+def check_percents(percents: Sequence[float], gsd_policy: str) -> None:
+    """Raise UserError for scales out of range, or for an unknown policy."""
+    if gsd_policy not in GSD_POLICIES:
+        raise UserError(f"gsd={gsd_policy}, expected one of {', '.join(GSD_POLICIES)}")
+    wrong = [p for p in percents if not 0 < p <= 1000]
+    if wrong or not percents:
+        raise UserError(
+            f"scales={','.join(map(str, wrong)) or '(none)'}, expected percent above 0 "
+            "and up to 1000, such as 12.5,25,50,100"
+        )
+
+
 def create_several(percents: Sequence[float], **how) -> list[Scale]:
     """`create_scales`, for an evaluation across scales, which needs two or more."""
     if len(percents) < 2:
@@ -106,12 +120,15 @@ class Sizing:
     """How a task chooses the sizes of its images.
 
     percents: the scales if none are given. base_size(source): pixels at 100 %.
-    create_scales: that function, or another one with its arguments.
+    create_scales: that function, or another one with its arguments. resize, crop: see
+    `rows.Protocol`; resize None: as in other evaluations.
     """
 
     percents: tuple[float, ...] = (100.0,)
     base_size: Callable[[Source], int] = base_size
     create_scales: Callable[..., list[Scale]] = create_scales
+    resize: str | None = None
+    crop: str = CROP
 
 
 USUAL = Sizing()

@@ -302,20 +302,25 @@ def _read_bands(
         **{name: value for name, value in found.items() if value is not None},
     }
     if not {"mean", "std"} <= found.keys():
-        found = {**_measured(source, found["bands"]), **found}
+        found = {**measured(source, found["bands"]), **found}
     lists = {name: list(found[name]) for name in ("bands", "mean", "std")}
     return {**lists, "units": found["units"], "dtype": kind.dtype}
 
 
-def _measured(source: Source, bands: Sequence[str]) -> dict[str, list[float]]:
-    """Mean and std of the bands, of some of the source's images."""
+def measured(
+    source: Source, bands: Sequence[str], *, most: int = MEASURED, **how: Any
+) -> dict[str, list[float]]:
+    """Mean and std of the bands, of up to `most` evenly spaced images of the source.
+
+    how: other arguments of `survey`.
+    """
     unknown = [band for band in bands if band not in source.bands]
     if unknown:
         raise UserError(
             f"{source!r} has no {', '.join(unknown)}, expected bands of "
             f"{', '.join(source.bands)}: change bands, or give mean and std of them too"
         )
-    found = survey(source, indices=spread(len(source), MEASURED))
+    found = survey(source, indices=spread(len(source), most), **how)
     if not found.images:
         raise UserError(
             f"none of {len(found.rejected)} images of {source!r} can be used, expected "

@@ -313,7 +313,7 @@ def _images(protocol: Protocol) -> str:
         )
     return (
         f"images: {protocol.crop} of the source, resized to the size of the scale "
-        f"({protocol.resize}); 100 % is {protocol.base_size} px, rounded to a multiple "
+        f"({protocol.resize}); 100 % is {protocol.base_size} px; sizes are multiples "
         "of the patch size"
     )
 

@@ -26,7 +26,7 @@ from xsmae.evaluation.rows import Result
 from xsmae.evaluation.scales import SCALES, USUAL, Scale, Sizing, create_several
 from xsmae.evaluation.subjects import PIXEL_CONTROLS, FrozenEncoder
 from xsmae.evaluation.tasks import finetune as finetuning
-from xsmae.evaluation.tasks import published_probe
+from xsmae.evaluation.tasks import published_probe, satdino
 from xsmae.evaluation.tasks.cross_scale import measure_across
 from xsmae.evaluation.tasks.knn import knn_predict
 from xsmae.evaluation.tasks.probe import PENALTIES, VALIDATION, sweep_fit
@@ -43,7 +43,9 @@ class Task:
     without a network. check_encoder, check_parts: raise UserError for an encoder or
     data that the task cannot measure. finish: called with a measurement once its rows
     are written. sizing: how it chooses the sizes of images. measure: makes the rows of
-    a measurement. adapt(parts): from an encoder or control to what the task measures.
+    a measurement. adapt(parts, should_stop): gives a function from an encoder or
+    control to what the task measures. fixed_features: True if no other ones may be
+    measured.
     """
 
     name: str
@@ -56,9 +58,10 @@ class Task:
     finish: Callable[[Measurement], None] = lambda job: None
     sizing: Sizing = USUAL
     measure: Callable[[Measurement], list[Result]] = measure
-    adapt: Callable[[Parts], Callable[[FrozenEncoder], FrozenEncoder]] = lambda parts: (
-        lambda encoder: encoder
-    )
+    adapt: Callable[
+        [Parts, Callable[[], bool]], Callable[[FrozenEncoder], FrozenEncoder]
+    ] = lambda parts, should_stop: lambda encoder: encoder
+    fixed_features: bool = False
 
 
 def knn(
@@ -97,6 +100,26 @@ def knn_cross_scale(
         _knn("knn_cross_scale", k, temperature, standardize, block),
         sizing=Sizing(percents=SCALES, create_scales=create_several),
         measure=measure,
+    )
+
+
+def knn_satdino() -> Task:
+    """`knn` by SatDINO's protocol, see `tasks/satdino.py`."""
+    task = _knn("knn_satdino", satdino.K, satdino.TEMPERATURE, False, None)
+
+    def check(parts: Parts) -> None:
+        satdino.check_8_bit(parts)
+        task.check_parts(parts)
+
+    options = {**task.options, "normalization": "mean and std of the training images"}
+    return dataclasses.replace(
+        task,
+        options=options,
+        features=("cls",),
+        fixed_features=True,
+        check_parts=check,
+        sizing=satdino.SIZING,
+        adapt=satdino.normalize_by_data,
     )
 
 
@@ -145,7 +168,7 @@ def _knn(
         outcomes,
         check_parts=check,
         check_encoder=check_encoder,
-        adapt=lambda parts: adapt,
+        adapt=lambda parts, should_stop: adapt,
     )
 
 
@@ -231,6 +254,7 @@ def finetune(*, recipe: recipes.Changes = None, num_workers: int = 0) -> Task:
 TASKS: Mapping[str, Callable[..., Task]] = {
     "knn": knn,
     "knn_cross_scale": knn_cross_scale,
+    "knn_satdino": knn_satdino,
     "linear_probe": linear_probe,
     "linear_probe_published": linear_probe_published,
     "finetune": finetune,
