@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.support.encoders import counting_encoder, tiny_encoder
 from tests.support.rows import some_row
-from tests.support.sources import Fingerprinted
+from tests.support.sources import Fingerprinted, HeldOut
 from xsmae.cli import knn, results
 from xsmae.errors import BadImageError, UserError
 from xsmae.evaluation.evaluate import evaluate
@@ -20,15 +20,7 @@ from xsmae.evaluation.tables import create_tables, heading, markdown, statements
 from xsmae.evaluation.terminal import terminal_table
 from xsmae.figures.cross_scale import colour_range
 
-
-class Test(Fingerprinted):
-    __test__ = False  # not a class of tests
-
-    def id(self, index):
-        return f"test/{index}.png"
-
-
-TRAIN, TEST = Fingerprinted(30), Test(15, seed=1)
+TRAIN, TEST = Fingerprinted(30), HeldOut(15, seed=1)
 SCALES = (25, 50, 100)  # 3, 6 and 12 px
 
 
@@ -124,7 +116,7 @@ def test_features_are_shared_with_knn_and_rows_are_measured_once(both, capsys):
 def test_images_that_differ_between_scales_are_refused(tmp_path):
     calls = []
 
-    class Flaky(Test):
+    class Flaky(HeldOut):
         def __getitem__(self, index):
             calls.append(index)
             if calls.count(4) == 1 and index == 4:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.support.encoders import counting_encoder, tiny_encoder
 from tests.support.rows import PROTOCOL, some_row
-from tests.support.sources import Fingerprinted
+from tests.support.sources import Fingerprinted, HeldOut
 from xsmae.cli import knn, results
 from xsmae.errors import UserError
 from xsmae.evaluation.evaluate import evaluate
@@ -20,15 +20,7 @@ from xsmae.evaluation.tasks.catalogue import create_task
 from xsmae.evaluation.terminal import terminal_table
 from xsmae.evaluation.variants import at_block
 
-
-class Test(Fingerprinted):
-    __test__ = False  # not a class of tests
-
-    def id(self, index):
-        return f"test/{index}.png"
-
-
-TRAIN, TEST = Fingerprinted(30), Test(15, seed=1)
+TRAIN, TEST = Fingerprinted(30), HeldOut(15, seed=1)
 
 
 def measured(encoder, folder, **options):
@@ -62,7 +54,7 @@ def test_standardising_makes_every_dimension_count(tmp_path):
 def test_the_statistics_are_those_of_the_bank(tmp_path):
     """An offset of the test images alone stays, and hides their colours."""
 
-    class Coarse(Test):
+    class Coarse(HeldOut):
         def __getitem__(self, index):
             record = super().__getitem__(index)
             return dataclasses.replace(record, gsd=record.gsd + 100)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.support.encoders import counting_encoder, make_encoder, tiny_encoder
-from tests.support.sources import Fingerprinted
+from tests.support.sources import Fingerprinted, HeldOut
 from xsmae.cli import knn
 from xsmae.data.square import central
 from xsmae.errors import UserError
@@ -22,15 +22,7 @@ from xsmae.evaluation.tasks.satdino import create_satdino_scales
 from xsmae.evaluation.variants import normalized_by
 from xsmae.weights.encoder import Encoder, load_encoder
 
-
-class Test(Fingerprinted):
-    __test__ = False  # not a class of tests
-
-    def id(self, index):
-        return f"test/{index}.png"
-
-
-TRAIN, TEST = Fingerprinted(30), Test(15, seed=1)
+TRAIN, TEST = Fingerprinted(30), HeldOut(15, seed=1)
 
 
 def measured_rows(encoder, folder, **options):
@@ -216,7 +208,7 @@ def test_rasters_are_refused(tmp_path):
     class Raster(Fingerprinted):
         dtype, units = "float32", "reflectance"
 
-    class Other(Test):
+    class Other(HeldOut):
         dtype, units = "float32", "reflectance"
 
     with pytest.raises(UserError, match=r"float32 rasters.* 8-bit images"):

@@ -40,6 +40,13 @@ class Fingerprinted(ColourSource):
         return f"{self.size:08}{self.seed:08}"
 
 
+class HeldOut(Fingerprinted):
+    """The same images under other names, for a test part."""
+
+    def id(self, index):
+        return f"test/{index}.png"
+
+
 class Permuted(Fingerprinted):
     """The same images with every label changed."""
 
