@@ -122,7 +122,7 @@ def get_common(
     model.patch_size = 16  # pixels, height and width
     # Width, blocks and attention heads; set by the size.
     model.embed_dim, model.depth, model.num_heads = embed_dim, depth, num_heads
-    # The same of the decoder; set by the size and by `decoder`.
+    # Width, blocks and heads of the decoder; set by the size and by `decoder`.
     if decoder == "small":
         of_size = SMALL_DECODER[size]
     model.decoder_embed_dim, model.decoder_depth, model.decoder_num_heads = of_size
@@ -205,7 +205,7 @@ def get_common(
     ):
         config[group].update(ml_collections.ConfigDict(values))
     if decoder == "small":  # Scale-MAE's fields have a depth of their own
-        model.decoder_depth = of_size[1]
+        model.update(decoder_depth=of_size[1])
     for name in METHODS[method].unused:
         group, _, field = name.partition(".")
         del config[group][field]

@@ -57,24 +57,24 @@ def fields(
         "model": {
             "mask_ratio": 0.55,
             "encoder_norm": False,
-            "local_crops": 4,  # 0: none
+            "local_crops": 4,  # boxes of view 1 that the encoder reads whole; 0: none
             # The side of a local crop / the side of view 1, rounded to whole patches.
             "local_scale": 0.375,
             # The box of a local crop in view 1, as a fraction of its area. No crop is
             # enlarged, so a box has at least the area local_scale * local_scale.
             "local_area": (0.15, 0.4),
-            "projection_hidden_dim": 512,
-            "projection_dim": 32,
-            "directions": 256,  # that embeddings are compared along, drawn every step
+            "projection_hidden_dim": 512,  # width of the projector's hidden layers
+            "projection_dim": 32,  # numbers that an embedding is projected to
+            # Random directions, new in every step, along which `sigreg` compares.
+            "directions": 256,
         },
         "loss": {
             "reconstruction": {
                 "weight": 1.0,
                 "norm_pix_loss": False,  # targets normalised per patch
             },
-            # The formula's 1 - l and l, with l = 0.05.
-            "invariance": {"weight": 0.95},
-            "sigreg": {"weight": 0.05},
+            "invariance": {"weight": 0.95},  # 1 - l, with l = 0.05
+            "sigreg": {"weight": 0.05},  # l; 0.02 to 0.05 are usual
         },
         "optim": {"learning_rate": 5e-5},
     }
