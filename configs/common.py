@@ -116,6 +116,17 @@ def get_common(
     views.interpolation = "bicubic"
     views.horizontal_flip = 0.5  # probability
     views.vertical_flip = 0.5  # probability
+    # h, to multiply the values of each view by a random factor from 1 - h to 1 + h; 0:
+    # off.
+    views.brightness = 0.0
+    views.contrast = 0.0  # like brightness, of the distances to each band's mean
+    # Like brightness, of the distances to the mean of red, green and blue in each
+    # pixel; only if these are the bands.
+    views.saturation = 0.0
+    views.band_gain = 0.0  # like brightness, with a factor for each band
+    # Steps in which brightness, contrast, saturation and band_gain grow linearly from
+    # 0; 0: no ramp.
+    views.photometric_ramp = 0
 
     (embed_dim, depth, num_heads), of_size = SIZES[size]
     config.model = model = ml_collections.ConfigDict()

@@ -16,6 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
+from xsmae.data.photometric import CHANGES
 from xsmae.errors import UserError, of_flags
 from xsmae.ranges import BELOW_1, LARGE, SMALL, Ranges, check_numbers
 
@@ -63,6 +64,8 @@ RANGES = {
     "views.ratio": (SMALL, LARGE),
     "views.horizontal_flip": (0, 1),
     "views.vertical_flip": (0, 1),
+    **{f"views.{name}": (0, 1) for name in CHANGES},
+    "views.photometric_ramp": (0, LARGE),
     "model.patch_size": (1, LARGE),
     "model.embed_dim": (4, LARGE),
     "model.depth": (1, LARGE),

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from xsmae.bands import Bands
 from xsmae.config import check_ranges, flatten
+from xsmae.data.photometric import SATURATED
 from xsmae.data.pipeline import make_batches
 from xsmae.data.records import Source
 from xsmae.data.views import ViewSampler
@@ -85,6 +86,11 @@ def create_sampler(config: ml_collections.ConfigDict) -> ViewSampler:
     """The sampler for `config.views`; raises UserError for a wrong field."""
     num_views = _method(config).num_views
     views = config.views.to_dict() | {"size": crop_size(config)}
+    if views.get("saturation") and {*config.bands} != {*SATURATED}:
+        raise UserError(
+            f"views.saturation={views['saturation']} needs the bands "
+            f"{', '.join(SATURATED)}, but these are {', '.join(config.bands)}: give 0"
+        )
     try:
         return ViewSampler(num_views=num_views, **views)
     except (ValueError, TypeError) as error:

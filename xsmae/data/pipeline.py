@@ -91,9 +91,10 @@ class LoadViews:
 
     def _views(self, index: int, position: int) -> dict[str, np.ndarray]:
         draws = draws_of(self.seed, position, batch_size=self.batch_size)
+        step = position // self.batch_size
         with self.source.open(index) as record:
             for _ in range(DRAWS):
-                sample = self.sampler(record.image, record.gsd, **draws)
+                sample = self.sampler(record.image, record.gsd, step=step, **draws)
                 if "valid" not in sample:
                     return sample
                 if sample["valid"].mean(axis=(1, 2)).min() >= self.min_valid:

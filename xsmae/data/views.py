@@ -13,12 +13,14 @@ distribution peaks in the middle. A run plots its GSDs in `figures/gsd.png`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 
 import numpy as np
 from PIL import Image
 
+from xsmae.data.photometric import Photometric
 from xsmae.data.picture import Picture, Pixels
 from xsmae.data.raster_views import FloatPixels, FloatView, RasterImage
 
@@ -153,6 +155,23 @@ class ViewSampler:
     view2_from: str = "source"
     view2_box: str = "sample"
     interpolation2: str = "bicubic"
+    # See `Photometric`.
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    band_gain: float = 0.0
+    photometric_ramp: int = 0
+
+    @functools.cached_property
+    def photometric(self) -> Photometric:
+        """What changes the values of the views, whatever their boxes."""
+        return Photometric(
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            band_gain=self.band_gain,
+            ramp=self.photometric_ramp,
+        )
 
     def __post_init__(self):
         for name, known in (
@@ -183,6 +202,7 @@ class ViewSampler:
                 raise ValueError(
                     f"views.{name}={getattr(self, name)}, expected a probability"
                 )
+        self.photometric.strength(0)  # its fields are checked when it is created
 
     def draw(
         self,
@@ -219,6 +239,7 @@ class ViewSampler:
         *,
         rng: np.random.Generator,
         batch_rng: np.random.Generator,
+        step: int = 0,
     ) -> dict[str, np.ndarray]:
         """The views of one image of `gsd` metres per pixel, or (y, x).
 
@@ -228,6 +249,7 @@ class ViewSampler:
         bottom, right) in source pixels; `gsd` [views, 2], metres per pixel (y, x) of
         each view; `flip` [2], True if the views are mirrored (vertically,
         horizontally). `rng` belongs to the sample; `batch_rng` is shared by a batch.
+        `step` of the run decides how strong photometric changes are, if they ramp up.
         A `Picture` is decoded once, as finely as the views need. The views of a
         `RasterImage` are float32 [views, size, size, bands], with `valid` [views, size,
         size], which pixels have a value. Raises BadImageError.
@@ -251,8 +273,17 @@ class ViewSampler:
             pixels = _as_pixels(views[0])
             views.append(_cut(pixels, drawn.displayed, self.size, self.interpolation2))
         down, across = gsd if isinstance(gsd, tuple) else (gsd, gsd)
+        stacked, strength = _stacked(views), self.photometric.strength(step)
+        if strength:
+            stacked["image"] = self.photometric(
+                stacked["image"],
+                stacked.get("valid"),
+                # Its own stream, so that boxes are the same without these changes.
+                rng=rng.spawn(1)[0],
+                strength=strength,
+            )
         return {
-            **_stacked(views),
+            **stacked,
             "box": np.stack([b.to_array() for b in boxes]),
             "gsd": np.array(
                 [

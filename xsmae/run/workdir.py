@@ -15,6 +15,7 @@ import ml_collections
 
 from xsmae.checkpoints.store import has_checkpoint
 from xsmae.config import EXECUTION_FIELDS, flatten
+from xsmae.data.photometric import CHANGES
 from xsmae.errors import BadImageError, UserError
 from xsmae.process.environment import describe_environment
 from xsmae.process.files import write_json
@@ -48,13 +49,19 @@ FREE_FIELDS = (
     "wandb",
 )
 
+# Fields that configs of older runs lack, with the value that does what those runs did.
+ADDED_FIELDS = {
+    **{f"views.{name}": 0.0 for name in CHANGES},
+    "views.photometric_ramp": 0,
+}
+
 # Errors of a disk that accepts no more data, even if they name no file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The fields of `new` that differ from `old`, one text each; no free fields."""
-    old, new = flatten(old), flatten(new)
+    old, new = ADDED_FIELDS | flatten(old), ADDED_FIELDS | flatten(new)
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
