@@ -18,7 +18,7 @@ from xsmae.data.synthetic.source import CLASS_NAMES, Scene, SyntheticSource
 from xsmae.errors import UserError
 
 # Change this only together with GENERATOR_VERSION.
-DIGEST = "7bbbcc3cc84760f9"
+DIGEST = "2b7b539f0eebb3e3"
 
 PRINT_DIGEST = """
 import hashlib

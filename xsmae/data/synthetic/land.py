@@ -68,11 +68,24 @@ def _countryside(
     canvas.paint(0.6 * tracks * worked, material.soil, 0.85)
     canvas.paint(~worked, material.grass, 0.85 + 0.3 * vigour + 0.13 * mottle)
     canvas.paint(inside(edge - verge, frame.footprint), material.grass, 0.9)
+    _scatter(canvas, frame, rng)
     spacing = rng.uniform(5, 9)
     # Neighbouring woods grow together, or leave a ride between them.
     rim = inside(rng.uniform(-3, 3) - edge + 3 * mottle, 1.5) * (kind > 1 - grown)
     if rim.any():
         _woods(canvas, ground, material, 40, spacing, rim)
+
+
+def _scatter(canvas: Canvas, ground: Ground, rng: Rng) -> None:
+    """Small things, bright or dark: rocks, bales of straw, cattle, troughs, sheets."""
+    cells = Cells(ground, *rng.uniform(8, 24, 2).tolist(), 25, stagger=True)
+    share = max(0.0, rng.uniform(-0.3, 0.5))
+    tone, spread = rng.uniform(30, 230), rng.uniform(0, 1)
+    half = rng.uniform(0.4, 1.6)
+    half = half * (0.6 + 0.8 * cells.random(0)), half * (0.6 + 0.8 * cells.random(1))
+    grey = tone + spread * (130 * cells.random(2) - tone / 2)
+    there = cells.random(3) < share
+    canvas.build(cells, half, (grey, 0.97 * grey, 0.9 * grey), height=1, there=there)
 
 
 def _woods(
@@ -92,7 +105,7 @@ def _woods(
 
 def annual_crop(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
     """Fields with rows of crops, some of them bare."""
-    _countryside(canvas, ground, material, rng, tilled=(0.7, 1), wood=(0, 0.5))
+    _countryside(canvas, ground, material, rng, tilled=(0.7, 1), wood=(0, 0.35))
 
 
 def meadow(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
@@ -107,10 +120,11 @@ def meadow(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> Non
         stagger=True,
     )
     mottle = ground.texture((80, 30, 11, 4, 2), 20)
-    canvas.paint(1, material.grass, 0.88 + 0.24 * parcels.random(0) + 0.16 * mottle)
-    canvas.paint(0.5 * _clip(1.6 * mottle - 0.5), material.soil)
+    canvas.paint(1, material.grass, 0.8 + 0.4 * parcels.random(0) + 0.16 * mottle)
+    canvas.paint(rng.uniform(0.3, 0.9) * _clip(1.6 * mottle - 0.4), material.soil)
     path = np.abs(ground.noise(70, 30) + 0.3 * ground.noise(25, 31)) * 30 - 0.8
     canvas.paint(0.7 * inside(path, ground.footprint), material.sand, 0.9)
+    _scatter(canvas, frame, rng)
     hedge = inside(_edge(parcels) - rng.uniform(1.5, 3), 1.5)
     hedge = hedge * (parcels.random(1) < 0.75)
     canvas.paint(0.6 * hedge, material.tree, 0.6)
@@ -122,16 +136,17 @@ def meadow(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> Non
 
 def forest(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
     """Closed canopy with clearings and sometimes a track."""
-    mottle = ground.texture((50, 18, 7), 20)
+    mottle = ground.texture((50, 18, 7, 3), 20)
     bare = rng.random()
     canvas.paint(1, material.soil, 0.9 + 0.15 * mottle)
-    canvas.paint(_clip(bare + 0.4 * mottle), material.grass, 0.9 + 0.15 * mottle)
+    canvas.paint(_clip(bare + 0.25 * mottle), material.grass, 0.9 + 0.15 * mottle)
     track = ground.turned(rng.random())
     line = track.v - rng.uniform(-30, 30) + 10 * ground.noise(100, 30)
     width = rng.uniform(1.5, 3) if rng.random() < 0.5 else -9.0
     canvas.paint(inside(np.abs(line) - width, track.footprint), material.sand, 0.9)
-    open_land = ground.noise(120, 31) + 0.35 * mottle
-    closed = inside((open_land - rng.uniform(0.05, 0.8)) * 12, 2)
+    _scatter(canvas, track, rng)
+    open_land = ground.noise(120, 31) + 0.3 * ground.noise(30, 32)
+    closed = inside((open_land - rng.uniform(0.3, 0.9)) * 12, 2)
     closed = closed * (1 - inside(np.abs(line) - width - 1, 2))
     _woods(canvas, ground, material, 43, rng.uniform(4, 10), closed)
 
@@ -147,7 +162,9 @@ def orchard(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
     street = rng.uniform(1, 5)
     blocks = Cells(frame, wide + street, deep + street, 12)
     edge = _edge(blocks) - street / 2
-    canvas.paint(inside(edge, frame.footprint), material.sand, 0.95)
+    path = (material.sand, material.soil, material.grass)[int(rng.integers(3))]
+    canvas.paint(inside(edge, frame.footprint), path, 0.95)
+    _scatter(canvas, frame, rng)
     # Trees stand on the corners of their cells, half a cell from the sides of a block.
     grid = blocks.without(street).moved(spacing / 2, spacing / 2)
     small = rng.uniform(0.2, 0.4)
@@ -157,9 +174,11 @@ def orchard(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> No
         44,
         jitter=0.05,
         radius=(small, small + 0.08),
-        share=rng.uniform(0.88, 1),
+        share=rng.uniform(0.8, 1),
     )
-    canvas.plant(trees, material.tree, inside(-edge, frame.footprint))
+    # Some blocks are cleared.
+    planted = blocks.random(0) > rng.uniform(-0.3, 0.3)
+    canvas.plant(trees, material.tree, inside(-edge, frame.footprint) * planted)
 
 
 def residential(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
@@ -217,6 +236,10 @@ def industrial(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) ->
     edge = _edge(lots)
     canvas.paint(1, material.asphalt, 0.95 + 0.1 * mottle)
     canvas.paint(lots.random(0), material.concrete, 0.95 + 0.1 * mottle)
+    # Lots with bare or green ground beside the halls.
+    wild = _clip(3 * mottle + rng.uniform(-2, 1) + 4 * lots.random(8) - 2)
+    canvas.paint(wild, material.soil, 0.95 + 0.1 * mottle)
+    canvas.paint(wild * lots.random(9), material.grass, 0.95 + 0.1 * mottle)
     canvas.paint(inside(edge - road / 2 - 2, frame.footprint), material.grass, 0.95)
     canvas.paint(inside(edge - road / 2, frame.footprint), material.asphalt)
     canvas.paint(0.8 * inside(edge - 0.12, frame.footprint), (225, 222, 210))
@@ -243,6 +266,9 @@ def industrial(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) ->
     present = (stored.random(0) < rng.uniform(0.15, 0.5)) * yard
     colour = material.roof(stored.random(1), 1)
     canvas.build(stored, (1.25, 3.1), colour, height=2, there=present)
+    trees = crowns(ground, 7, 48, share=rng.uniform(0.1, 0.6), radius=(0.25, 0.5))
+    green = _clip(inside(edge - road / 2 - 3, 1) - inside(edge - road / 2, 1))
+    canvas.plant(trees, material.tree, green)
 
 
 def parking(canvas: Canvas, ground: Ground, material: Materials, rng: Rng) -> None:
