@@ -4,7 +4,8 @@ A config file's argument is `[preset][,method=METHOD][,size=SIZE][,decoder=DECOD
 for example `fmow:published,size=large` or `fmow:method=mae` (short: `fmow:mae`). The
 preset `published` follows a method's official code. Only Cross-Scale MAE also has
 `corrected`, its default, which follows the paper with its gaps closed. Methods of our
-own have `recommended`. Change any field with `--config.<field>=<value>`.
+own have `recommended`. A preset alone means Cross-Scale MAE if the config's own method
+lacks it. Change any field with `--config.<field>=<value>`.
 """
 
 import ml_collections
@@ -39,10 +40,12 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std (torchvis
 def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
     """Parses `preset,name=value,...` to the arguments of `get_common`.
 
-    The name of a method means that method: `mae` is `method=mae`. Raises UserError for
-    an unknown name or value.
+    The name of a method means that method: `mae` is `method=mae`. `defaults` replace
+    cross_scale_mae and base. Without a method, a preset that the default method lacks
+    is that of cross_scale_mae. Raises UserError for an unknown name or value.
     """
     options = {"method": "cross_scale_mae", "size": "base", **defaults}
+    named = False  # whether the argument names the method
     for part in filter(None, (argument or "").split(",")):
         name, _, value = part.rpartition("=")
         name = name or ("method" if value in METHODS else "preset")
@@ -54,18 +57,22 @@ def parse_argument(argument: str | None, **defaults: str) -> dict[str, str]:
                 f"[,decoder={'|'.join(DECODERS)}]"
             )
         options[name] = value
+        named = named or name == "method"
     for name, known in (("method", METHODS), ("size", SIZES), ("decoder", DECODERS)):
         if name in options and options[name] not in known:
             raise UserError(
                 f"config argument {name}={options[name]!r}, expected one of "
                 f"{', '.join(known)}"
             )
+    presets = METHODS[options["method"]].presets
+    if not named and options.get("preset", presets[0]) not in presets:
+        options["method"] = "cross_scale_mae"
+        presets = METHODS["cross_scale_mae"].presets
     if "decoder" in options and not _has_decoder(options["method"]):
         raise UserError(
             f"config argument decoder={options['decoder']}: method={options['method']} "
             "has no decoder, leave it out"
         )
-    presets = METHODS[options["method"]].presets
     preset = options.setdefault("preset", presets[0])
     if preset not in presets:
         raise UserError(

@@ -4,8 +4,8 @@ from xsmae.configs import common
 
 
 def get_config(argument=None):
-    """argument: `[preset][,method=METHOD][,size=SIZE]`; see common.py."""
-    options = common.parse_argument(argument, size="tiny")
+    """argument: `[preset][,method=METHOD][,size=SIZE][,decoder=DECODER]`; see common.py."""
+    options = common.parse_argument(argument, method="scale_distill", size="tiny")
     config = common.get_common(**options)
     config.data = dict(source="synthetic", num_images=4000, seed=0, size=96, gsd=1.0)
     config.knn.test.num_images = 1000
@@ -16,15 +16,18 @@ def get_config(argument=None):
     if options["size"] == "tiny":
         config.model.depth = 6
         if "decoder_depth" in config.model:  # SimCLR has no decoder
-            config.model.decoder_depth = 2
+            config.model.decoder_depth = min(2, config.model.decoder_depth)
+    if options["method"] == "scale_distill":
+        # In the same time, twice the steps with fewer tokens teach more.
+        config.model.mask_ratio = 0.85
     config.batch_size = 64
-    config.num_steps = 300
-    config.optim.warmup_steps = 30
+    config.num_steps = 600
+    config.optim.warmup_steps = 60
     config.optim.learning_rate = 4e-3
-    config.log_every = 20
-    config.checkpoint.every = 100
+    config.log_every = 40
+    config.checkpoint.every = 200
     config.figures.every = 0
-    config.knn.every = 100
+    config.knn.every = 200
     config.knn.max_train = 2000
     config.knn.max_test = 500
     return config

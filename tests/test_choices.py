@@ -198,7 +198,7 @@ def test_without_data_what_is_assumed_is_said():
 @pytest.mark.parametrize(
     ("module", "images", "intervals"),
     [
-        (quickstart, 4000, (20, 100, 0, 100)),
+        (quickstart, 4000, (40, 200, 0, 200)),
         (eurosat, 21_600, (50, 100, 500, 250)),
         (uc_merced, 1890, (50, 500, 1000, 1000)),
     ],
@@ -230,10 +230,10 @@ def test_a_number_out_of_range_is_refused_before_it_is_used():
 @pytest.mark.parametrize(
     ("config", "flags", "warmup"),
     [
-        ("quickstart", [], (300, 30)),
+        ("quickstart", [], (600, 60)),
         ("quickstart", ["num_steps=5"], (5, 0)),
         ("quickstart", ["num_steps=100"], (100, 10)),
-        ("quickstart", ["num_steps=900"], (900, 30)),
+        ("quickstart", ["num_steps=900"], (900, 60)),
         ("eurosat", [], (1013, 101)),
         ("eurosat", ["num_steps=5"], (5, 0)),
         ("eurosat", ["num_epochs=0.1"], (34, 3)),

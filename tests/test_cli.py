@@ -236,6 +236,20 @@ def test_the_argument_of_a_config(argument, method, preset_temperature):
 
 
 @pytest.mark.parametrize(
+    ("argument", "method"),
+    [
+        ("", "scale_distill"),
+        ("recommended", "scale_distill"),
+        ("published", "cross_scale_mae"),
+        ("corrected,size=small", "cross_scale_mae"),
+        ("mae", "mae"),
+    ],
+)
+def test_a_preset_alone_finds_its_method(argument, method):
+    assert load_config(f"quickstart:{argument}").method == method
+
+
+@pytest.mark.parametrize(
     ("argument", "said"),
     [
         ("size=tinyy", "config argument size='tinyy', expected one of tiny, small"),
