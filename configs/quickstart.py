@@ -4,7 +4,7 @@ from xsmae.configs import common
 
 
 def get_config(argument=None):
-    """argument: `[preset][,method=METHOD][,size=SIZE][,decoder=DECODER]`; see common.py."""
+    """argument: `[preset][,name=value...]`; see common.py."""
     options = common.parse_argument(argument, method="scale_distill", size="tiny")
     config = common.get_common(**options)
     config.data = dict(source="synthetic", num_images=4000, seed=0, size=96, gsd=1.0)
