@@ -395,7 +395,7 @@ def test_a_diverging_run_stops(tmp_path, capsys):
     ],
 )
 def test_what_is_refused(arguments, expected, tmp_path, capsys):
-    config = "--config=configs/quickstart.py"
+    config = "--config=configs/quickstart.py:corrected"
     line = refused(
         capsys, config, *SMALL_RUN, f"--workdir={tmp_path / 'run'}", *arguments
     )

@@ -39,7 +39,7 @@ def info(tmp_path):
 def run(tmp_path_factory):
     """The workdir of a finished run with a kNN monitor."""
     workdir = tmp_path_factory.mktemp("card") / "run"
-    quickstart = "--config=configs/quickstart.py"
+    quickstart = "--config=configs/quickstart.py:corrected"
     assert call(quickstart, *SMALL_RUN, f"--workdir={workdir}") == 0
     return workdir
 

@@ -23,6 +23,7 @@ from xsmae.process.files import read_jsonl
 SMALL = {
     "data.size": 32,
     "views.size": 32,
+    "model.mask_ratio": 0.75,
     "model.embed_dim": 12,
     "model.depth": 1,
     "model.num_heads": 2,
@@ -35,12 +36,12 @@ SMALL = {
 }
 SETTINGS = {
     "quickstart": {
-        "STEPS": 20,
+        "STEPS": 40,
         "TRAIN_IMAGES": 80,
         "TEST_IMAGES": 40,
         "SCALES": (50, 100),
         "PICTURE_SIZE": 32,
-        "MORE": SMALL,
+        "MORE": {**SMALL, "optim.learning_rate": 2e-2},
     },
     "linear_probe": {
         "SCALES": (25, 50),

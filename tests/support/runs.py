@@ -13,6 +13,7 @@ TIMES = ("images_per_second", "waiting_for_data")
 SMALL_MODEL = [
     "--config.views.size=16",
     "--config.model.patch_size=8",
+    "--config.model.mask_ratio=0.75",
     "--config.model.embed_dim=16",
     "--config.model.depth=1",
     "--config.model.num_heads=2",
