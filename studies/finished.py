@@ -44,14 +44,19 @@ class Study:
         return sorted(found, key=lambda run: run["seed"])
 
     def find(self, task: str, data: str, digests: Iterable[str], **fields) -> list:
-        """The rows of encoders with `digests` on `data` that have these `fields`."""
-        return [
-            row
+        """The rows of encoders with `digests` on `data` that have these `fields`.
+
+        A control that was measured again, because the protocol has a new field, counts
+        once: its last row.
+        """
+        found = {
+            row.encoder["digest"]: row
             for row in self.rows[task]
             if row.protocol.data["name"] == data
             and row.encoder["digest"] in set(digests)
             and all(getattr(row, name) == value for name, value in fields.items())
-        ]
+        }
+        return list(found.values())
 
     def untrained(self, digest: str) -> str | None:
         """The digest of the random encoder of the same architecture."""

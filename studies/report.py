@@ -1,7 +1,7 @@
-"""Writes the tables and the plots of the head-to-head study.
+"""Writes the tables and the plot of the head-to-head study.
 
 `python -m studies.report` reads the committed rows in studies/results. It writes the
-tables between the marks of docs/study.md, and the plots to docs/study_*.png.
+tables between the marks of docs/study.md, and the plot to docs/study_scales.png.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ DOCS = STUDIES.parent / "docs"
 # Name of a part of docs/study.md between `<!-- NAME -->` and `<!-- end of NAME -->`.
 PARTS = {
     "summary": summary.summary_table,
-    "long": summary.long_table,
-    "parts": summary.parts_table,
     "tables": lambda study: tables(study),
 }
 
@@ -222,8 +220,6 @@ def main() -> int:
         page = DOCS / "study.md"
         page.write_text(replace_tables(page.read_text(), study))
         draw(study, DOCS / "study_scales.png")
-        if summary.curves(study):
-            summary.draw_curves(study, DOCS / "study_curves.png")
     except (UserError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
