@@ -222,10 +222,10 @@ def _mean_colour(images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("control", "most"), [(_statistics, 0.5), (_thumbnail, 0.42), (_mean_colour, 0.32)]
+    ("control", "most"), [(_statistics, 0.46), (_thumbnail, 0.42), (_mean_colour, 0.32)]
 )
 def test_colour_and_contrast_do_not_tell_the_classes(two_worlds, control, most):
-    """kNN (k = 20, cosine, exp(sim / 0.07)); six times the bank adds five points."""
+    """kNN (k = 20, cosine, exp(sim / 0.07)); the quickstart's bank adds 8 points."""
     (bank, labels), (queries, expected) = two_worlds
     features = control(bank), control(queries)
     mean, std = features[0].mean(0), features[0].std(0)
