@@ -2,9 +2,11 @@
 
 Measures an encoder over scales: the most similar training images vote for the class of
 a test image. Image statistics, a thumbnail and the same architecture with random
-weights are measured alongside, as controls. --cross_scale measures what changes if the
-test images have another scale than the training images. --protocol=satdino sizes,
-crops and normalises images as SatDINO does, to compare with its published numbers.
+weights are measured alongside, as controls.
+
+--cross_scale measures what changes if the test images have another scale than the
+training images. --protocol=satdino sizes, crops and normalises images as SatDINO does,
+to compare with its published numbers.
 """
 
 from __future__ import annotations
