@@ -66,9 +66,11 @@ class Projector(nnx.Module):
     def __init__(
         self, width: int, hidden: int, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        # No bias before a batch norm, which removes it.
+        plain = {"use_bias": False, "dtype": dtype, "rngs": rngs}
+        self.fc1 = Linear(width, hidden, **plain)
         self.norm1 = BatchNorm(hidden)
-        self.fc2 = Linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, hidden, **plain)
         self.norm2 = BatchNorm(hidden)
         self.fc3 = Linear(hidden, dim, dtype=dtype, rngs=rngs)
 

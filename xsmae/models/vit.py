@@ -73,11 +73,18 @@ class Linear(nnx.Linear):
     """A dense layer with MAE's initialisation: Xavier-uniform weights, zero bias."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
     ):
         super().__init__(
             in_features,
             out_features,
+            use_bias=use_bias,
             dtype=dtype,
             param_dtype=jnp.float32,
             kernel_init=nnx.initializers.xavier_uniform(),
